@@ -1,0 +1,1 @@
+"""The verbs of the fdfo command, one short file each."""

@@ -1,0 +1,1 @@
+"""The flow models: one protocol, one file a family."""

@@ -1,0 +1,1 @@
+"""Public ops: the only surface other frontends import kernels through."""

@@ -1,0 +1,1 @@
+"""Rewards: a registry, a weighted list, one file a reward."""

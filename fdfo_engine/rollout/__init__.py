@@ -1,0 +1,1 @@
+"""What is sampled: prompts, grid, churn, paired trajectories."""

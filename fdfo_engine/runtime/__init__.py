@@ -1,0 +1,1 @@
+"""What every run needs around the maths: errors, folders, checkpoints, logs, ranks."""

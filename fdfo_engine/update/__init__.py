@@ -1,0 +1,1 @@
+"""From rewards to weights: advantage, deal, loss, ZeRO step."""

@@ -1,0 +1,45 @@
+"""The import graph and the module names are part of the design: both are checked, not remembered."""
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINE = ROOT / "fdfo_engine"
+LAYERS = {"config": 0, "kernels": 0, "ops": 1, "runtime": 1, "models": 2, "rewards": 2, "trajectory": 2,
+          "rollout": 3, "update": 4, "shapes": 1, "engine": 5, "report": 5, "train": 6, "cli": 6}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Layer names of `fdfo_engine.<layer>` imported anywhere in `path`, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        names |= {d.split(".")[1] for d in dotted if d.startswith("fdfo_engine.")}
+    return names
+
+
+def test_imports_point_down():
+    for path in ENGINE.rglob("*.py"):
+        own = path.relative_to(ENGINE).parts[0].removesuffix(".py")
+        for name in imported(path) - {own, "_source_tree"}:
+            assert own.startswith("__") or LAYERS[name] < LAYERS[own], f"{path}: {own} may not import {name}"
+
+
+def test_only_ops_import_kernels():
+    offenders = [p for p in ENGINE.rglob("*.py") if "kernels" in imported(p) and ENGINE / "ops" not in p.parents]
+    assert not offenders, offenders
+    assert not [p for p in (ROOT / "kernels").rglob("*.py") if imported(p)], "device code must not import the engine"
+
+
+def test_names_shadow_nothing():
+    taken = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
+    ours = {p.name.removesuffix(".py") for p in ENGINE.iterdir()} - {"__init__", "__pycache__"}
+    assert not ours & taken, ours & taken
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "would hide Hugging Face kernels when run from the root"
