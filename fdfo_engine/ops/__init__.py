@@ -1,1 +1,41 @@
 """Public ops: the only surface other frontends import kernels through."""
+
+from fdfo_engine.ops._dispatch import BackendUnavailableError, backends
+from fdfo_engine.ops.fdfo_loss import fdfo_loss
+from fdfo_engine.ops.guided_velocity import guided_velocity
+from fdfo_engine.ops.pair_direction import pair_direction
+from fdfo_engine.ops.paired_noise import paired_noise
+from fdfo_engine.ops.paired_step import paired_step
+from fdfo_engine.ops.philox import (
+    DEAL_STREAM,
+    GENERATION_STREAM,
+    PROMPT_ORDER_STREAM,
+    SCALAR_STREAM,
+    SHARED_STREAM,
+    churn_stream,
+    deal_stream,
+    philox_words,
+)
+from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
+from fdfo_engine.ops.replay import replay
+
+__all__ = [
+    "DEAL_STREAM",
+    "GENERATION_STREAM",
+    "PROMPT_ORDER_STREAM",
+    "SCALAR_STREAM",
+    "SHARED_STREAM",
+    "BackendUnavailableError",
+    "backends",
+    "churn_stream",
+    "deal_stream",
+    "fdfo_loss",
+    "guided_velocity",
+    "pair_direction",
+    "pair_scalar_normal",
+    "paired_noise",
+    "paired_step",
+    "philox_normal",
+    "philox_words",
+    "replay",
+]

@@ -1,1 +1,5 @@
-"""The run's report: one HTML file that opens offline."""
+"""One self-contained HTML page about a run."""
+
+from fdfo_engine.report.page import write_report
+
+__all__ = ["write_report"]

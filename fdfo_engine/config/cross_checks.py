@@ -1,0 +1,83 @@
+"""Settings that are legal alone and impossible together: one table, each entry naming the keys and the one to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fdfo_engine.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition between keys. `keys[0]` is the one a message points at."""
+
+    keys: tuple[str, ...]
+    is_broken: Callable[[Config], bool]
+    explain: Callable[[Config], str]
+
+    @property
+    def sections(self) -> set[str]:
+        """Sections that must be valid before the rule can be asked."""
+        return {key.split(".")[0] for key in self.keys}
+
+
+def trained_steps(config: Config) -> int:
+    """Solver steps of each sample that are trained."""
+    return config.update.train_steps or config.sampling.steps
+
+
+def _explain_shares(config: Config) -> str:
+    trained, shares = trained_steps(config), config.update.optimizer_steps
+    source = "update.train_steps" if config.update.train_steps else "sampling.steps"
+    divisors = [d for d in range(1, trained + 1) if trained % d == 0]
+    below, above = [d for d in divisors if d < shares][-1:], [d for d in divisors if d > shares][:1]
+    nearest = ", ".join(map(str, below + above))
+    return f"{trained} trained steps ({source}) must be a multiple of update.optimizer_steps = {shares}; nearest: {nearest}"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("update.optimizer_steps", "update.train_steps", "sampling.steps"),
+        lambda c: trained_steps(c) % c.update.optimizer_steps != 0,
+        _explain_shares,
+    ),
+    Rule(
+        ("update.train_steps", "sampling.steps"),
+        lambda c: trained_steps(c) > c.sampling.steps,
+        lambda c: f"{c.update.train_steps} trained steps are more than sampling.steps = {c.sampling.steps}; "
+        "lower update.train_steps, or set it to null to train all",
+    ),
+    Rule(
+        ("lora", "model.train"),
+        lambda c: c.model.train == "full" and bool(c.lora.model_fields_set),
+        lambda c: "has no effect with model.train = full; remove the lora section, or set model.train: lora",
+    ),
+    Rule(
+        ("zero.stage", "model.train", "model.dtype"),
+        lambda c: c.model.train == "full" and c.zero.stage == 0 and c.model.dtype != "float32",
+        lambda c: f"0 keeps no float32 master of weights, and model.train = full with model.dtype = {c.model.dtype} "
+        "needs one; set zero.stage to 1, 2 or 3",
+    ),
+    Rule(
+        ("update.kl_weight", "model.train"),
+        lambda c: c.model.train == "full" and c.update.kl_weight > 0,
+        lambda c: "needs a frozen copy of the model with model.train = full, which is not available yet; "
+        "set update.kl_weight to 0, or model.train: lora",
+    ),
+    Rule(
+        ("model.max_sequence_length", "model.id"),
+        lambda c: c.model.id == "shapes" and c.model.max_sequence_length != 0,
+        lambda c: f"is {c.model.max_sequence_length}, and model.id = shapes was trained without T5 tokens; "
+        "set model.max_sequence_length to 0",
+    ),
+)
+
+
+def broken_rules(config: Config, valid_sections: set[str] | None = None) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys and explanation of every broken rule; only rules whose sections are all valid, if those are given."""
+    for rule in RULES:
+        if (valid_sections is None or rule.sections <= valid_sections) and rule.is_broken(config):
+            yield rule.keys, rule.explain(config)

@@ -1,0 +1,43 @@
+"""Which settings look like secrets. A config is copied into run folders and trackers, so it must hold none."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+SECRET_ADVICE = "looks like a secret, and settings are copied into run folders; put it in env FDFO_REWARD_KEY"
+
+_SECRET_KEY = re.compile(
+    r"(^|_)((api|auth|access|secret|private|reward)_?key|passw(or)?d|passphrase|secret|credentials?|authorization|bearer)$"
+    r"|^key$|^((api|auth|access|bearer|refresh|hf|hub)_?)?token$",
+)
+_SECRET_VALUE = re.compile(r"^(sk|hf|ghp|gho|xoxb|pk)[-_]\w{6,}|^Bearer\s|^[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@", re.IGNORECASE)
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a setting of this name would hold a secret (`api_key`, `X-Api-Key`, `apiKey`, `token`, `password`)."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).replace("-", "_")
+    return _SECRET_KEY.search(words.lower()) is not None
+
+
+def is_secret_value(value: object) -> bool:
+    """Whether a text has the form of a key (`sk-...`, `hf_...`) or is a URL with a password in it."""
+    return isinstance(value, str) and _SECRET_VALUE.search(value) is not None
+
+
+def secret_keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys under `tree` (mappings and lists) that look like secrets."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, value in items:
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if is_secret_key(str(key)) or is_secret_value(value):
+            yield name
+        else:
+            yield from secret_keys(value, name)
+
+
+def redacted(line: str) -> str:
+    """A line of a broken file, fit to be shown: what follows a secret's key is left out."""
+    for match in re.finditer(r"""["']?([\w-]+)["']?\s*[:=]""", line):
+        if is_secret_key(match.group(1)):
+            return line[: match.end()] + " ***"
+    return re.sub(r"\S*(sk-|hf_|ghp_)\w{6,}\S*|://[^/@\s]*:[^/@\s]*@", "***", line)

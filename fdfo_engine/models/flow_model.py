@@ -1,0 +1,105 @@
+"""What the engine asks of a flow model: the one protocol behind which every family stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Network = Callable[..., tuple[Tensor, ...]]
+"""The transformer, or the training engine that wraps it: called, never looked into (ZeRO-3 gathers in the call)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sampling grid of a run, taken from the pipeline's own scheduler.
+
+    `sigmas`: float32 `[T + 1]` on the CPU, falling from the noisiest point to 0.
+    `timesteps`: float32 `[T]` on the CPU, what the network is told at each step, in the family's own unit.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Number of solver steps T."""
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What prompts become for the network: named tensors with one row a prompt."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The rows `index` (int64 `[N]`), repeated or reordered as it says."""
+        return Conditioning({name: t[index.to(t.device)] for name, t in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same rows on `device`."""
+        return Conditioning({name: t.to(device) for name, t in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all `parts`, in order."""
+        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+
+class FlowModel(Protocol):
+    """A text-to-image flow-matching model, loaded and ready to sample and train.
+
+    Latents are float32 `[N, C, H, W]` outside; packing into tokens, the network's dtype and its timestep unit are
+    the family's own business. `network` is what training wraps; the other parts (text encoders, VAE) stay frozen.
+    """
+
+    family: str
+    network: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    latent_shape: tuple[int, int, int]
+
+    def grid(self, steps: int) -> Grid:
+        """The grid that the family's pipeline uses for `steps` steps at this latent shape."""
+        ...
+
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        """One row for `prompt`. Encoded alone, so that an embedding never depends on its neighbours in a batch."""
+        ...
+
+    def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity `noise - data`, `[N, C, H, W]` in the model's dtype, without guidance.
+
+        `latents` float32 `[N, C, H, W]`, `timesteps` float32 `[N]`, `conditioning` N rows.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[N, 3, height, width]`, float32 in 0..1, of final latents `[N, C, H, W]`."""
+        ...
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within this context the network is the base model: its LoRA is switched off."""
+        ...
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that training moves: the LoRA, or every weight of the network."""
+        ...
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Writes float32 `weights` (by `trained_parameters` name) as diffusers loads them, verified by loading back."""
+        ...

@@ -1,0 +1,69 @@
+"""Which family a model belongs to, and how it is loaded."""
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from fdfo_engine.config import Config
+from fdfo_engine.models.flow_model import FlowModel
+from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.shapes.pipeline import shapes_base
+
+FAMILIES = {"sd3": "fdfo_engine.models.sd3:SD3Model"}
+PIPELINES = {"StableDiffusion3Pipeline": "sd3"}
+"""diffusers pipeline class, as `model_index.json` names it, to family."""
+
+
+def resolve_model_id(model_id: str) -> str:
+    """`shapes` is the bundled miniature; anything else is a folder or a hub id, as it stands."""
+    return str(shapes_base()) if model_id == "shapes" else model_id
+
+
+def load_model(config: Config, device: torch.device) -> FlowModel:
+    """Loads `config.model` with its adapter, if any, on `device`.
+
+    Raises:
+        UsageError: the family is unknown, or a `module:attribute` family cannot be imported.
+        EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
+    """
+    family = config.model.family
+    if family == "auto":
+        family = _family_of(resolve_model_id(config.model.id), config.model.revision)
+    target = FAMILIES.get(family, family)
+    if ":" not in target:
+        near = difflib.get_close_matches(family, FAMILIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"model.family = {family!r}: takes auto, one of {sorted(FAMILIES)}, or module:attribute{hint}")
+    module, attribute = target.split(":", 1)
+    try:
+        loader = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"model.family = {family!r}: {error}") from error
+    model: FlowModel = loader.load(config, resolve_model_id(config.model.id), device)
+    return model
+
+
+def _family_of(model_id: str, revision: str | None) -> str:
+    index = json.loads(_model_index(model_id, revision).read_text())
+    name = index.get("_class_name", "")
+    if name not in PIPELINES:
+        raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(PIPELINES)}")
+    return PIPELINES[name]
+
+
+def _model_index(model_id: str, revision: str | None) -> Path:
+    local = Path(model_id) / "model_index.json"
+    if local.is_file():
+        return local
+    if Path(model_id).is_dir():
+        raise EnvironmentProblem(f"model.id = {model_id!r}: a folder without model_index.json is no diffusers pipeline")
+    try:
+        return Path(hf_hub_download(model_id, "model_index.json", revision=revision))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentProblem(f"model.id = {model_id!r}: no such folder, and the hub gave none: {reason}") from error

@@ -1,0 +1,158 @@
+"""What every op asks of its arguments. Each refusal names the argument, what it got and what it takes."""
+
+import math
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LATENT_DTYPES = (torch.float32,)
+REAL_DTYPES = (torch.float32, torch.float64)
+MAX_STEPS = 2**28
+
+
+def refuse(op: str, name: str, got: object, takes: str) -> NoReturn:
+    """Raises the ValueError of a wrong argument."""
+    raise ValueError(f"{op}: {name} is {got}; it takes {takes}")
+
+
+def tensor(
+    op: str,
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    *,
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Refuses `value` unless it is a tensor of one of `dtypes`, with `shape`, on `device`, where they are given."""
+    if not isinstance(value, Tensor):
+        refuse(op, name, type(value).__name__, "a tensor")
+    if value.dtype not in dtypes:
+        refuse(op, name, value.dtype, " or ".join(map(str, dtypes)))
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        refuse(op, name, list(value.shape), f"{list(shape)}")
+    if device is not None and value.device != device:
+        refuse(op, name, f"on {value.device}", f"tensors on one device, here {device}")
+
+
+def paired(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype], *, extra: str = "") -> None:
+    """Refuses `value` unless it is `[P, 2, {extra}*shape]`: the branch is a real axis."""
+    tensor(op, name, value, dtypes)
+    least = 4 if extra else 3
+    if value.ndim < least or value.shape[1] != 2:
+        refuse(op, name, list(value.shape), f"[P, 2, {extra}*shape], with the branch axis of size 2")
+    if math.prod(value.shape[2:]) == 0:
+        refuse(op, name, list(value.shape), "at least one element a latent")
+
+
+def latent_shape(op: str, shape: Any) -> tuple[int, ...]:
+    """The shape of one latent as a tuple of at least one positive size."""
+    sizes = tuple(operator.index(size) for size in shape)
+    if not sizes or min(sizes) < 1:
+        refuse(op, "shape", list(sizes), "one or more sizes of at least 1")
+    return sizes
+
+
+def seed(op: str, value: Any) -> int:
+    """The run's seed as a Python int."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        refuse(op, "seed", repr(value), "an int in 0..2^64-1")
+    return value
+
+
+def device(op: str, value: Any) -> torch.device:
+    """`value` as a torch.device."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{op}: device is {value!r}; it takes a torch.device or its name") from error
+
+
+def integers(op: str, name: str, value: Any, *, length: int | None, limit: int) -> Tensor:
+    """`value`, a sequence of ints or an int64 tensor, as int64 `[length]` on the CPU; each in 0..limit-1."""
+    if isinstance(value, Tensor):
+        tensor(op, name, value, (torch.int64,))
+        if value.ndim != 1 or value.is_meta:
+            refuse(op, name, f"{list(value.shape)} on {value.device}", "one axis, and values")
+        out = value.detach().cpu()
+        numbers = [] if out.numel() == 0 else [int(out.min()), int(out.max())]
+    else:
+        numbers = _ints(op, name, value)
+        out = None
+    bad = [n for n in numbers if not 0 <= n < limit]
+    if bad:
+        refuse(op, name, f"{bad[0]} in one entry", f"integers in 0..{limit - 1}")
+    out = torch.tensor(numbers, dtype=torch.int64) if out is None else out
+    if length is not None and len(out) != length:
+        refuse(op, name, f"of length {len(out)}", f"length {length}")
+    return out
+
+
+def pair_ids(op: str, value: Any, *, length: int | None = None) -> Tensor:
+    """Global pair indices as int64 `[P]` on the CPU."""
+    return integers(op, "pair_ids", value, length=length, limit=2**63)
+
+
+def churn(op: str, name: str, value: Any, shape: Sequence[int]) -> Tensor:
+    """Churn weights as float64 of `shape` on the CPU, where every backend computes its coefficients from."""
+    if isinstance(value, Tensor) and value.ndim > 0:
+        tensor(op, name, value, REAL_DTYPES, shape=shape)
+        if value.is_meta:
+            refuse(op, name, "on meta", "a tensor with values")
+        gamma = value.detach().cpu().double()
+    else:
+        gamma = torch.full(tuple(shape), number(op, name, value), dtype=torch.float64)
+    if not bool(((gamma >= 0) & torch.isfinite(gamma)).all()):
+        refuse(op, name, gamma.flatten().tolist()[:8], "finite numbers of at least 0")
+    return gamma
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """`value`, a Python number or a scalar tensor, as a float that is not NaN or infinite."""
+    try:
+        out = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{op}: {name} is {value!r}; it takes a number") from error
+    if not math.isfinite(out):
+        refuse(op, name, out, "a finite number")
+    return out
+
+
+def descent(op: str, sigma: Any, sigma_next: Any) -> tuple[float, float]:
+    """Both ends of a solver step, noise first."""
+    start, end = number(op, "sigma", sigma), number(op, "sigma_next", sigma_next)
+    if not 0 <= end <= 1 or not end < start:
+        refuse(op, "sigma_next", f"{end} after sigma = {start}", "a value in 0..1 below sigma")
+    return start, end
+
+
+def grid(op: str, sigmas: Any, steps: int) -> list[float]:
+    """The T + 1 points of the sampling grid, falling."""
+    if isinstance(sigmas, Tensor):
+        tensor(op, "sigmas", sigmas, REAL_DTYPES, shape=(steps + 1,))
+        sigmas = sigmas.tolist()
+    points = [number(op, "sigmas", sigma) for sigma in sigmas]
+    if len(points) != steps + 1:
+        refuse(op, "sigmas", f"of length {len(points)}", f"T + 1 = {steps + 1} numbers")
+    if any(not 0 <= s <= 1 or not s < t for t, s in pairwise(points)):
+        refuse(op, "sigmas", points, "falling numbers, in 0..1 from the second on")
+    return points
+
+
+def step(op: str, value: Any) -> int:
+    """Index of a solver step; its streams must stay below those of generation."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_STEPS:
+        refuse(op, "step", repr(value), f"an int in 0..{MAX_STEPS - 1}")
+    return value
+
+
+def _ints(op: str, name: str, value: Any) -> list[int]:
+    try:
+        return [operator.index(item) for item in value]
+    except TypeError as error:
+        raise ValueError(f"{op}: {name} is {value!r}; it takes a sequence of ints or an int64 tensor") from error

@@ -1,0 +1,76 @@
+"""Chooses the implementation of an op. Every refusal carries its reason."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpp", "torch")  # most preferred first
+INTERPRETER = "TRITON_INTERPRET"
+MIN_CAPABILITY = (8, 0)  # the oldest GPU that the kernels are compiled for in the tests
+
+
+class BackendUnavailableError(ValueError):
+    """No backend, or not the forced one, can run an op here; the message holds every reason."""
+
+
+def backends() -> dict[str, list[str]]:
+    """Reasons why each backend can't run on this machine, by name; an empty list where it can."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: refusals(name, device) for name in reversed(BACKENDS)}
+
+
+def refusals(backend: str, device: torch.device) -> list[str]:
+    """Reasons why `backend` can't take tensors on `device`; an empty list means it can."""
+    if backend in ("cpp", "cuda"):
+        return ["not built: this version of fdfo_engine has no compiled extension"]
+    if backend == "triton":
+        return _triton_refusals(device)
+    reasons = []
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reasons.append("torch sees no CUDA device")
+    if device.type in ("mps", "meta"):
+        reasons.append(f"float64 arithmetic is not available on {device.type}")
+    return reasons
+
+
+def choose(op: str, offered: Sequence[str], device: torch.device, *, forced: str | None = None) -> str:
+    """The backend to run `op` on `device`, out of those it is `offered` in.
+
+    None for `forced` takes the fastest that fits. The Triton interpreter, a test tool, is only ever used when forced.
+
+    Raises:
+        BackendUnavailableError: none fits, or the forced one does not; the message holds every reason.
+    """
+    if forced is not None and forced not in offered:
+        known = forced in BACKENDS
+        why = "this op has no such implementation" if known else f"no such backend; they are {sorted(BACKENDS)}"
+        raise BackendUnavailableError(f"{op}: backend is {forced!r}: {why}; it takes None or one of {sorted(offered)}")
+    candidates = [b for b in BACKENDS if b in offered and not (b == "triton" and _interpreted())]
+    notes = []
+    for backend in candidates if forced is None else [forced]:
+        reasons = refusals(backend, device)
+        if not reasons:
+            return backend
+        notes.append(f"{backend}: {', '.join(reasons)}")
+    raise BackendUnavailableError(f"{op}: no backend can run on {device}: " + "; ".join(notes))
+
+
+def _triton_refusals(device: torch.device) -> list[str]:
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if _interpreted() and device.type in ("cpu", "cuda"):
+        return reasons
+    if device.type != "cuda":
+        reasons.append(f"it needs a tensor on a CUDA device, or {INTERPRETER}=1 in the environment; got {device}")
+    elif not torch.cuda.is_available():
+        reasons.append("torch sees no CUDA device")
+    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        reasons.append(f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below 8.0")
+    return reasons
+
+
+def _interpreted() -> bool:
+    return os.environ.get(INTERPRETER) == "1"

@@ -1,0 +1,279 @@
+"""The report: charts, pictures and numbers of a run in one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fdfo_engine.report.curves import Point, Series, line_chart, short, smoothed, stacked_chart
+from fdfo_engine.report.run_data import Gallery, RunData, read_run
+from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.run_log import duration
+
+REPORT_NAME = "report.html"
+PHASES = ("rollout", "reward", "update")
+_OPTIMISER = {
+    "log_ratio_mean": "Mean log-ratio",
+    "log_ratio_floor": "Log-ratio floor (on-policy)",
+    "clip_fraction": "Clipped fraction",
+    "grad_norm": "Gradient norm",
+    "loss": "Loss",
+    "kl": "KL term",
+    "advantage_abs_mean": "Mean |advantage|",
+    "lr": "Learning rate",
+    "skipped_steps": "Skipped optimiser steps",
+}
+_NO_OPINION = {"tied_pairs": "tied", "lost_pairs": "lost opinion", "zero_direction_pairs": "identical latents"}
+_RECENT_EPOCHS = 5
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Writes one HTML page about the run in `run_dir` and returns its path.
+
+    The page needs nothing else: pictures are embedded, curves are inline SVG, and its policy forbids every outside
+    resource. It can be written while the run goes on, or after it failed; what is missing is said on it.
+
+    Args:
+        run_dir: a run folder.
+        out: the file to write, replaced atomically; `report.html` in the run folder by default.
+
+    Raises:
+        UsageError: `run_dir` is no run folder.
+        CheckpointError: the file cannot be written.
+    """
+    data = read_run(Path(run_dir))
+    out = Path(out) if out is not None else data.path / REPORT_NAME
+    loader = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = templates.get_template("template.html").render(_view(data))
+    replace_file(out, page.encode("utf-8", "replace"))
+    return out
+
+
+def _view(data: RunData) -> dict[str, Any]:
+    return {
+        "title": data.path.resolve().name,
+        "facts": _facts(data),
+        "status": _status(data),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "tiles": _tiles(data),
+        "missing": data.missing,
+        "rewards": _reward_charts(data.metrics),
+        "evaluations": _evaluation_charts(data.evaluations),
+        "changes": _changes(data.evaluations),
+        "gallery": _comparison(data.galleries),
+        "gallery_epochs": [gallery.epoch for gallery in data.galleries],
+        "pairs": data.pairs,
+        "timings": _timing_charts(data.metrics),
+        "optimiser": _optimiser_charts(data.metrics),
+        "environment": _environment(data.environment or {}),
+        "config_text": data.config_text,
+    }
+
+
+def _facts(data: RunData) -> list[tuple[str, str]]:
+    """What distinguishes the run, from its settings."""
+    keys = {
+        "Model": "model.id", "Trained": "model.train", "Size": None, "Prompts": "prompts.source", "Seed": "run.seed",
+        "Pairs an epoch": "sampling.pairs_per_epoch", "Steps": "sampling.steps", "Rewards": None,
+        "Learning rate": "optimizer.lr",
+    }  # fmt: skip
+    special = {"Size": _size(data.settings), "Rewards": _rewards(data.settings)}
+    facts = [(name, _setting(data.settings, key) if key else special[name]) for name, key in keys.items()]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _setting(settings: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = settings
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _size(settings: Mapping[str, Any]) -> str | None:
+    height, width = _setting(settings, "model.height"), _setting(settings, "model.width")
+    return f"{width} x {height}" if height and width else None
+
+
+def _rewards(settings: Mapping[str, Any]) -> str | None:
+    terms = settings.get("rewards")
+    if not isinstance(terms, list):
+        return None
+    return ", ".join(f"{t.get('name')} x {t.get('weight', 1)}" for t in terms if isinstance(t, Mapping)) or None
+
+
+def _status(data: RunData) -> dict[str, str]:
+    status = data.status or {}
+    state = str(status.get("state", "unknown"))
+    if state == "died":
+        message = "The process is gone without a word; the same command resumes from the last checkpoint."
+    else:
+        message = str(status.get("message") or "")
+    code = status.get("exit_code")
+    return {"state": state, "message": message, "code": "" if code in (None, 0) else f"exit code {code}"}
+
+
+def _tiles(data: RunData) -> list[tuple[str, str, str]]:
+    """Headline numbers: name, value, remark."""
+    tiles = []
+    if data.metrics:
+        planned = _setting(data.settings, "run.epochs")
+        tiles.append(("Epochs", str(data.metrics[-1]["epoch"]), f"of {planned}" if planned else ""))
+    if reward := _values(data.metrics, "reward_mean"):
+        first, last = reward[:_RECENT_EPOCHS], reward[-_RECENT_EPOCHS:]
+        before, after = sum(first) / len(first), sum(last) / len(last)
+        remark = f"{after - before:+.4g} from {short(before)}; means of {len(last)} epochs"
+        tiles.append(("Training reward", short(after), remark))
+    if seconds := _values(data.metrics, "seconds_total"):
+        remark = f"{duration(sum(seconds) / len(seconds))} an epoch"
+        tiles.append(("Time", duration(sum(seconds)), remark))
+    if rates := sorted(_values(data.metrics, "images_per_second")):
+        tiles.append(("Images a second", short(rates[len(rates) // 2]), "median"))
+    return tiles
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+    return [(float(r["epoch"]), _number(r[key])) for r in records if key in r]
+
+
+def _values(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [y for _, y in _points(records, key) if math.isfinite(y)]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _chart(title: str, series: Sequence[Series], note: str = "") -> list[dict[str, Any]]:
+    """A chart in a list, or an empty list where there is nothing to draw."""
+    svg = line_chart(series, title)
+    if svg is None:
+        return []
+    legend = [(s.name, s.color) for s in series if not s.faint] if len(series) > 1 else []
+    return [{"title": title, "svg": Markup(svg), "legend": legend, "note": note}]
+
+
+def _reward_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    parts = sorted({key for record in metrics for key in record if key.startswith("reward_") and key.endswith("_mean")})
+    charts = _reward_chart("Reward (weighted sum)", metrics, "reward_mean")
+    for key in parts:
+        if key != "reward_mean":
+            charts += _reward_chart(key.removeprefix("reward_").removesuffix("_mean"), metrics, key)
+    return charts
+
+
+def _reward_chart(title: str, metrics: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    points = _points(metrics, key)
+    curves = [Series("each epoch", points, faint=True), Series("smoothed", smoothed(points))]
+    return _chart(title, curves, "thin: each epoch; bold: trailing mean")
+
+
+def _evaluation_charts(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    charts = []
+    for metric in _metric_names(evaluations):
+        series = [
+            _evaluation_series(metric, weights, color, evaluations)
+            for color, weights in enumerate(sorted({str(e.get("weights")) for e in evaluations}))
+        ]
+        charts += _chart(metric, [s for s in series if s.points], "bars: standard error")
+    return charts
+
+
+def _evaluation_series(metric: str, weights: str, color: int, evaluations: Sequence[Mapping[str, Any]]) -> Series:
+    own = [e for e in evaluations if str(e.get("weights")) == weights and metric in e["metrics"]]
+    errors = [(e.get("metrics_stderr") or {}).get(metric) for e in own]
+    return Series(weights, [(float(e["epoch"]), _number(e["metrics"][metric])) for e in own], errors, color=color)
+
+
+def _metric_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for evaluation in evaluations for name in evaluation["metrics"]))
+
+
+def _changes(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row for each metric and set of weights: at the first evaluation, at the last, and the difference."""
+    rows = []
+    for metric in _metric_names(evaluations):
+        for weights in sorted({str(e.get("weights")) for e in evaluations}):
+            series = _evaluation_series(metric, weights, 0, evaluations)
+            if len(series.points) > 1:
+                rows.append(_change(metric, series))
+    return rows
+
+
+def _change(metric: str, series: Series) -> dict[str, str]:
+    (first, before), (last, after) = series.points[0], series.points[-1]
+    errors = [series.errors[0], series.errors[-1]]
+    spread = [f" ±{e:.2g}" if e else "" for e in errors]
+    return {
+        "metric": metric,
+        "weights": series.name,
+        "before": f"{short(before)}{spread[0]}",
+        "after": f"{short(after)}{spread[1]}",
+        "change": f"{after - before:+.4g}",
+        "epochs": f"{first:.0f} → {last:.0f}",
+    }
+
+
+def _comparison(galleries: Sequence[Gallery]) -> list[dict[str, Any]]:
+    """One card a prompt, with its picture at each kept evaluation; only where the prompt is the same in all."""
+    cards = []
+    for items in zip(*(gallery.items for gallery in galleries), strict=False):
+        if len({item["prompt"] for item in items}) == 1:
+            views = [
+                {"epoch": g.epoch, "picture": item["picture"], "scores": _scores(item["scores"])}
+                for g, item in zip(galleries, items, strict=True)
+            ]
+            cards.append({"prompt": items[0]["prompt"], "views": views})
+    return cards
+
+
+def _scores(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, short(_number(value)) if _number(value) == _number(value) else "none") for name, value in scores.items()
+    ]
+
+
+def _timing_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    names = [*PHASES, "other"]
+    rows = [(int(r["epoch"]), _phase_seconds(r)) for r in metrics if "seconds_total" in r]
+    svg = stacked_chart(names, rows, "Seconds an epoch by phase")
+    legend = [(name, color) for color, name in enumerate(names)]
+    stacked = {"title": "Seconds an epoch", "svg": Markup(svg or ""), "legend": legend, "note": ""}
+    rate = _chart("Images a second", [Series("images a second", _points(metrics, "images_per_second"))])
+    return ([stacked] if svg else []) + rate
+
+
+def _phase_seconds(record: Mapping[str, Any]) -> list[float]:
+    known = [max(0.0, _number(record.get(f"seconds_{phase}", 0))) for phase in PHASES]
+    known = [value if math.isfinite(value) else 0.0 for value in known]
+    total = _number(record["seconds_total"])
+    return [*known, max(0.0, total - sum(known)) if math.isfinite(total) else 0.0]
+
+
+def _optimiser_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    pairs = [
+        Series(name, points, color=color)
+        for color, (key, name) in enumerate(_NO_OPINION.items())
+        if (points := _points(metrics, key))
+    ]
+    charts = _chart("Pairs without an opinion", pairs)
+    for key, title in _OPTIMISER.items():
+        charts += _chart(title, [Series(title, _points(metrics, key))])
+    return charts
+
+
+def _environment(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(key, str(found[key])) for key in ("python", "platform", "host") if key in found]
+    rows += [(name, str(version or "absent")) for name, version in (found.get("packages") or {}).items()]
+    for device in found.get("devices") or []:
+        rows.append(("GPU", f"{device.get('name')}, {device.get('memory_gib')} GiB"))
+    if cpu := found.get("cpu"):
+        flags = ", ".join(map(str, cpu.get("flags") or []))
+        rows.append(("CPU", f"{cpu.get('name')}, {cpu.get('cores')} cores" + (f" ({flags})" if flags else "")))
+    return rows

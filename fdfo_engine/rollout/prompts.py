@@ -1,0 +1,107 @@
+"""The prompt list of a run, and which prompt each global pair takes."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fdfo_engine.config import PromptsConfig
+from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
+from fdfo_engine.runtime.errors import PromptError
+from fdfo_engine.shapes.scene import captions
+
+MAX_PROMPT_BYTES = 16 * 1024
+
+
+class PromptList:
+    """N prompts, and a fresh permutation of them for each pass, keyed by (seed, pass)."""
+
+    def __init__(self, prompts: Sequence[str], seed: int) -> None:
+        self.prompts = list(prompts)
+        self._seed = seed
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the list, in order: what a resume compares."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+
+    def of_pairs(self, pair_ids: Sequence[int]) -> list[str]:
+        """The prompt of each global pair: `order[p mod N]` of pass `p // N`."""
+        n = len(self.prompts)
+        return [self.prompts[self._order(p // n)[p % n]] for p in pair_ids]
+
+    def _permutation(self, number: int) -> np.ndarray:
+        index = np.arange(len(self.prompts), dtype=np.int64)
+        words = philox_words(index, PROMPT_ORDER_STREAM, number, seed=self._seed)
+        return np.argsort(words, kind="stable")
+
+
+def load_prompts(settings: PromptsConfig, seed: int, *, split: str = "train") -> PromptList:
+    """Reads `prompts.source`: a text file, a .jsonl file, or the shapes generator (its `split`).
+
+    Raises:
+        PromptError: the file is missing, holds no usable prompt, an oversized line or not the column.
+    """
+    if settings.source == "shapes":
+        return PromptList(captions(split, settings.count, seed), seed)
+    path = Path(settings.source).expanduser()
+    if not path.is_file():
+        raise PromptError(
+            f"prompts.source = {settings.source!r}: no such file ({path.resolve()}; working folder {Path.cwd()})"
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    read = _read_jsonl if path.suffix == ".jsonl" else _read_text
+    prompts = read(path, lines, settings.column)
+    if not prompts:
+        raise PromptError(f"prompts.source = {settings.source!r}: 0 usable prompts in {len(lines)} lines")
+    return PromptList(list(dict.fromkeys(prompts)) if settings.dedup else prompts, seed)
+
+
+def describe_prompts(prompts: PromptList, pairs_per_epoch: int) -> str:
+    """One line on how many prompts there are and how often they repeat."""
+    repeated = sum(count - 1 for count in Counter(prompts.prompts).values())
+    line = f"{len(prompts)} prompts"
+    if repeated:
+        line += f" ({repeated} duplicates kept as weights; prompts.dedup=true drops them)"
+    if len(prompts) < pairs_per_epoch:
+        line += f", each used about {pairs_per_epoch / len(prompts):.1f} times an epoch"
+    return line
+
+
+def _read_text(path: Path, lines: Sequence[str], column: str) -> list[str]:
+    del column  # a text file has one
+    for number, line in enumerate(lines, 1):
+        _check_length(path, number, line)
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _read_jsonl(path: Path, lines: Sequence[str], column: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        _check_length(path, number, line)
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            present = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise PromptError(f"{path}:{number}: no text under prompts.column = {column!r}; it has {present}")
+        if row[column].strip():
+            prompts.append(row[column].strip())
+    return prompts
+
+
+def _check_length(path: Path, number: int, line: str) -> None:
+    size = len(line.encode())
+    if size > MAX_PROMPT_BYTES:
+        raise PromptError(f"{path}:{number}: a line of {size} bytes; a prompt takes at most {MAX_PROMPT_BYTES}")

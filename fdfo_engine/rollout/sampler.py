@@ -1,0 +1,117 @@
+"""Samples images: pairs that share their noise for training, single ones without churn for looking at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import Config
+from fdfo_engine.models.flow_model import Conditioning, FlowModel, Grid, Network
+from fdfo_engine.models.guidance import predict
+from fdfo_engine.models.prompt_cache import PromptCache
+from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, paired_noise, paired_step, philox_normal
+from fdfo_engine.rollout.churn import churn_gammas
+from fdfo_engine.runtime.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class SampledBlock:
+    """One block of P pairs: final latents and images `[P, 2, ...]`, velocities `[P, 2, T, C, H, W]`, their churn."""
+
+    latents: Tensor
+    images: Tensor
+    velocities: Tensor
+    gammas: Tensor
+
+
+class PairedSampler:
+    """Samples blocks of pairs and churn-free images from a flow model. Draws no random state: see METHOD on noise."""
+
+    def __init__(self, model: FlowModel, prompts: PromptCache, config: Config) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._sampling = config.sampling
+        self._negative_prompt = config.model.negative_prompt
+        self._seed = config.run.seed
+        self.backend = None if config.kernels.backend == "auto" else config.kernels.backend
+        self.grid = model.grid(config.sampling.steps)
+
+    @torch.no_grad()
+    def sample_block(self, network: Network, prompts: Sequence[str], pair_ids: Sequence[int]) -> SampledBlock:
+        """Runs both branches of every pair through the whole grid, as one batch.
+
+        Raises:
+            NumericsError: a velocity was not finite; names the pair, the branch and the step.
+        """
+        model, grid, pairs = self._model, self.grid, len(pair_ids)
+        gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed).to(model.device)
+        sigmas = grid.sigmas.tolist()
+        conditioning, negative = self.conditioning(prompts, copies=2)
+        noise = {"seed": self._seed, "pair_ids": pair_ids, "backend": self.backend}
+        x_PKCHW = paired_noise(shape=model.latent_shape, gamma=gammas[:, 0], device=model.device, **noise)
+        velocities = torch.empty(
+            pairs, 2, grid.steps, *model.latent_shape, dtype=model.dtype, device=model.device
+        )  # PKTCHW
+        for i in range(grid.steps):
+            timesteps = grid.timesteps[i].expand(2 * pairs)
+            v, v_uncond = predict(model, network, x_PKCHW.flatten(0, 1), timesteps, conditioning, negative)
+            x_PKCHW = paired_step(
+                x_PKCHW,
+                v.unflatten(0, (pairs, 2)),
+                v_uncond=None if v_uncond is None else v_uncond.unflatten(0, (pairs, 2)),
+                guidance_scale=self._sampling.guidance_scale,
+                sigma=sigmas[i],
+                sigma_next=sigmas[i + 1],
+                gamma=gammas[:, i + 1],
+                step=i,
+                v_out=velocities[:, :, i],
+                inplace=True,
+                **noise,
+            )
+        _check_finite(x_PKCHW, velocities, pair_ids)
+        images = model.decode(x_PKCHW.flatten(0, 1)).unflatten(0, (pairs, 2))
+        return SampledBlock(x_PKCHW, images, velocities, gammas)
+
+    @torch.no_grad()
+    def generate_batch(
+        self, network: Network, prompts: Sequence[str], indices: Sequence[int], *, seed: int, grid: Grid, guidance: float
+    ) -> Tensor:
+        """Images `[N, 3, height, width]` in 0..1 by plain Euler; noise is keyed by (seed, index of the image)."""
+        model = self._model
+        conditioning, negative = self.conditioning(prompts, guidance=guidance)
+        x_NCHW = philox_normal(
+            model.latent_shape,
+            seed=seed,
+            pair_ids=indices,
+            stream=GENERATION_STREAM,
+            device=model.device,
+            backend=self.backend,
+        )
+        for i in range(grid.steps):
+            timesteps = grid.timesteps[i].expand(len(prompts))
+            v, v_uncond = predict(model, network, x_NCHW, timesteps, conditioning, negative)
+            v = guided_velocity(v, v_uncond, guidance)
+            x_NCHW = x_NCHW + (grid.sigmas[i + 1] - grid.sigmas[i]).to(x_NCHW.device) * v.float()
+        return model.decode(x_NCHW)
+
+    def conditioning(
+        self, prompts: Sequence[str], *, copies: int = 1, guidance: float | None = None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Rows of the prompts, each repeated `copies` times, and as many of the negative prompt where guidance != 1."""
+        rows = torch.arange(len(prompts)).repeat_interleave(copies)
+        positive = self._prompts.encode(prompts).rows(rows)
+        if (self._sampling.guidance_scale if guidance is None else guidance) == 1.0:
+            return positive, None
+        return positive, self._prompts.encode([self._negative_prompt]).rows(torch.zeros_like(rows))
+
+
+def _check_finite(latents: Tensor, velocities: Tensor, pair_ids: Sequence[int]) -> None:
+    if torch.isfinite(latents).all():
+        return
+    bad = ~torch.isfinite(velocities.flatten(3)).all(-1)
+    where = bad.nonzero()
+    if len(where) == 0:
+        raise NumericsError("a latent overflowed though every velocity was finite; check sampling.churn")
+    pair, branch, step = where[where[:, 2].argmin()].tolist()
+    raise NumericsError(f"velocity is not finite first at pair {pair_ids[pair]}, branch {branch}, step {step}")

@@ -1,0 +1,292 @@
+"""Checkpoints that survive a kill at any instant, a full disk and a flipped bit.
+
+A checkpoint is a folder: safetensors files, `state.json`, and `manifest.json` with the size and SHA-256 of each. It is
+written under a temporary name, synced, and renamed: under its final name it is whole. Nothing here is collective: rank
+0 saves; on a shared storage every rank may load, and then compares the name (`all_agree_hash`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fdfo_engine.runtime.console import say, warn
+from fdfo_engine.runtime.durable import (
+    plain_json,
+    require_room,
+    sha256_of,
+    storage_error,
+    sync_file,
+    sync_folder,
+    write_synced,
+)
+from fdfo_engine.runtime.environment import package_version
+from fdfo_engine.runtime.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_TEMPORARY = ".tmp-"
+_REPLACED = ".replaced-"
+_REMOVED = ".removed-"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_HEADER_BYTES = 1 << 20  # room for safetensors headers, state and manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, in memory.
+
+    Attributes:
+        name: its folder's name.
+        tensors: file stem -> tensor name -> tensor, on the CPU.
+        state: the JSON given to `save`.
+        folder: where it lies.
+    """
+
+    name: str
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    folder: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run, newest last by name: names must sort by age (`epoch_000010`).
+
+    One process at a time may save (the run folder's lock sees to it); any number may read meanwhile.
+    """
+
+    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+        """`folder` is created by the first save; `keep` >= 2 newest checkpoints are kept."""
+        if keep < 2:
+            raise ValueError(f"keep = {keep}: takes 2 or more, or a damaged newest checkpoint would be the only one")
+        self.folder = Path(folder)
+        self.keep = keep
+        self._tidied = False
+
+    def names(self) -> list[str]:
+        """Committed checkpoints, oldest first; not verified."""
+        return sorted(self._committed())
+
+    def save(self, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Commits a checkpoint and then drops the oldest beyond `keep`. When this returns, it is on disk.
+
+        Args:
+            name: sorts after the existing ones; later ones (of a run resumed from before them) are dropped. An
+                existing one of the same name is replaced.
+            tensors: file stem -> tensors by name; any device, any strides, no two sharing memory.
+            state: JSON; non-finite numbers become null.
+
+        Raises:
+            CheckpointError: no room, or the storage refuses; earlier checkpoints are untouched.
+        """
+        _require_plain_names([name, *tensors])
+        self._tidy()
+        temporary = self.folder / f"{_TEMPORARY}{name}-{os.getpid()}"
+        final = self.folder / name
+        try:
+            require_room(self.folder, _size(tensors))
+            temporary.mkdir()
+            _write_contents(temporary, tensors, state)
+            self._commit(temporary, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise storage_error(self.folder, error) from error
+        self._drop_old(name)
+        return final
+
+    def load(self, name: str | None = None, *, strict: bool = False) -> Checkpoint | None:
+        """Verifies and reads a checkpoint: `name`, or else the newest; None if none was ever committed.
+
+        A damaged newest one is reported in a printed line, and the one before it is taken.
+
+        Args:
+            name: take this one or fail.
+            strict: a damaged newest checkpoint is an error.
+
+        Raises:
+            CheckpointError: `name` does not exist; every candidate is damaged (lists them); any is, under `strict`
+                or `name`; or the newest was written by a later schema, whose version it names.
+        """
+        committed = self._committed()
+        if name is not None and name not in committed:
+            raise CheckpointError(f"{self.folder}: no checkpoint {name!r}; found: {_listing(self.names())}")
+        reasons = []
+        for candidate in [name] if name is not None else sorted(committed, reverse=True):
+            try:
+                tensors, state = _read_verified(committed[candidate])
+            except _DamagedError as damage:
+                reasons.append(f"{candidate}: {damage}")
+                if strict or name is not None:
+                    break
+                warn(f"checkpoint {candidate} is damaged and left out: {damage}")
+                continue
+            if reasons:
+                say(f"resuming from checkpoint {candidate}, the newest that is whole")
+            return Checkpoint(candidate, tensors, state, committed[candidate])
+        if not reasons:
+            return None
+        raise CheckpointError("\n  ".join([f"{self.folder}: no usable checkpoint", *reasons]))
+
+    def _committed(self) -> dict[str, Path]:
+        """Name -> folder. One set aside by a killed replacement counts until its successor is there."""
+        if not self.folder.is_dir():
+            return {}
+        folders = [path for path in self.folder.iterdir() if path.is_dir()]
+        found = {p.name.removeprefix(_REPLACED): p for p in folders if p.name.startswith(_REPLACED)}
+        return found | {p.name: p for p in folders if _NAME.fullmatch(p.name)}
+
+    def _tidy(self) -> None:
+        """Before the first save: removes what a killed writer left, and finishes its replacements."""
+        self._make_folder()
+        if self._tidied:
+            return
+        for path in self.folder.iterdir():
+            if path.name.startswith((_TEMPORARY, _REMOVED)):
+                _remove(path)
+            elif path.name.startswith(_REPLACED):
+                final = self.folder / path.name.removeprefix(_REPLACED)
+                _remove(path) if final.exists() else path.rename(final)
+        self._tidied = True
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
+
+    def _commit(self, temporary: Path, final: Path) -> None:
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        sync_folder(self.folder)
+        if replaced.exists():
+            _remove(replaced)
+
+    def _drop_old(self, newest: str) -> None:
+        names = self.names()
+        for name in (n for n in names if n > newest):
+            say(f"checkpoint {name} removed: the run went on from before it")
+            self._drop(name)
+        for name in [n for n in names if n <= newest][: -self.keep]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        """Out of sight by one rename first: a kill during the deletion must not leave half a checkpoint."""
+        hidden = self.folder / f"{_REMOVED}{name}"
+        try:
+            _remove(hidden)
+            (self.folder / name).rename(hidden)
+        except OSError as error:
+            warn(f"checkpoint {name} could not be removed: {error.strerror}")
+            return
+        _remove(hidden)
+
+
+class _DamagedError(Exception):
+    """Why a committed checkpoint cannot be used."""
+
+
+def _write_contents(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    for stem, group in tensors.items():
+        path = folder / f"{stem}.safetensors"
+        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
+        sync_file(path)
+    write_synced(folder / _STATE, json.dumps(plain_json(state), indent=1).encode())
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fdfo_engine": package_version("fdfo-engine") or "unknown",
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())},
+    }
+    write_synced(folder / _MANIFEST, _manifest_bytes(manifest))
+    sync_folder(folder)
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """The one text of `manifest`, with its own SHA-256: who encodes what he read again notices any flipped bit."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "manifest_sha256": digest}, indent=1, sort_keys=True).encode()
+
+
+def _read_verified(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    try:
+        files = _read_manifest(folder)
+        for name, (size, digest) in files.items():
+            _verify_file(folder / name, size, digest)
+        tensors = {Path(name).stem: load_file(folder / name) for name in files if name.endswith(".safetensors")}
+        return tensors, json.loads((folder / _STATE).read_bytes())
+    except OSError as error:
+        raise _DamagedError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise _DamagedError(f"{path} is missing")
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+        del manifest["manifest_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(f"{path} ({len(data)} bytes) is not a manifest") from error
+    if _manifest_bytes(manifest) != data:
+        raise _DamagedError(f"{path} is not as it was written")
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        _refuse_newer(folder, manifest)
+    if not all(_NAME.fullmatch(name) for name in manifest["files"]):
+        raise _DamagedError(f"{path} names files outside its folder")
+    return {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+
+
+def _refuse_newer(folder: Path, manifest: Mapping[str, Any]) -> None:
+    raise CheckpointError(
+        f"{folder} has checkpoint schema {manifest['schema_version']}, this fdfo_engine reads up to {SCHEMA_VERSION}: "
+        f"install fdfo-engine {manifest.get('fdfo_engine')} or later, or name an older checkpoint"
+    )
+
+
+def _verify_file(path: Path, size: int, digest: str) -> None:
+    if not path.is_file():
+        raise _DamagedError(f"{path} is missing")
+    actual = path.stat().st_size
+    if actual != size:
+        raise _DamagedError(f"{path} has {actual} bytes, was written with {size}")
+    found = sha256_of(path)
+    if found != digest:
+        raise _DamagedError(f"{path} has SHA-256 {found}, was written with {digest}")
+
+
+def _require_plain_names(names: list[str]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"checkpoint or file name {name!r}: takes letters, digits, '_', '-' and '.'")
+
+
+def _size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return _HEADER_BYTES + sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+
+
+def _remove(path: Path) -> None:
+    def note(_function: Callable[..., Any], where: str, reason: Any) -> None:
+        warn(f"{where} could not be removed: {reason[1]}")
+
+    if path.exists():
+        shutil.rmtree(path, onerror=note)
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,260 @@
+"""Ranks: joining them, and the few collectives the engine needs. No pickle: only tensors travel.
+
+Every collective is a plain local operation in a single process, with or without a process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from fdfo_engine.runtime.console import visible
+from fdfo_engine.runtime.errors import DistributedError, UsageError
+
+MAX_DIFF_BYTES = 1 << 20
+MAX_DIFF_LINES = 8
+
+
+def setup_distributed(
+    device: torch.device | str, *, timeout_s: float = 600.0, join_timeout_s: float = 300.0
+) -> torch.device:
+    """Joins the process group and returns this rank's device (`cuda` becomes `cuda:LOCAL_RANK`).
+
+    Without a launcher it sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT for a single process.
+    The group is NCCL on CUDA and gloo elsewhere; DeepSpeed reuses it. A second call changes nothing.
+
+    Args:
+        device: where the tensors of this rank live.
+        timeout_s: how long a collective waits for the slowest rank.
+        join_timeout_s: how long to wait for all ranks to appear.
+
+    Raises:
+        DistributedError: the address cannot be reached or bound, or ranks are missing; names both.
+    """
+    _default_environment()
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join("nccl" if device.type == "cuda" else "gloo", timeout_s, join_timeout_s)
+    return device
+
+
+def close_distributed() -> None:
+    """Leaves the process group, if there is one.
+
+    Call it before exiting, above all after a `DistributedError`: gloo's threads, left alone once a rank was lost, abort
+    the process about every third time, and its exit status with it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank; the launcher's word before the group exists, 0 without a launcher."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; the launcher's word before the group exists, 1 without a launcher."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that prints and writes."""
+    return rank() == 0
+
+
+def barrier(what: str = "barrier") -> None:
+    """Waits for all ranks; collective.
+
+    Raises:
+        DistributedError: a rank is gone.
+    """
+    any_rank(False, what)
+
+
+def any_rank(flag: bool, what: str = "a flag") -> bool:
+    """Whether `flag` is true on any rank; collective. Ranks agree on skipping and stopping through this."""
+    return max_over_ranks(int(flag), what) > 0
+
+
+def max_over_ranks(value: int, what: str = "a maximum") -> int:
+    """Largest `value` over the ranks; collective."""
+    if _alone():
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=_group_device())
+    with _readable_failure(what):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over the ranks, as a new tensor on the same device and of the same dtype; collective."""
+    if _alone():
+        return tensor.clone()
+    total = tensor.detach().to(_group_device(), copy=True)
+    with _readable_failure("a sum"):
+        dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """The ranks' rows one after another, in rank order, on every rank; collective.
+
+    `tensor` is `[rows, *shape]`; rows may differ between ranks and may be 0, shape and dtype may not.
+    """
+    if _alone():
+        return tensor
+    padded, rows = _padded(tensor)
+    return _unpadded(_all_gather(padded), rows, tensor.device)
+
+
+def gather_rows(tensor: Tensor) -> Tensor | None:
+    """As `all_gather_rows`, on rank 0 only; None on the others. Collective."""
+    if _alone():
+        return tensor
+    padded, rows = _padded(tensor)
+    pieces = [torch.zeros_like(padded) for _ in rows] if is_main() else None
+    with _readable_failure("a gather"):
+        dist.gather(padded, pieces)
+    return None if pieces is None else _unpadded(pieces, rows, tensor.device)
+
+
+def all_agree_hash(text: str, what: str) -> None:
+    """Compares `text` over the ranks by its SHA-256; collective, and meant to be the first collective of a run.
+
+    Args:
+        text: the resolved config, the prompts, a checkpoint's name, ...
+        what: its name in the message.
+
+    Raises:
+        UsageError: on every rank, naming the ranks that differ from rank 0 and the first lines that do.
+    """
+    if _alone():
+        return
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digests = _all_gather(digest.to(_group_device()))
+    differing = [r for r, other in enumerate(digests) if not torch.equal(other, digests[0])]
+    if differing:
+        texts = _texts_of_ranks(text)
+        lines = _differing_lines(texts[0], texts[differing[0]])
+        head = f"{what} differs between ranks: rank {', '.join(map(str, differing))} is not as rank 0"
+        raise UsageError("\n".join([head, *lines]))
+
+
+def _default_environment() -> None:
+    """Plain `python train.py`: DeepSpeed would otherwise ask mpi4py."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def _join(backend: str, timeout_s: float, join_timeout_s: float) -> None:
+    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # torchrun's agent already serves the store.
+    serves = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        tcp = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, serves,
+            timeout=timedelta(seconds=join_timeout_s), wait_for_workers=False,
+        )  # fmt: skip
+        store = PrefixStore(f"fdfo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        _wait_for_ranks(store, own, ranks, address, join_timeout_s)
+        dist.init_process_group(
+            backend, store=store, rank=own, world_size=ranks, timeout=timedelta(seconds=timeout_s)
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        verb = "serve" if serves else "reach"
+        raise DistributedError(f"rank {own} cannot {verb} {address}: {_first_line(error)}") from error
+
+
+def _wait_for_ranks(store: Store, own: int, ranks: int, address: str, timeout_s: float) -> None:
+    """Unlike the store's own waiting, knows which ranks are missing."""
+    store.set(f"here/{own}", "1")
+    deadline = time.monotonic() + timeout_s
+    missing = list(range(ranks))
+    while missing := [r for r in missing if not store.check([f"here/{r}"])]:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, missing))
+            raise DistributedError(f"{address}: rank {names} did not appear in {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
+def _alone() -> bool:
+    if not dist.is_initialized():
+        assert world_size() == 1, "setup_distributed comes before the first collective"
+        return True
+    return world_size() == 1
+
+
+def _group_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    pieces = [torch.zeros_like(tensor) for _ in range(world_size())]
+    with _readable_failure("a gather"):
+        dist.all_gather(pieces, tensor)
+    return pieces
+
+
+def _padded(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """This rank's rows, padded to the longest rank's number, and every rank's number."""
+    rows = [int(count) for count in _all_gather(torch.tensor([tensor.shape[0]], device=_group_device()))]
+    padded = tensor.new_zeros((max(rows), *tensor.shape[1:]), device=_group_device())
+    padded[: tensor.shape[0]] = tensor.detach()
+    return padded, rows
+
+
+def _unpadded(pieces: list[Tensor], rows: list[int], device: torch.device) -> Tensor:
+    return torch.cat([piece[:count] for piece, count in zip(pieces, rows, strict=True)]).to(device)
+
+
+def _texts_of_ranks(text: str) -> list[str]:
+    payload = text.encode()[:MAX_DIFF_BYTES]
+    padded = torch.zeros(MAX_DIFF_BYTES, dtype=torch.uint8, device=_group_device())
+    padded[: len(payload)] = torch.tensor(list(payload), dtype=torch.uint8)
+    texts = [bytes(piece.cpu().tolist()).rstrip(b"\0") for piece in _all_gather(padded)]
+    return [t.decode(errors="replace") for t in texts]
+
+
+def _differing_lines(ours: str, theirs: str) -> list[str]:
+    left, right = ours.splitlines(), theirs.splitlines()
+    length = max(len(left), len(right))
+    rows = zip(left + [""] * (length - len(left)), right + [""] * (length - len(right)), strict=True)
+    lines = [f"  line {n}: {visible(a)!s} | {visible(b)!s}" for n, (a, b) in enumerate(rows, 1) if a != b]
+    more = [f"  ... and {len(lines) - MAX_DIFF_LINES} more lines"] if len(lines) > MAX_DIFF_LINES else []
+    return lines[:MAX_DIFF_LINES] + more
+
+
+@contextmanager
+def _readable_failure(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(f"rank {rank()} lost the other ranks in {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Without the source location in front and the advice behind that gloo adds."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).split(". This is typically")[0]

@@ -1,0 +1,124 @@
+"""Files that survive a crash: written whole and synced, or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdfo_engine.runtime.errors import CheckpointError
+
+_CHUNK_BYTES = 1 << 22
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names created, renamed or removed in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network filesystems cannot sync a folder, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Makes the contents of `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, in place, and syncs it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data` atomically: a reader, or a restart after a crash, sees the old or the new file whole.
+
+    Raises:
+        CheckpointError: the storage refuses; `path` is as it was.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        write_synced(temporary, data)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends `record` to a JSONL file as one whole, synced line; non-finite numbers become null.
+
+    Raises:
+        CheckpointError: the storage refuses; the file ends where it ended.
+    """
+    line = (json.dumps(plain_json(record), allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "short write", str(path))
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.ftruncate(file.fileno(), size)
+            raise storage_error(path, error) from error
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with NaN and infinities as None, and mapping keys as text, so that every JSON reader takes it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Checks that the storage of `folder` has `num_bytes` left.
+
+    Raises:
+        CheckpointError: it has less; says how much of both.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise CheckpointError(f"no space left on {folder}: need {_megabytes(num_bytes)}, {_megabytes(free)} free")
+
+
+def storage_error(path: Path, error: BaseException) -> CheckpointError:
+    """The error to raise when the storage refused `path`: a full disk says so, anything else gives its reason."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+    if full:
+        folder = path if path.is_dir() else path.parent
+        return CheckpointError(f"no space left on {folder}: {_megabytes(shutil.disk_usage(folder).free)} free")
+    return CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{math.ceil(num_bytes / 1e5) / 10:g} MB"

@@ -1,0 +1,67 @@
+"""PNG files of images and of labelled grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fdfo_engine.runtime.console import visible
+
+_LABEL_HEIGHT = 16
+_GAP = 4
+_MAX_CELL = 320
+_BACKGROUND = (24, 24, 27)
+_INK = (228, 228, 231)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A float image `[3, H, W]` in 0..1 as an 8-bit RGB picture; values outside are clamped, NaN becomes black."""
+    pixels = image.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+
+
+def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
+    """Images `[N, 3, H, W]` in rows of `columns`, each over its caption, which is cut to its width."""
+    pictures = [_fit(to_picture(image)) for image in images]
+    width, height = max(64, pictures[0].width), pictures[0].height
+    rows = -(-len(pictures) // columns)
+    cell_height = height + _LABEL_HEIGHT + _GAP
+    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * cell_height + _GAP), _BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = _GAP + n % columns * (width + _GAP), _GAP + n // columns * cell_height
+        sheet.paste(picture, (x, y))
+        pen.text((x, y + height + 2), _cut(visible(caption), width), fill=_INK, font=_font())
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes `picture` to `path`, with its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG")
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    """Large images are scaled down to the cell, tiny ones up by whole factors so that they can be seen."""
+    side = max(picture.size)
+    if side > _MAX_CELL:
+        picture.thumbnail((_MAX_CELL, _MAX_CELL))
+    elif side < 64:
+        factor = -(-64 // side)
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(10)
+
+
+def _cut(text: str, width: int) -> str:
+    font, text = _font(), text[: width // 2]
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,206 @@
+"""A run's folder: settings, lock, status, and logs that end where the checkpoint does. For rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from fdfo_engine.runtime.console import say, warn
+from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
+from fdfo_engine.runtime.environment import describe_environment
+from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.run_lock import RunLock
+from fdfo_engine.runtime.run_status import RunStatus
+
+CONFIG_NAME = "config.yaml"
+METRICS_NAME = "metrics.jsonl"
+EVALUATIONS_NAME = "evaluations.jsonl"
+ENVIRONMENT_NAME = "environment.json"
+CHECKPOINTS_NAME = "checkpoints"
+_TRACES = (METRICS_NAME, CHECKPOINTS_NAME)
+
+
+class RunFolder:
+    """An opened and locked run folder; close it, or use it as a context manager.
+
+    Attributes:
+        path: the folder. checkpoints: the folder of its checkpoints.
+        is_new: whether `open` wrote its `config.yaml`.
+        status: what frontends read, `status.json`.
+    """
+
+    def __init__(self, path: Path, lock: RunLock, *, is_new: bool) -> None:
+        self.path = path
+        self.is_new = is_new
+        self.checkpoints = path / CHECKPOINTS_NAME
+        self.status = RunStatus(path)
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path | str, config_text: str, *, may_change: Iterable[str] = ()) -> RunFolder:
+        """Makes the folder, or opens the one of the same run; locks it and probes its storage.
+
+        Args:
+            path: `run.dir`.
+            config_text: the resolved settings as YAML, written to `config.yaml`; the machine goes to
+                `environment.json`.
+            may_change: dotted keys (`run.epochs`), or whole sections (`log`), that an existing run may be given anew;
+                `config.yaml` is then replaced.
+
+        Raises:
+            UsageError: another process has the folder (names it), it was made with other settings (names the keys),
+                or it holds a run without settings. Nothing in it was changed.
+            CheckpointError: the storage cannot be written.
+        """
+        path = Path(path)
+        _make(path)
+        lock = RunLock(path)
+        lock.take()
+        try:
+            probe_storage(path)
+            is_new = _write_config(path, config_text, tuple(may_change))
+            replace_file(path / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=1).encode())
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, is_new=is_new)
+
+    def truncate_logs(self, epoch: int) -> None:
+        """Drops records after `epoch`, and a half-written last line, from the metrics and the evaluations."""
+        for name in (METRICS_NAME, EVALUATIONS_NAME):
+            truncate_log(self.path / name, epoch)
+
+    def require_room(self, num_bytes: int) -> None:
+        """Checks that the storage has `num_bytes` left, for example for three checkpoints.
+
+        Raises:
+            CheckpointError: it has less; says how much of both.
+        """
+        require_room(self.path, num_bytes)
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stored_config(path: Path | str) -> str | None:
+    """The resolved settings of the run in `path` as YAML text, or None if there is no run."""
+    file = Path(path) / CONFIG_NAME
+    return file.read_text() if file.is_file() else None
+
+
+def differing_settings(stored: str, given: str) -> dict[str, str]:
+    """Dotted keys whose values differ between two settings texts, each with both values as text."""
+    old, new = _leaves(yaml.safe_load(stored)), _leaves(yaml.safe_load(given))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key, ...) != new.get(key, ...))
+    return {key: f"{_shown(old, key)} there, {_shown(new, key)} given" for key in keys}
+
+
+def probe_storage(folder: Path) -> None:
+    """Writes, syncs and deletes a small file in `folder`.
+
+    Raises:
+        CheckpointError: any of the three fails.
+    """
+    probe = folder / ".probe"
+    try:
+        write_synced(probe, b"fdfo" * 1024)
+        probe.unlink()
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def truncate_log(path: Path, epoch: int) -> None:
+    """Keeps the whole JSON lines of `path` whose `epoch` is at most `epoch`; replaces the file atomically.
+
+    A line that is not JSON or has no epoch is dropped with a warning; a missing file is left missing.
+    """
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    kept = b"".join(line for line in data.splitlines(keepends=True) if _belongs(line, epoch, path))
+    if kept != data:
+        replace_file(path, kept)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a log, oldest first; of a run still going, or killed, the half-written last one is not.
+
+    A missing file has none.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [record for line in lines if line.endswith(b"\n") and (record := _parsed(line)) is not None]
+
+
+def _belongs(line: bytes, epoch: int, path: Path) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    record = _parsed(line)
+    if record is None or not isinstance(record.get("epoch"), int):
+        warn(f"{path}: dropped a damaged line of {len(line)} bytes")
+        return False
+    return bool(record["epoch"] <= epoch)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(f"run.dir = {path}: is a file") from error
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _write_config(path: Path, given: str, may_change: tuple[str, ...]) -> bool:
+    stored = stored_config(path)
+    if stored is None:
+        if traces := [name for name in _TRACES if (path / name).exists()]:
+            raise UsageError(f"run.dir = {path}: holds {', '.join(traces)} but no {CONFIG_NAME}; choose another folder")
+        replace_file(path / CONFIG_NAME, given.encode())
+        return True
+    changes = differing_settings(stored, given)
+    if refused := {k: v for k, v in changes.items() if not _is_under(k, may_change)}:
+        lines = [f"  {key}: {change}" for key, change in refused.items()]
+        raise UsageError("\n".join([f"run.dir = {path}: made with other settings; choose another folder", *lines]))
+    if changes:
+        say("settings changed for the rest of the run: " + "; ".join(f"{k}: {v}" for k, v in changes.items()))
+        replace_file(path / CONFIG_NAME, given.encode())
+    return False
+
+
+def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def _shown(leaves: dict[str, Any], key: str) -> str:
+    return json.dumps(leaves[key], default=str) if key in leaves else "absent"

@@ -1,0 +1,130 @@
+"""Draws a caption: float32 pictures with anti-aliased shapes, made from nothing but a random generator."""
+
+import colorsys
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fdfo_engine.shapes.scene import COLOURS, Facts, parse
+
+Image = npt.NDArray[np.float32]
+
+SIZE = 64
+HUES: dict[str, float] = {colour: index / len(COLOURS) for index, colour in enumerate(COLOURS)}
+"""Hue of each colour in turns: sixths of the circle, red at 0."""
+
+_HUE_JITTER = 0.018
+_MARGIN = 2.0
+_GAP = 3.5
+_RELATION_SHARE = 0.3
+_SIDEWAYS_SHARE = 0.5
+_RADII = {1: (10.0, 14.0), 2: (9.0, 12.0), 3: (8.5, 10.5)}
+_DIRECTIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One object of a picture: centre and radius in pixels, y downward."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+def render(caption: str, rng: np.random.Generator) -> Image:
+    """Returns a picture of the caption, float32 [3, 64, 64] in 0..1, RGB. Raises ValueError as `parse` does."""
+    return draw(place(parse(caption), rng), rng)
+
+
+def place(facts: Facts, rng: np.random.Generator) -> list[Placed]:
+    """Finds places without overlap that satisfy the relation with room to spare."""
+    while True:  # a random layout fails about half of the time, so this ends soon
+        layout = [_random_place(colour, shape, len(facts.objects), rng) for colour, shape in facts.objects]
+        if _apart(layout) and _related(layout, facts.relation):
+            return layout
+
+
+def _random_place(colour: str, shape: str, count: int, rng: np.random.Generator) -> Placed:
+    radius = float(rng.uniform(*_RADII[count]))
+    x, y = rng.uniform(radius + _MARGIN, SIZE - radius - _MARGIN, 2)
+    return Placed(colour, shape, float(x), float(y), radius)
+
+
+def _apart(layout: list[Placed]) -> bool:
+    return all(
+        math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + _GAP for i, a in enumerate(layout) for b in layout[:i]
+    )
+
+
+def _related(layout: list[Placed], relation: str | None) -> bool:
+    if relation is None:
+        return True
+    (dx, dy), first, second = _DIRECTIONS[relation], *layout
+    along = (second.x - first.x) * dx + (second.y - first.y) * dy
+    across = abs((second.x - first.x) * dy + (second.y - first.y) * dx)
+    return along > _RELATION_SHARE * SIZE and across < _SIDEWAYS_SHARE * along
+
+
+def draw(layout: list[Placed], rng: np.random.Generator) -> Image:
+    """Paints the objects over a random background."""
+    image = _background(rng)
+    for item in layout:
+        cover = _coverage(item, float(rng.uniform(0, 2 * math.pi)))
+        image += cover * (_paint(item.colour, rng)[:, None, None] - image)
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def _paint(colour: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    hue = HUES[colour] + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
+    return np.array(colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.85, 1.0), rng.uniform(0.82, 1.0)))
+
+
+def _background(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """A near-grey tint with a gradient and a little grain: never as saturated as a shape."""
+    tint = rng.uniform(0.08, 0.92) + rng.uniform(-0.04, 0.04, 3)
+    angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.15)
+    ys, xs = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
+    ramp = slope * (xs * math.cos(angle) + ys * math.sin(angle))
+    grain = rng.normal(0, rng.uniform(0, 0.015), (SIZE, SIZE))
+    return np.asarray(np.clip(tint[:, None, None] + ramp + grain, 0.02, 0.98))
+
+
+def _coverage(item: Placed, turn: float) -> npt.NDArray[np.float64]:
+    """Share of each pixel that the shape covers, from its signed distance: about a pixel of anti-aliasing."""
+    ys, xs = np.mgrid[0:SIZE, 0:SIZE] + 0.5
+    dx, dy = xs - item.x, ys - item.y
+    distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx) + turn
+    return np.asarray(np.clip(0.5 - _OUTSIDE[item.shape](distance, angle, item.radius), 0, 1))
+
+
+def _circle(distance: npt.NDArray[np.float64], angle: npt.NDArray[np.float64], radius: float) -> npt.NDArray[np.float64]:
+    return distance - 0.85 * radius
+
+
+def _polygon(corners: int, inner: float) -> "_Outside":
+    """Signed distance (pixels, negative inside) of a regular star whose inner corners lie at `inner` radii."""
+    half = math.pi / corners
+    edge_x, edge_y = inner * math.cos(half) - 1, inner * math.sin(half)
+    length = math.hypot(edge_x, edge_y)
+
+    def outside(
+        distance: npt.NDArray[np.float64], angle: npt.NDArray[np.float64], radius: float
+    ) -> npt.NDArray[np.float64]:
+        folded = np.abs((angle + half) % (2 * half) - half)
+        x, y = distance * np.cos(folded) - radius, distance * np.sin(folded)
+        return np.asarray((y * -edge_x + x * edge_y) / length)
+
+    return outside
+
+
+_Outside = type(_circle)
+_OUTSIDE = {
+    "circle": _circle,
+    "square": _polygon(4, math.cos(math.pi / 4)),
+    "triangle": _polygon(3, math.cos(math.pi / 3)),
+    "star": _polygon(5, 0.45),
+}

@@ -1,0 +1,87 @@
+"""What a rollout leaves for the update: pairs, their images, and one velocity a step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdfo_engine.ops import replay
+from fdfo_engine.runtime.errors import CheckpointError
+
+_TENSORS = ("images", "velocities", "direction", "gammas", "sigmas", "timesteps")
+
+
+@dataclass
+class Rollout:
+    """Paired trajectories of this rank. Latents between steps are not kept: they are replayed from the velocities.
+
+    Attributes:
+        images: float32 `[P, 2, 3, height, width]` in 0..1.
+        prompts: P texts, one a pair.
+        pair_ids: P global pair indices.
+        velocities: `[P, 2, T, C, H, W]` in the model's dtype: guided, as the steps used them.
+        direction: u of branch 0, float32 `[P, C, H, W]`; branch 1 has its negative.
+        gammas: float64 `[P, T + 1]`, the churn at every grid point.
+        sigmas, timesteps: the grid, float32 `[T + 1]` and `[T]`.
+        seed: of the noise. weights_version: optimiser steps taken when it was sampled.
+        first_pair, num_pairs: the global range of pairs this rollout is a part of.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    pair_ids: list[int]
+    velocities: Tensor
+    direction: Tensor
+    gammas: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    seed: int
+    weights_version: int
+    first_pair: int
+    num_pairs: int
+    used: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Number of solver steps T."""
+        return self.velocities.shape[2]
+
+    @property
+    def local_rows(self) -> Tensor:
+        """Rows of a global `[num_pairs, ...]` tensor that are this rank's, int64 `[P]`."""
+        return torch.tensor(self.pair_ids, dtype=torch.int64) - self.first_pair
+
+    def latents(self, pair: Tensor, branch: Tensor, step: Tensor) -> Tensor:
+        """x at `step` of each item, float32 `[B, C, H, W]`; indices are int64 `[B]`, `pair` a row of this rollout."""
+        return replay(
+            self.velocities, pair_ids=self.pair_ids, pair=pair, branch=branch, step=step,
+            sigmas=self.sigmas, gammas=self.gammas, seed=self.seed,
+        )  # fmt: skip
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the rollout under `folder` as safetensors and JSON: it can be scored and trained on later."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: getattr(self, name).cpu().contiguous() for name in _TENSORS}, folder / "rollout.safetensors")
+        fields = {k: v for k, v in vars(self).items() if k not in _TENSORS}
+        (folder / "rollout.json").write_text(json.dumps(fields, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Rollout:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: `folder` holds no rollout.
+        """
+        folder = Path(folder)
+        if not (folder / "rollout.json").is_file():
+            raise CheckpointError(f"{folder}: no rollout.json; Rollout.save writes one")
+        fields = json.loads((folder / "rollout.json").read_text())
+        with safe_open(folder / "rollout.safetensors", framework="pt", device=str(device)) as file:
+            return cls(**{name: file.get_tensor(name) for name in _TENSORS}, **fields)

@@ -1,0 +1,38 @@
+"""What the rewards of a pair say: which branch is better, and by how much."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """Signed advantages `[P, 2]` (branch 1 is the negative of branch 0) and why some are zero, each pair counted once."""
+
+    values: Tensor
+    lost: Tensor
+    tied: Tensor
+    still: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """Pairs that pull at the weights, bool `[P]`."""
+        return self.values[:, 0] != 0
+
+
+def advantage(rewards: Tensor, direction: Tensor) -> Advantage:
+    """`A_0 = (R_a - R_b) / 2`, `A_1 = -A_0`; 0 for a pair without an opinion, a tie, or equal images.
+
+    Args:
+        rewards: float `[P, 2]`; NaN or infinite in either branch is no opinion on the pair.
+        direction: u of branch 0, `[P, C, H, W]`; all 0 where both branches ended in the same latent.
+    """
+    rewards = rewards.double()
+    half = (rewards[:, 0] - rewards[:, 1]) / 2
+    lost = ~torch.isfinite(rewards).all(1)
+    tied = ~lost & (half == 0)
+    still = ~lost & ~tied & ~direction.flatten(1).any(1).to(rewards.device)
+    silent = lost | tied | still
+    first = torch.where(silent, 0.0, torch.nan_to_num(half)).float()  # NaN rows are exactly the lost ones
+    return Advantage(torch.stack([first, -first], 1), lost, tied, still)

@@ -1,0 +1,268 @@
+"""Training through DeepSpeed ZeRO: the only file that knows DeepSpeed.
+
+The recipe (no `bf16` section, client AdamW, gradients summed and scaled by us, non-finite gradients caught before the
+step) is the one that is exact at every stage; DESIGN.md says which others are silently wrong. Underscored names of
+DeepSpeed are used here only, and `tests/update/test_zero.py` notices when one of them changes its meaning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdfo_engine.config import OptimizerConfig, ZeroConfig
+from fdfo_engine.runtime.distributed import any_rank, rank, world_size
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroTrainer:
+    """Wraps a network for training at a ZeRO stage, and gives its state by parameter name, whole and in float32.
+
+    Every method but `step_count` is collective: all ranks call it, in the same order.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        optimizer: OptimizerConfig,
+        zero: ZeroConfig,
+    ) -> None:
+        deepspeed = _deepspeed()
+        self.stage = zero.stage
+        self._parameters = dict(parameters)
+        adamw = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=optimizer.lr,
+            betas=tuple(optimizer.betas),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self.engine: Any = deepspeed.initialize(
+            model=network, optimizer=adamw, config=deepspeed_config(optimizer, zero), dist_init_required=False
+        )[0]
+        self._allocate_moments()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The network's forward, through DeepSpeed: at stage 3 calling the bare module would be wrong."""
+        output: tuple[Tensor, ...] = self.engine(*args, **kwargs)
+        return output
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of the network."""
+        self.engine.train(mode)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates the gradient of one micro-batch; `last` closes the optimiser step's accumulation.
+
+        `loss` is already divided by the items of the whole optimiser step over all ranks: gradients are summed.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if last and self.stage == 3 and world_size() > 1:
+            self._undo_average()
+
+    def step(self) -> tuple[float, bool]:
+        """Clips and applies the accumulated gradient; returns its norm before clipping, and whether it was applied.
+
+        A gradient that is not finite on any rank is dropped on all: weights and moments keep their bits.
+        """
+        norm = self._gradient_norm()
+        if any_rank(not math.isfinite(norm) or norm < 0):
+            self._drop_gradients()
+            return norm, False
+        self.engine.step()
+        return norm, True
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The accumulated, unclipped gradient by name, float32 on the CPU; between `backward(last=True)` and `step`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p).float().cpu().clone() for name, p in self._parameters.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 master weights by name, on the CPU."""
+        return {name: self._full(p, None) for name, p in self._parameters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step count: `NAME.exp_avg`, `NAME.exp_avg_sq`, `step`; float32 on the CPU."""
+        tensors = {f"{name}.{m}": self._full(p, m) for name, p in self._parameters.items() for m in MOMENTS}
+        return tensors | {"step": torch.tensor(float(self.step_count))}
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Puts back what `weights` and `state` gave, bit for bit at an equal number of ranks."""
+        for name, parameter in self._parameters.items():
+            self._set_full(parameter, weights[name], None)
+            for moment in MOMENTS:
+                self._set_full(parameter, state[f"{name}.{moment}"], moment)
+        for slot in self._inner.state.values():
+            slot["step"].fill_(state["step"].item())
+        self._publish_weights()
+
+    @property
+    def step_count(self) -> int:
+        """Optimiser steps applied so far."""
+        return int(max((slot["step"].item() for slot in self._inner.state.values()), default=0))
+
+    @contextmanager
+    def weights_swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Within this context the network computes with `weights`; its own come back after, bit for bit."""
+        with self._gathered():
+            own = {name: p.detach().clone() for name, p in self._parameters.items()}
+            self._copy(weights)
+        try:
+            yield
+        finally:
+            with self._gathered():
+                self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(self._parameters.values()), modifier_rank=0):
+            yield
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The AdamW that holds the moments, on flat partitions from stage 1 on."""
+        optimizer: torch.optim.Optimizer = self.engine.optimizer
+        return optimizer if self.stage == 0 else optimizer.optimizer  # type: ignore[attr-defined]
+
+    def _masters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            return list(self._parameters.values())
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        masters: list[Tensor] = getattr(optimizer, name)
+        return masters
+
+    def _allocate_moments(self) -> None:
+        # DeepSpeed links moments to parameters only after a first step: saving or restoring before would find none
+        for master in self._masters():
+            self._inner.state[master] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format).detach(),
+                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format).detach(),
+            }
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        if self.stage == 0:
+            value = parameter if moment is None else self._inner.state[parameter][moment]
+        else:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            value = (
+                safe_get_full_fp32_param(parameter)
+                if moment is None
+                else safe_get_full_optimizer_state(parameter, moment)
+            )
+        return value.detach().float().cpu().clone().contiguous()
+
+    def _set_full(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        with torch.no_grad():
+            if self.stage == 0:
+                (parameter if moment is None else self._inner.state[parameter][moment]).copy_(value)
+                return
+            if self.stage == 3:
+                self._set_chunk(parameter, value, moment)
+                return
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            value = value.to(parameter.device)
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _set_chunk(self, parameter: Any, value: Tensor, moment: str | None) -> None:
+        # safe_set_full_* of stage 3 fails where a parameter's size is no multiple of the ranks: pad and cut it here
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+        chunk = padded[rank() * size : (rank() + 1) * size].to(parameter.device)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, chunk)
+        else:
+            safe_set_local_optimizer_state(parameter, chunk, moment)
+
+    def _publish_weights(self) -> None:
+        optimizer = self.engine.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        if self.stage == 3:
+            for i in range(len(self._masters())):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+
+    def _undo_average(self) -> None:
+        # stage 3 refuses gradient_allreduce_op "sum"; scaling after the reduction is exact for any number of ranks
+        for tensors in self.engine.optimizer.averaged_gradients.values():
+            for gradient in tensors:
+                gradient.mul_(world_size())
+
+    def _gradient_norm(self) -> float:
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            norms = [p.grad.float().norm() for p in self._parameters.values() if p.grad is not None]
+            return float(torch.stack(norms).norm())
+        if self.stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            return float(combine_grad_norm_groups(optimizer._get_norm_groups()))
+        return float(optimizer.scaled_global_norm())
+
+    def _drop_gradients(self) -> None:
+        optimizer = self.engine.optimizer
+        optimizer.zero_grad()
+        if self.stage in (1, 2):
+            optimizer.micro_step_id = -1
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        if self.stage == 3:
+            optimizer.averaged_gradients = {}
+
+
+def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings for a run; `zero.deepspeed` adds to them (the config has checked its keys)."""
+    extra = dict(zero.deepspeed)
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches are dealt by the update
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "steps_per_print": 1 << 30,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero.stage} | extra.pop("zero_optimization", {}),
+    }
+    if zero.stage < 3:
+        generated["gradient_allreduce_op"] = "sum"
+    return generated | extra
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, told that its shared-memory CPU collective is not there: it would be compiled (90 s) at each start."""
+    import logging
+
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", None)
+    if isinstance(compatible, dict) and not torch.cuda.is_available():
+        compatible["deepspeed_shm_comm"] = False
+    return deepspeed

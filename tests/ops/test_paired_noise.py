@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from ops.exact import check, prior
+
+from fdfo_engine.ops import SHARED_STREAM, paired_noise, philox_normal
+
+PAIRS, SEED = [3, 2**33 + 1, 0], 2**40 + 9
+GAMMA = torch.tensor([0.25, 0.0, 1.5], dtype=torch.float64)
+
+
+def sample(pairs=PAIRS, shape=(3, 7, 5), gamma=GAMMA, **other):
+    return paired_noise(pairs, shape, **({"seed": SEED, "gamma": gamma, "device": "cpu"} | other))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7, 5), (1025,)], ids=str)
+def test_value(shape, device):
+    exact = [
+        [prior(shape, seed=SEED, pair=p, branch=k, gamma=g) for k in (0, 1)]
+        for p, g in zip(PAIRS, GAMMA.tolist(), strict=True)
+    ]
+    check(sample(shape=shape, device=device), np.array(exact), "x")
+
+
+def test_a_real_latent_is_paired(device):
+    x = sample([5], (16, 64, 64), gamma=0.0, device=device)
+    n = philox_normal((16, 64, 64), seed=SEED, pair_ids=[5], stream=SHARED_STREAM, device=device)
+    assert torch.equal(x[:, 0], n)
+    assert torch.equal(x[:, 1], n)
+
+
+def test_one_number_and_one_a_pair_give_the_same_bits():
+    expected = sample(gamma=0.1)
+    assert torch.equal(sample(gamma=torch.full((3,), 0.1, dtype=torch.float64)), expected)
+    assert torch.equal(sample(gamma=torch.tensor(0.1, dtype=torch.float64)), expected)
+    table = torch.full((3, 2), 0.1, dtype=torch.float64)
+    assert torch.equal(sample(gamma=table[:, 0]), expected)
+
+
+def test_repeats_and_never_depends_on_the_batch():
+    whole = sample()
+    assert torch.equal(sample(), whole)
+    for i, pair in enumerate(PAIRS):
+        assert torch.equal(sample([pair], gamma=GAMMA[i : i + 1])[0], whole[i])
+    assert torch.equal(sample(PAIRS[::-1], gamma=GAMMA.flip(0)), whole.flip(0))
+
+
+@pytest.mark.parametrize("gamma", [0.0025, 0.3, 2.0])
+def test_variance_stays_1_and_branches_share_what_the_formula_says(gamma):
+    x = sample([1], (2**17,), gamma=gamma).double()[0]
+    assert (x.var(1) - 1).abs().max() < 0.02
+    assert ((x[0] * x[1]).mean() - 1 / (1 + gamma) ** 2).abs() < 0.02
+
+
+def test_no_pairs():
+    assert sample([], gamma=0.1).shape == (0, 2, 3, 7, 5)
+    assert sample([], gamma=torch.zeros(0)).shape == (0, 2, 3, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"pairs": [-1, 0, 1]}, "pair_ids is"),
+        ({"shape": ()}, "shape is"),
+        ({"seed": -1}, "seed is"),
+        ({"gamma": -0.1}, "gamma is"),
+        ({"gamma": float("nan")}, "gamma is"),
+        ({"gamma": float("inf")}, "gamma is"),
+        ({"gamma": torch.tensor([0.1, -0.1, 0.1])}, "gamma is"),
+        ({"gamma": torch.zeros(2)}, "gamma is"),
+        ({"gamma": torch.zeros(3, dtype=torch.int64)}, "gamma is torch.int64"),
+        ({"gamma": torch.zeros(3, device="meta")}, "gamma is"),
+        ({"gamma": None}, "gamma is None"),
+        ({"device": "gpu"}, "device is"),
+        ({"backend": "triton"}, "backend is"),
+    ],
+    ids=str,
+)
+def test_refuses(bad, message):
+    with pytest.raises(ValueError, match=f"paired_noise: {message}"):
+        sample(**bad)

@@ -1,0 +1,231 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from fdfo_engine.report import write_report
+from fdfo_engine.report.curves import Series, line_chart, short, smoothed, stacked_chart, ticks
+from fdfo_engine.runtime.environment import describe_environment
+from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.run_folder import RunFolder
+from fdfo_engine.runtime.run_log import RunLog
+
+CONFIG = """
+run: {dir: runs/x, seed: 7, epochs: 12}
+model: {id: tiny/shapes, train: lora, height: 32, width: 48}
+rewards: [{name: strict, weight: 1.0}, {name: color, weight: 0.1}]
+optimizer: {lr: 1.0e-4}
+"""
+NASTY = [
+    "<script>alert('x')</script>", "\x1b[31mred\x00", "{} %s {{ 7 * 7 }}", "../../etc/passwd", "😀" * 5000,
+    '"><img src=https://evil.example/x onerror=alert(1)>', "https://evil.example/a.png", "line\nbreak", "\ud800",
+]  # fmt: skip
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects tags, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self._open == [], self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attrs]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    @property
+    def words(self):
+        return "".join(self.text)
+
+
+def metrics(epoch):
+    return {
+        "epoch": epoch, "pairs": 32, "reward_mean": 0.2 + epoch / 30, "reward_std": 0.3, "reward_strict_mean": 0.1,
+        "reward_<b>_mean": 0.5, "advantage_abs_mean": 0.1, "tied_pairs": 3, "lost_pairs": 1, "zero_direction_pairs": 0,
+        "loss": -0.01, "log_ratio_mean": 1e-4, "log_ratio_floor": 0.0, "clip_fraction": 0.02, "grad_norm": 0.7,
+        "skipped_steps": 0, "optimizer_steps": 4, "kl": float("nan"), "images_per_second": 5.0, "seconds_rollout": 3.0,
+        "seconds_reward": 1.0, "seconds_update": 6.0, "seconds_total": 10.5, "first_pair": 32 * epoch, "lr": 1e-4,
+    }  # fmt: skip
+
+
+def evaluate(log, epoch):
+    for weights, offset in (("raw", 0.0), ("ema", 0.05)):
+        record = {"epoch": epoch, "count": 64, "seed": 0, "weights": weights, "metrics_stderr": {"strict": 0.03}}
+        log.evaluation(record | {"metrics": {"strict": 0.2 + epoch / 20 + offset, "<i>odd</i>": 1.0}})
+    images = torch.rand(len(NASTY), 3, 32, 48)
+    log.evaluation_images(epoch, NASTY, images, {"strict": [0.25] * (len(NASTY) - 1) + [float("nan")]})
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "shapes & more"
+    with RunFolder.open(path, CONFIG) as folder:
+        log = RunLog(path, epochs=12, tensorboard=False)
+        evaluate(log, 0)
+        for epoch in range(1, 13):
+            log.epoch(metrics(epoch))
+            if epoch % 4 == 0:
+                evaluate(log, epoch)
+        log.images("rollout_epoch_000012", torch.rand(4, 3, 32, 48), ["0.1", "0.9", "0.4", "0.4"])
+        folder.status.update("finished", exit_code=0, epoch=12, epochs=12)
+    return path
+
+
+def read(path):
+    return Page(path.read_text())
+
+
+def assert_opens_offline(page):
+    assert "script" not in page.tags
+    assert not {"link", "iframe", "object", "embed", "form", "base"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        assert name not in ("href", "srcset", "action", "xlink:href"), (tag, name)
+        assert name != "src" or value.startswith("data:image/"), value[:80]
+        assert name != "style" or "url(" not in value
+    policy = dict(a[1:] for a in page.attributes if a[0] == "meta" and a[1] == "content")
+    assert any("default-src 'none'" in str(a[2]) for a in page.attributes if a[:2] == ("meta", "content")), policy
+
+
+def test_a_finished_run(run_dir):
+    out = write_report(run_dir)
+    assert out == run_dir / "report.html"
+    page = read(out)
+    assert_opens_offline(page)
+    assert page.tags.count("svg") >= 3 + 2 + 8 + 2
+    for text in ("shapes & more", "finished", "tiny/shapes", "strict x 1.0, color x 0.1", "48 x 32", "Training reward", "Pairs without an opinion", "Held-out evaluation", "Gradient norm", "Seconds an epoch", "seed: 7",
+                 "Same prompt, same seed: epoch 0, 4, 12", describe_environment()["packages"]["torch"]):  # fmt: skip
+        assert text in page.words, text
+    assert "Not on this page" not in page.words
+    assert page.tags.count("img") == 3 * len(NASTY) + 1
+    assert "KL term" not in page.words, "a curve without any finite value is left out"
+
+
+def test_change_between_first_and_last_evaluation(run_dir):
+    words = re.sub(r"\s+", " ", read(write_report(run_dir)).words)
+    assert "strictema0.25 ±0.030.85 ±0.03+0.60 → 12" in words
+
+
+def test_nasty_prompts_are_text(run_dir):
+    text = write_report(run_dir).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in text
+    assert "{{ 7 * 7 }}" in text
+    page = Page(text)
+    assert "<script>alert('x')</script>" in page.words
+    assert "<i>odd</i>" in page.words
+    assert "i" in page.tags, "the legend's own"
+    assert not re.search(r"""(src|href|url)\s*=?\s*["'(]?\s*(https?:)?//""", re.sub(r">[^<]*<", "><", text))
+
+
+def test_an_unfinished_run_says_what_is_missing(tmp_path):
+    with RunFolder.open(tmp_path / "x", CONFIG) as folder:
+        folder.status.update("running")
+        page = read(write_report(tmp_path / "x", tmp_path / "out.html"))
+    assert_opens_offline(page)
+    for text in ("running", "no training curves", "No held-out evaluation", "No evaluation pictures"):
+        assert text in page.words, text
+    assert "svg" not in page.tags
+
+
+def test_a_failed_run_shows_its_message(run_dir):
+    with RunFolder.open(run_dir, CONFIG) as folder:
+        folder.status.update("failed", exit_code=5, message="reward 'x' <gone>\ntry curl")
+    words = read(write_report(run_dir)).words
+    assert "failed" in words
+    assert "exit code 5" in words
+    assert "reward 'x' <gone>\ntry curl" in words
+
+
+def test_damaged_pieces_do_not_stop_it(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 13, "rew')
+    (run_dir / "status.json").write_text("{")
+    (run_dir / "environment.json").write_text("[]")
+    (run_dir / "config.yaml").write_text("a: [")
+    (run_dir / "images" / "evaluation_epoch_000012" / "003.png").write_bytes(b"no picture")
+    (run_dir / "images" / "evaluation_epoch_000004.json").write_text("half")
+    page = read(write_report(run_dir))
+    assert_opens_offline(page)
+    for text in ("unknown", "cannot be read", "1 evaluation pictures", "environment.json", "unreadable"):
+        assert text in page.words, text
+
+
+def test_only_the_run_folder_is_read(run_dir):
+    listing = run_dir / "images" / "evaluation_epoch_000012.json"
+    (run_dir.parent / "secret.png").write_bytes((run_dir / "images" / "rollout_epoch_000012.png").read_bytes())
+    content = json.loads(listing.read_text())
+    content["items"][0]["file"] = "../../secret.png"
+    listing.write_text(json.dumps(content))
+    assert "1 evaluation pictures cannot be read" in read(write_report(run_dir)).words
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(UsageError, match="no run folder"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_pictures_are_scaled_down(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG):
+        log = RunLog(tmp_path, epochs=1, tensorboard=False)
+        log.evaluation_images(0, ["a"], torch.rand(1, 3, 768, 768), {})
+    out = write_report(tmp_path)
+    assert "data:image/jpeg" in out.read_text()
+    assert out.stat().st_size < 150_000
+
+
+def test_a_long_run_stays_small(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG):
+        lines = "".join(json.dumps(metrics(epoch) | {"kl": None}) + "\n" for epoch in range(1, 5001))
+        (tmp_path / "metrics.jsonl").write_text(lines)
+    assert write_report(tmp_path).stat().st_size < 500_000
+
+
+def test_curves_leave_gaps():
+    svg = line_chart([Series("a", [(0, 1.0), (1, math.nan), (2, 3.0), (3, math.inf), (4, 1.0)])], "a")
+    assert svg.count("<polyline") == 3
+    assert "nan" not in svg
+    assert "inf" not in svg
+    assert line_chart([Series("a", [(0, math.nan)])], "a") is None
+    assert stacked_chart(["a"], [], "a") is None
+
+
+@pytest.mark.parametrize(
+    "points", [[(5, 0.0)], [(0, 2.0), (1, 2.0)], [(0, 1e300), (1, -1e300)], [(0, 1e-9), (9, 2e-9)]]
+)
+def test_curves_of_extreme_ranges_stay_on_the_sheet(points):
+    svg = line_chart([Series("a", points)], "a")
+    x_y = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]*)"', svg)[1].split()]
+    assert all(0 <= x <= 560 and 0 <= y <= 220 for x, y in x_y)
+
+
+def test_smoothing_is_a_trailing_mean():
+    points = [(n, float(n)) for n in range(10)] + [(10, math.nan)]
+    assert smoothed(points)[-1] == (9, 7.0)
+    assert smoothed(points)[0] == (0, 0.0)
+
+
+def test_ticks_are_round():
+    assert ticks(0.13, 0.88) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert ticks(0, 12, 8) == [0, 2, 4, 6, 8, 10, 12]
+    assert [short(v) for v in (0, 0.25, 3e-5, 1234567, 12.3456)] == ["0", "0.25", "3e-5", "1.2e6", "12.35"]

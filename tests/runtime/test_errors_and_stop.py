@@ -1,0 +1,133 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdfo_engine.runtime import errors
+from fdfo_engine.runtime.console import visible
+from fdfo_engine.runtime.environment import describe_environment, package_version
+from fdfo_engine.runtime.stop import StopRequest
+from fdfo_engine.runtime.timing import PhaseTimer
+
+ROOT = Path(__file__).resolve().parents[2]
+CODES = {
+    "UsageError": 2, "EnvironmentProblem": 3, "PromptError": 4, "RewardError": 5, "NumericsError": 6,
+    "CheckpointError": 7, "DistributedError": 8, "Stopped": 75,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "code"), CODES.items())
+def test_a_users_error_is_one_block_without_traceback(name, code, capsys, monkeypatch):
+    monkeypatch.delenv("FDFO_DEBUG", raising=False)
+    assert errors.report_and_exit_code(getattr(errors, name)("what\nand where")) == code
+    expected = "stopped" if code == 75 else "error"
+    assert capsys.readouterr().err == f"{expected}: what\nand where\n"
+
+
+def test_a_bug_has_its_traceback(capsys):
+    with pytest.raises(KeyError) as caught:
+        raise KeyError("x")
+    assert errors.report_and_exit_code(caught.value) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "error: KeyError: 'x'\nthis is a bug" in printed
+
+
+def test_debug_shows_every_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("FDFO_DEBUG", "1")
+    errors.report_and_exit_code(errors.RewardError("gone"))
+    assert "RewardError: gone" in capsys.readouterr().err
+
+
+def test_only_rank_0_reports(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert errors.report_and_exit_code(errors.PromptError("x")) == 4
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, "update.micro_batch"),
+        (MemoryError(), 3, "out of memory"),
+        (OSError(28, "No space left on device"), 7, "No space left"),
+        (KeyboardInterrupt(), 75, "interrupted"),
+    ],
+)
+def test_known_foreign_errors(error, code, text):
+    assert errors.exit_code(error) == code
+    assert text in errors.error_message(error)
+
+
+def test_an_error_of_the_config_is_reported_by_its_exit_code(capsys):
+    class ConfigError(Exception):
+        exit_code = 2
+
+    assert errors.report_and_exit_code(ConfigError("configs/x.yaml:3 lrr")) == 2
+    assert capsys.readouterr().err == "error: configs/x.yaml:3 lrr\n"
+
+
+def test_control_characters_are_shown():
+    assert visible("a\x1b[31m\nb\u202e é😀") == "a\\x1b[31m\\nb\\u202e é😀"
+    assert visible("\ud800") == "\\ud800"
+
+
+def test_signals_only_set_a_flag():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.poll()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.poll()
+        assert stop.requested
+        assert stop.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+ORPHAN = """
+import os, sys, time
+from fdfo_engine.runtime.stop import StopRequest
+if os.fork():
+    time.sleep(0.3)
+    os._exit(0)
+stop = StopRequest()
+deadline = time.monotonic() + 20
+while not stop.poll() and time.monotonic() < deadline:
+    time.sleep(0.02)
+open(sys.argv[1], "w").write(str(stop.reason))
+"""
+
+
+def test_death_of_the_parent_is_a_request(tmp_path):
+    note = tmp_path / "note"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", ORPHAN, str(note)], env=environment, check=True)
+    deadline = time.monotonic() + 20
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert note.read_text().startswith("the parent process ")
+
+
+def test_phases_add_up(device):
+    timer = PhaseTimer(device)
+    for _ in range(2):
+        with timer.phase("rollout"):
+            time.sleep(0.01)
+    with pytest.raises(ZeroDivisionError), timer.phase("update"):
+        _ = 1 / 0
+    taken = timer.take()
+    assert list(taken) == ["seconds_rollout", "seconds_update", "seconds_total"]
+    assert 0.02 <= taken["seconds_rollout"] <= taken["seconds_total"]
+    assert list(timer.take()) == ["seconds_total"]
+
+
+def test_environment_names_what_is_installed():
+    found = describe_environment()
+    assert found["packages"]["torch"] == package_version("torch")
+    assert found["cpu"]["cores"] >= 1
+    assert package_version("no-such-distribution-here") is None

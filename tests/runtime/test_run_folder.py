@@ -1,0 +1,197 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.run_folder import (
+    RunFolder,
+    differing_settings,
+    probe_storage,
+    read_log,
+    stored_config,
+    truncate_log,
+)
+from fdfo_engine.runtime.run_status import read_status
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "run: {seed: 0, epochs: 3}\noptimizer: {lr: 1.0e-4, betas: [0.9, 0.999]}\n"
+
+HOLD = """
+import sys
+from fdfo_engine.runtime.run_folder import RunFolder
+folder = RunFolder.open(sys.argv[1], sys.argv[2])
+folder.status.update("running", epoch=1)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), CONFIG],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_open_writes_the_settings_once(tmp_path):
+    path = tmp_path / "runs" / "x"
+    with RunFolder.open(path, CONFIG) as folder:
+        assert folder.is_new
+        assert stored_config(path) == CONFIG
+        assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "environment.json", "run.lock"]
+    with RunFolder.open(path, CONFIG.replace("{seed: 0, epochs: 3}", "{epochs: 3, seed: 0}")) as folder:
+        assert not folder.is_new
+    assert stored_config(path) == CONFIG
+
+
+def test_other_settings_are_refused_by_key(tmp_path):
+    RunFolder.open(tmp_path, CONFIG).close()
+    other = CONFIG.replace("1.0e-4", "3.0e-4").replace("seed: 0", "seed: 7")
+    with pytest.raises(UsageError) as caught:
+        RunFolder.open(tmp_path, other, may_change=["run.epochs"])
+    assert "optimizer.lr: 0.0001 there, 0.0003 given" in str(caught.value)
+    assert "run.seed: 0 there, 7 given" in str(caught.value)
+    assert stored_config(tmp_path) == CONFIG
+    RunFolder.open(tmp_path, CONFIG).close()
+
+
+def test_some_settings_may_change(tmp_path, capsys):
+    RunFolder.open(tmp_path, CONFIG).close()
+    longer = CONFIG.replace("epochs: 3", "epochs: 30")
+    with RunFolder.open(tmp_path, longer, may_change=["run.epochs"]) as folder:
+        assert not folder.is_new
+    assert stored_config(tmp_path) == longer
+    assert "run.epochs: 3 there, 30 given" in capsys.readouterr().out
+    with RunFolder.open(tmp_path, CONFIG, may_change=["run"]):
+        pass
+
+
+def test_differing_settings_tell_absent_from_null():
+    found = differing_settings("a: {b: null, c: 1}", "a: {c: 1, d: 2}")
+    assert found == {"a.b": "null there, absent given", "a.d": "absent there, 2 given"}
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints"])
+def test_a_run_without_settings_is_not_started_over(tmp_path, trace):
+    (tmp_path / trace).mkdir()
+    with pytest.raises(UsageError, match=f"{trace} but no config.yaml"):
+        RunFolder.open(tmp_path, CONFIG)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        RunFolder.open(tmp_path / "x", CONFIG)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        RunFolder.open(tmp_path / "x" / "y", CONFIG)
+
+
+def test_second_run_is_refused_and_a_dead_ones_lock_taken_over(tmp_path, capsys):
+    first = holder(tmp_path)
+    with pytest.raises(UsageError, match=rf"in use by pid {first.pid} on .*, started 20"):
+        RunFolder.open(tmp_path, CONFIG)
+    assert read_status(tmp_path)["state"] == "running"
+    kill(first)
+    assert read_status(tmp_path)["state"] == "died"
+    with RunFolder.open(tmp_path, CONFIG):
+        assert f"its last process, pid {first.pid} on" in capsys.readouterr().out
+    RunFolder.open(tmp_path, CONFIG).close()
+    assert "took over" not in capsys.readouterr().out
+
+
+def test_lock_holds_within_one_process_and_is_released_on_refusal(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG), pytest.raises(UsageError, match=f"pid {os.getpid()}"):
+        RunFolder.open(tmp_path, CONFIG)
+    with pytest.raises(UsageError, match="other settings"):
+        RunFolder.open(tmp_path, "run: {seed: 1}")
+    RunFolder.open(tmp_path, CONFIG).close()
+
+
+def test_lock_of_another_host_is_left_alone(tmp_path):
+    lock = {"pid": 1, "host": "elsewhere.example", "started": "2030-01-01"}
+    (tmp_path / "run.lock").write_text(json.dumps(lock))
+    with pytest.raises(UsageError, match=r"pid 1 on elsewhere.example.*if that run is over, delete .*run\.lock"):
+        RunFolder.open(tmp_path, CONFIG)
+
+
+def test_half_written_lock_is_taken(tmp_path):
+    (tmp_path / "run.lock").write_text('{"pid": 1, "ho')
+    RunFolder.open(tmp_path, CONFIG).close()
+
+
+def test_storage_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write .*: Read-only file system"):
+        probe_storage(tmp_path)
+    with pytest.raises(CheckpointError, match="Read-only"):
+        RunFolder.open(tmp_path / "x", CONFIG)
+
+
+def test_truncation_keeps_whole_lines_up_to_the_checkpoint(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"epoch": 1, "a": "\xc3\xa9"}\n', b'{"epoch": 2}\n', b"{broken\n", b"3\n", b'{"epoch": 3}\n', b'{"epo']
+    path.write_bytes(b"".join(lines))
+    truncate_log(path, 2)
+    assert path.read_bytes() == lines[0] + lines[1]
+    assert capsys.readouterr().err.count("dropped a damaged line") == 2
+    truncate_log(path, 2)
+    truncate_log(tmp_path / "absent.jsonl", 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_half_line_of_a_kept_epoch_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 1}\n{"epoch": 2}')
+    assert [r["epoch"] for r in read_log(path)] == [1]
+    truncate_log(path, 9)
+    assert path.read_bytes() == b'{"epoch": 1}\n'
+    assert read_log(tmp_path / "absent") == []
+
+
+def test_truncate_logs_covers_both(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            (tmp_path / name).write_text('{"epoch": 0}\n{"epoch": 5}\n')
+        folder.truncate_logs(4)
+        assert [read_log(tmp_path / n) for n in ("metrics.jsonl", "evaluations.jsonl")] == [[{"epoch": 0}]] * 2
+
+
+def test_status_is_replaced_whole(tmp_path):
+    assert read_status(tmp_path) is None
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        folder.status.update("running", epoch=2, epochs=9, last_checkpoint="epoch_000002")
+        folder.status.update("failed", exit_code=5, message="reward 'x' is gone")
+        status = read_status(tmp_path)
+    expected = {"state": "failed", "exit_code": 5, "message": "reward 'x' is gone", "epoch": 2, "epochs": 9}
+    assert expected.items() <= status.items()
+    assert status["pid"] == os.getpid()
+    assert not list(tmp_path.glob(".tmp*"))
+    with pytest.raises(AssertionError, match="epok"):
+        folder.status.update(epok=1)
+
+
+def test_heartbeat_is_renewed_when_old(tmp_path, monkeypatch):
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        folder.status.update("running")
+        first = read_status(tmp_path)["heartbeat"]
+        folder.status.beat()
+        assert read_status(tmp_path)["heartbeat"] == first
+        monkeypatch.setattr("fdfo_engine.runtime.run_status.HEARTBEAT_S", 0.0)
+        folder.status.beat()
+        assert read_status(tmp_path)["heartbeat"] > first

@@ -1,0 +1,180 @@
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from fdfo_engine.runtime.durable import append_line
+from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem
+from fdfo_engine.runtime.picture import draw_grid, to_picture
+from fdfo_engine.runtime.run_log import RunLog, SilentLog, duration, open_run_log
+
+NASTY = ["<script>alert(1)</script>", "\x1b[31mred", "{} %s {0}", "../../etc", "😀" * 5000, "line\nbreak", ""]
+
+
+def record(epoch, **changes):
+    values = {
+        "epoch": epoch, "reward_mean": 2.0 + epoch / 10, "reward_std": 0.25, "images_per_second": 5.2,
+        "seconds_rollout": 33.1, "seconds_reward": 4.0, "seconds_update": 60.2, "seconds_total": 100.0,
+        "skipped_steps": 0, "tied_pairs": 3,
+    }  # fmt: skip
+    return values | changes
+
+
+def plain_log(folder, **options):
+    return RunLog(folder, epochs=10, **{"tensorboard": False} | options)
+
+
+def test_epoch_writes_one_whole_line_and_prints_one(tmp_path, capsys):
+    log = plain_log(tmp_path)
+    log.epoch(record(1, kl=float("nan")))
+    log.epoch(record(2))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads(lines[0])["kl"] is None
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == (
+        "epoch  2/10  reward   2.2000 ±0.2500 (+0.1000)     5.20 img/s  rollout 33.1s reward 4.0s update 60.2s  "
+        "skipped 0 tied 3  left 13m 20s"
+    )
+
+
+def test_epoch_without_optional_numbers_still_prints(tmp_path, capsys):
+    plain_log(tmp_path).epoch({"epoch": 1, "reward_mean": None})
+    assert "reward      nan" in capsys.readouterr().out
+
+
+def test_append_after_a_failure_leaves_no_half_line(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    append_line(path, {"epoch": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(CheckpointError, match="no space left on"):
+            append_line(path, {"epoch": 2})
+    append_line(path, {"epoch": 3})
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 3}\n'
+
+
+def test_evaluation(tmp_path, capsys):
+    log = plain_log(tmp_path)
+    metrics = {"epoch": 10, "count": 64, "seed": 0, "weights": "ema", "metrics": {"strict": 0.5}}
+    log.evaluation(metrics | {"metrics_stderr": {"strict": 0.06}})
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text())["metrics"] == {"strict": 0.5}
+    assert capsys.readouterr().out == "evaluation after epoch 10 (64 images, ema): strict 0.5000 ±0.0600\n"
+
+
+def test_grid_takes_any_caption(tmp_path):
+    log = plain_log(tmp_path)
+    log.images("rollout_000001", torch.rand(7, 3, 12, 16), NASTY)
+    with Image.open(tmp_path / "images" / "rollout_000001.png") as sheet:
+        assert sheet.width > 2 * 64
+        assert sheet.height > 4 * 48
+
+
+def test_grid_puts_pairs_side_by_side():
+    images = torch.zeros(4, 3, 64, 64)
+    images[1] = 1.0
+    sheet = draw_grid(images, ["0.1", "0.9", "0.2", "0.3"], columns=2)
+    assert sheet.getpixel((4 + 32, 4 + 32)) == (0, 0, 0)
+    assert sheet.getpixel((4 + 64 + 4 + 32, 4 + 32)) == (255, 255, 255)
+    assert sheet.getpixel((4 + 64 + 4 + 32, 4 + 84 + 32)) == (0, 0, 0)
+
+
+def test_large_images_are_scaled_down():
+    assert max(draw_grid(torch.zeros(1, 3, 1024, 512), ["x"], columns=1).size) < 400
+
+
+def test_picture_of_impossible_values():
+    image = torch.tensor([float("nan"), -1.0, 2.0]).reshape(3, 1, 1)
+    assert to_picture(image).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_evaluation_images_layout(tmp_path):
+    count = 30
+    images = torch.linspace(0, 1, count).reshape(-1, 1, 1, 1).expand(count, 3, 8, 8)
+    prompts = (NASTY * 5)[:count]
+    plain_log(tmp_path).evaluation_images(7, prompts, images, {"strict": [n / 10 for n in range(count)]})
+    listing = json.loads((tmp_path / "images" / "evaluation_epoch_000007.json").read_text())
+    assert listing["epoch"] == 7
+    assert [item["prompt"] for item in listing["items"]] == prompts[:24]
+    assert listing["items"][3]["scores"] == {"strict": 0.3}
+    files = sorted((tmp_path / "images" / "evaluation_epoch_000007").iterdir())
+    assert [f"{f.parent.name}/{f.name}" for f in files] == [item["file"] for item in listing["items"]]
+    with Image.open(files[0]) as picture:
+        assert picture.size == (8, 8)
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = plain_log(tmp_path, tensorboard=True)
+    log.epoch(record(1))
+    log.epoch(record(2))
+    log.close()
+    log = plain_log(tmp_path, tensorboard=True, first_epoch=1)
+    log.epoch(record(2, reward_mean=9.0))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("train/reward_mean")] == [(1, 2.1), (2, 9.0)]
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_absent_tracker_says_what_to_install(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(EnvironmentProblem, match=f"log.{name}: .*pip install"):
+        plain_log(tmp_path, **{name: True})
+
+
+def test_wandb_gets_the_numbers_and_one_identity(tmp_path, monkeypatch):
+    class Wandb:
+        calls, logged = [], []
+
+        @classmethod
+        def init(cls, **options):
+            cls.calls.append(options)
+            return cls
+
+        @classmethod
+        def log(cls, values):
+            cls.logged.append(values)
+
+        finish = staticmethod(lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    for epoch in (1, 2):
+        log = plain_log(tmp_path, wandb=True, settings={"run": {"seed": 0}})
+        log.epoch(record(epoch))
+        log.close()
+    assert Wandb.calls[0] == Wandb.calls[1]
+    assert Wandb.calls[0]["config"] == {"run": {"seed": 0}}
+    assert Wandb.logged[1]["train/reward_mean"] == pytest.approx(2.2)
+
+
+def test_other_ranks_keep_silent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    log = open_run_log(tmp_path, epochs=3)
+    assert type(log) is SilentLog
+    public = [name for name in vars(RunLog) if not name.startswith("_")]
+    assert set(public) <= set(vars(SilentLog)), "the silent log must take every call"
+    log.epoch(record(1))
+    log.evaluation({})
+    log.images("a", torch.zeros(1, 3, 8, 8), ["x"])
+    log.evaluation_images(0, ["x"], torch.zeros(1, 3, 8, 8), {})
+    log.say("quiet")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m 00s"), (725, "12m 05s"), (12_000, "3h 20m"), (187_300, "2d 4h"), (float("nan"), "?")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
