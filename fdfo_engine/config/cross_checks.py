@@ -1,4 +1,4 @@
-"""Settings that are legal alone and impossible together: one table, each entry naming the keys and the one to change."""
+"""Settings that are legal alone and impossible together, each with the keys and the one to change."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def trained_steps(config: Config) -> int:
 
 def _explain_shares(config: Config) -> str:
     trained, shares = trained_steps(config), config.update.optimizer_steps
-    source = "update.train_steps" if config.update.train_steps else "sampling.steps"
     divisors = [d for d in range(1, trained + 1) if trained % d == 0]
+    source = "update.train_steps" if config.update.train_steps else "sampling.steps"
     below, above = [d for d in divisors if d < shares][-1:], [d for d in divisors if d > shares][:1]
     nearest = ", ".join(map(str, below + above))
-    return f"{trained} trained steps ({source}) must be a multiple of update.optimizer_steps = {shares}; nearest: {nearest}"
+    rule = f"{trained} trained steps ({source}) must be a multiple of update.optimizer_steps = {shares}"
+    return f"{rule}; nearest: {nearest}"
 
 
 RULES: tuple[Rule, ...] = (
@@ -47,8 +48,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("update.train_steps", "sampling.steps"),
         lambda c: trained_steps(c) > c.sampling.steps,
-        lambda c: f"{c.update.train_steps} trained steps are more than sampling.steps = {c.sampling.steps}; "
-        "lower update.train_steps, or set it to null to train all",
+        lambda c: (
+            f"{c.update.train_steps} trained steps are more than sampling.steps = {c.sampling.steps}; "
+            "lower update.train_steps, or set it to null to train all"
+        ),
     ),
     Rule(
         ("lora", "model.train"),
@@ -58,26 +61,32 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("zero.stage", "model.train", "model.dtype"),
         lambda c: c.model.train == "full" and c.zero.stage == 0 and c.model.dtype != "float32",
-        lambda c: f"0 keeps no float32 master of weights, and model.train = full with model.dtype = {c.model.dtype} "
-        "needs one; set zero.stage to 1, 2 or 3",
+        lambda c: (
+            f"0 keeps no float32 master of weights, and model.train = full with model.dtype = {c.model.dtype} "
+            "needs one; set zero.stage to 1, 2 or 3"
+        ),
     ),
     Rule(
         ("update.kl_weight", "model.train"),
         lambda c: c.model.train == "full" and c.update.kl_weight > 0,
-        lambda c: "needs a frozen copy of the model with model.train = full, which is not available yet; "
-        "set update.kl_weight to 0, or model.train: lora",
+        lambda c: (
+            "needs a frozen copy of the model with model.train = full, which is not available yet; "
+            "set update.kl_weight to 0, or model.train: lora"
+        ),
     ),
     Rule(
         ("model.max_sequence_length", "model.id"),
         lambda c: c.model.id == "shapes" and c.model.max_sequence_length != 0,
-        lambda c: f"is {c.model.max_sequence_length}, and model.id = shapes was trained without T5 tokens; "
-        "set model.max_sequence_length to 0",
+        lambda c: (
+            f"is {c.model.max_sequence_length}, and model.id = shapes was trained without T5 tokens; "
+            "set model.max_sequence_length to 0"
+        ),
     ),
 )
 
 
-def broken_rules(config: Config, valid_sections: set[str] | None = None) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Keys and explanation of every broken rule; only rules whose sections are all valid, if those are given."""
+def broken_rules(config: Config, valid_sections: set[str] | None = None) -> Iterator[tuple[str, str]]:
+    """First key and explanation of every broken rule; only rules whose sections are all valid, if those are given."""
     for rule in RULES:
         if (valid_sections is None or rule.sections <= valid_sections) and rule.is_broken(config):
-            yield rule.keys, rule.explain(config)
+            yield rule.keys[0], rule.explain(config)

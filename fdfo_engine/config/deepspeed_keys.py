@@ -76,22 +76,24 @@ RESERVED: Mapping[str, str] = {
 """Keys that the engine generates, or that would undo what it generates, and where the setting really is."""
 
 
-def deepspeed_problems(tree: Mapping[str, Any], allowed: Mapping[str, Any] = ALLOWED, prefix: str = "") -> Iterator[str]:
-    """One sentence for every key under `zero.deepspeed` that is reserved, unknown or of a wrong type."""
+def deepspeed_problems(
+    tree: Mapping[str, Any], allowed: Mapping[str, Any] = ALLOWED, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """`(key below zero.deepspeed, sentence)` for every one that is reserved, unknown or of a wrong type."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         kind = allowed.get(key)
         if name in RESERVED:
-            yield f"zero.deepspeed.{name}: set by fdfo; remove it ({RESERVED[name]})"
+            yield name, f"set by fdfo; remove it ({RESERVED[name]})"
         elif kind is None:
-            yield f"zero.deepspeed.{name}: unknown key{_nearest(key, allowed, prefix)}"
+            yield name, f"unknown key{_nearest(key, allowed, prefix)}"
         elif not isinstance(kind, str):
             if isinstance(value, Mapping):
                 yield from deepspeed_problems(value, kind, f"{name}.")
             else:
-                yield f"zero.deepspeed.{name}: takes a mapping of {', '.join(kind)}"
+                yield name, f"takes a mapping of {', '.join(kind)}"
         elif not _is(kind, value):
-            yield f"zero.deepspeed.{name} = {value!r}: takes {kind}"
+            yield name, f"takes {kind}"
 
 
 def _nearest(key: str, allowed: Mapping[str, Any], prefix: str) -> str:

@@ -107,7 +107,8 @@ def _takes(node: dict[str, Any], defs: dict[str, Any]) -> str:
         *first, last = map(_plain, node["enum"])
         return f"{', '.join(first)} or {last}"
     if "oneOf" in node or node.get("properties"):
-        return "a mapping"
+        needed = node.get("required", [])
+        return f"a mapping with {' and '.join(needed)}" if needed else "a mapping"
     if "prefixItems" in node:
         inner = {_takes(item, defs) for item in node["prefixItems"]}
         return f"a list of {len(node['prefixItems'])}, each {' or '.join(sorted(inner))}"
@@ -115,13 +116,15 @@ def _takes(node: dict[str, Any], defs: dict[str, Any]) -> str:
 
 
 def _with_bounds(node: dict[str, Any], defs: dict[str, Any]) -> str:
-    bounds = [text.format(f"{node[name]:g}" if node[name] < 1e6 else node[name]) for name, text in _BOUNDS if name in node]
+    bounds = [
+        text.format(f"{node[name]:g}" if node[name] < 1e6 else node[name]) for name, text in _BOUNDS if name in node
+    ]
     kind = _KINDS[node["type"]]
     if node["type"] == "string" and node.get("minLength"):
-        kind = "text, not empty"
+        kind = "non-empty text"
     if "items" in node:
         item = _takes(node["items"], defs)
-        kind = ("a list, not empty" if node.get("minItems") else "a list") + f", each {item}"
+        kind = ("a non-empty list" if node.get("minItems") else "a list") + f", each {item}"
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 

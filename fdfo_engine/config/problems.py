@@ -12,4 +12,6 @@ class ConfigError(Exception):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         lines = [problem.replace("\n", "\n  ") for problem in self.problems]
-        super().__init__(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems in the settings:", *lines]))
+        super().__init__(
+            lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems in the settings:", *lines])
+        )

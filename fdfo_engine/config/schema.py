@@ -5,12 +5,13 @@ Rules between two keys are in `cross_checks.py`; `batch.py` has the arithmetic w
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from fdfo_engine.config.churn import ChurnConfig, RawChurn
 from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secret_keys
+from fdfo_engine.config.section import Section, frozen_list, refuse
 
 AUTO_MICRO_BATCH = 24
 """Items that `update.micro_batch: auto` stands for."""
@@ -18,30 +19,8 @@ AUTO_MICRO_BATCH = 24
 MAX_SEED = 2**64 - 1
 
 Auto = Literal["auto"]
-
-
-def _frozen_list(value: object) -> object:
-    """YAML has lists, frozen settings have tuples; strict mode would not take one for the other."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _refuse(problems: list[str]) -> None:
-    """Hands our own sentences through pydantic as they are: they are not templates."""
-    if problems:
-        raise PydanticCustomError("fdfo", "{text}", {"text": "; ".join(problems), "problems": problems})
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, strict types, no unknown keys, only finite numbers."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        hide_input_in_errors=True,
-    )
+Name = Annotated[str, Field(min_length=1)]
+NameList = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(frozen_list)]
 
 
 class RunConfig(Section):
@@ -50,10 +29,10 @@ class RunConfig(Section):
     dir: str = Field(min_length=1)
     """Folder of the run: checkpoints, logs, images, status. The same settings and folder resume the run."""
 
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Key of all noise, prompt order and initial adapter weights; 64 bits, unsigned."""
 
-    epochs: int = Field(100, ge=1)
+    epochs: int = Field(default=100, ge=1)
     """Rollouts, each followed by one update, until the run is finished; may be raised later to extend it."""
 
     deterministic: bool = False
@@ -69,16 +48,16 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; null takes the newest."""
 
-    family: str = Field("auto", min_length=1)
+    family: str = Field(default="auto", min_length=1)
     """Which code runs the model: `sd3`, or `module:attribute`; auto reads it from the pipeline."""
 
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Type the model computes in, and of its frozen weights."""
 
-    height: int = Field(512, ge=8, multiple_of=8)
+    height: int = Field(default=512, ge=8, multiple_of=8)
     """Image height, pixels."""
 
-    width: int = Field(512, ge=8, multiple_of=8)
+    width: int = Field(default=512, ge=8, multiple_of=8)
     """Image width, pixels."""
 
     train: Literal["lora", "full"] = "lora"
@@ -93,7 +72,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time in the update."""
 
-    max_sequence_length: int = Field(256, ge=0, le=512)
+    max_sequence_length: int = Field(default=256, ge=0, le=512)
     """Tokens of the T5 encoder; 0 leaves T5 out. `shapes` was trained without and needs 0."""
 
     negative_prompt: str = ""
@@ -108,18 +87,13 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The adapters, with `model.train: lora`."""
 
-    rank: int = Field(32, ge=1)
+    rank: int = Field(default=32, ge=1)
     """Inner width of an adapter."""
 
-    alpha: float = Field(64.0, gt=0)
+    alpha: float = Field(default=64.0, gt=0)
     """Scale of an adapter: its product is multiplied by alpha / rank."""
 
-    targets: (
-        Literal["family"]
-        | Annotated[
-            tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_frozen_list), Field(min_length=1)
-        ]
-    ) = "family"
+    targets: Literal["family"] | NameList = "family"
     """Names of the modules to adapt, matched at their end; family takes all attention projections."""
 
 
@@ -129,80 +103,26 @@ class PromptsConfig(Section):
     source: str = Field(min_length=1)
     """Text file (one prompt a line), .jsonl file, or `shapes`, which generates them."""
 
-    column: str = Field("prompt", min_length=1)
+    column: str = Field(default="prompt", min_length=1)
     """Key of the prompt in each line of a .jsonl file."""
 
     dedup: bool = False
     """Drops repeated prompts; otherwise they count as weights."""
 
-    count: int = Field(2048, ge=1)
+    count: int = Field(default=2048, ge=1)
     """Number of prompts, where the source generates them."""
-
-
-class RawChurn(Section):
-    """The same churn at every grid point but the last."""
-
-    schedule: Literal["raw"] = "raw"
-    """Name of the schedule."""
-
-    weight: float = Field(0.0025, ge=0)
-    """gamma of each grid point; 0 makes the two images of a pair equal."""
-
-
-class PriorChurn(Section):
-    """Churn on the initial noise only."""
-
-    schedule: Literal["prior"]
-    """Name of the schedule."""
-
-    weight: float = Field(gt=0)
-    """Median over pairs of log(1 + gamma) at t = 1."""
-
-    weight_sigma: float = Field(0.0, ge=0)
-    """Standard deviation of the log of the weight over pairs; 0 gives all pairs the same."""
-
-
-class IntervalChurn(Section):
-    """Churn on a stretch of the grid, whose centre is drawn for each pair."""
-
-    schedule: Literal["interval"]
-    """Name of the schedule."""
-
-    weight: float = Field(1.0, ge=0)
-    """Sum over the grid of log(1 + gamma)."""
-
-    mu: float = 1.0
-    """Mean of the centre, in logits of t."""
-
-    sigma: float = Field(1.5, ge=0)
-    """Standard deviation of the centre over pairs, in logits of t."""
-
-    soft_sigma: float = Field(0.25, gt=0)
-    """Width of the stretch, in logits of t."""
-
-
-def _schedule(value: Any) -> str | None:
-    """The tag of a churn section: `raw` where none is given."""
-    found = value.get("schedule", "raw") if isinstance(value, dict) else getattr(value, "schedule", None)
-    return found if isinstance(found, str) else None
-
-
-ChurnConfig = Annotated[
-    Annotated[RawChurn, Tag("raw")] | Annotated[PriorChurn, Tag("prior")] | Annotated[IntervalChurn, Tag("interval")],
-    Discriminator(_schedule),
-]
 
 
 class SamplingConfig(Section):
     """How pairs of images are sampled."""
 
-    pairs_per_epoch: int = Field(432, ge=1)
+    pairs_per_epoch: int = Field(default=432, ge=1)
     """Pairs of images an epoch, over all ranks."""
 
-    steps: int = Field(40, ge=1)
+    steps: int = Field(default=40, ge=1, le=10_000)
     """Solver steps from t = 1 (noise) to t = 0 (image)."""
 
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance; 1 runs the model once a step, anything else twice."""
 
     embedded_guidance: Annotated[float, Field(ge=0)] | None = None
@@ -229,27 +149,27 @@ class RewardConfig(Section):
     @field_validator("name")
     @classmethod
     def _holds_no_password(cls, name: str) -> str:
-        _refuse([SECRET_ADVICE] if is_secret_value(name) else [])
+        refuse([("", SECRET_ADVICE)] if is_secret_value(name) else [])
         return name
 
     @field_validator("weight")
     @classmethod
     def _counts(cls, weight: float) -> float:
-        _refuse(["is 0: such a reward has no effect; remove it from the list"] if weight == 0 else [])
+        refuse([("", "is 0: such a reward has no effect; remove it from the list")] if weight == 0 else [])
         return weight
 
     @model_validator(mode="before")
     @classmethod
     def _holds_no_secret(cls, value: Any) -> Any:
         options = {k: v for k, v in value.items() if k not in ("name", "weight")} if isinstance(value, dict) else {}
-        _refuse([f"{key}: {SECRET_ADVICE}" for key in secret_keys(options)])
+        refuse((key, SECRET_ADVICE) for key in secret_keys(options))
         return value
 
 
 class UpdateConfig(Section):
     """How a rollout becomes optimizer steps."""
 
-    optimizer_steps: int = Field(4, ge=1)
+    optimizer_steps: int = Field(default=4, ge=1)
     """Optimizer steps an epoch; each sees every sample, at its share of the trained steps."""
 
     train_steps: Annotated[int, Field(ge=1)] | None = None
@@ -258,16 +178,16 @@ class UpdateConfig(Section):
     micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     """(sample, step) items in one forward and backward on a rank; auto is 24."""
 
-    clip_range: float = Field(0.03, gt=0)
+    clip_range: float = Field(default=0.03, gt=0)
     """How far a probability ratio may move from 1 before its gradient is held back."""
 
-    kl_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(default=0.0, ge=0)
     """Weight of the squared distance to the velocity of the untrained model; 0 leaves it out."""
 
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay an optimizer step of an average of the trained weights, saved beside them; null keeps none."""
 
-    max_bad_pairs: float = Field(0.05, ge=0, le=1)
+    max_bad_pairs: float = Field(default=0.05, ge=0, le=1)
     """Share of an epoch's pairs that may lose their reward to failures before the run stops."""
 
     @property
@@ -282,26 +202,26 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(3.0e-5, gt=0)
+    lr: float = Field(default=3.0e-5, gt=0)
     """Learning rate, constant over the run."""
 
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_frozen_list)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(frozen_list)] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
 
-    eps: float = Field(1.0e-8, gt=0)
+    eps: float = Field(default=1.0e-8, gt=0)
     """Added to the root of the averaged square."""
 
-    weight_decay: float = Field(1.0e-4, ge=0)
+    weight_decay: float = Field(default=1.0e-4, ge=0)
     """Decoupled weight decay, a step, in units of the learning rate."""
 
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Norm of the whole gradient above which it is scaled down."""
 
 
 class ZeroConfig(Section):
     """How training state is split over ranks (DeepSpeed ZeRO)."""
 
-    stage: int = Field(1, ge=0, le=3)
+    stage: int = Field(default=1, ge=0, le=3)
     """0 splits nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
 
     offload_optimizer: bool = False
@@ -310,51 +230,51 @@ class ZeroConfig(Section):
     offload_parameters: bool = False
     """Keeps weights in host memory at stage 3; not available yet."""
 
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] = Field(default={})
     """Further DeepSpeed keys on speed, memory and profiling; checked."""
 
     @field_validator("offload_optimizer", "offload_parameters")
     @classmethod
     def _not_yet(cls, value: bool) -> bool:
-        _refuse(["offloading to host memory is not available yet; set it to false"] if value else [])
+        refuse([("", "offloading to host memory is not available yet; set it to false")] if value else [])
         return value
 
     @field_validator("deepspeed")
     @classmethod
     def _known_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        _refuse([text.removeprefix("zero.deepspeed.") for text in deepspeed_problems(value)])
+        refuse(deepspeed_problems(value))
         return value
 
 
 class EvaluationConfig(Section):
     """Images of fixed prompts and noise, scored while training."""
 
-    every: int = Field(10, ge=0)
+    every: int = Field(default=10, ge=0)
     """Epochs between evaluations; 0 = never."""
 
-    prompts: Annotated[str, Field(min_length=1)] | None = None
+    prompts: Name | None = None
     """Source of the prompts, as prompts.source; null takes that one (of `shapes`, its held-out prompts)."""
 
-    count: int = Field(64, ge=1)
+    count: int = Field(default=64, ge=1)
     """Images an evaluation, one a prompt."""
 
-    batch: int = Field(32, ge=1)
+    batch: int = Field(default=32, ge=1)
     """Images generated together on a rank."""
 
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Key of the evaluation's noise; 64 bits, unsigned."""
 
-    metrics: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_frozen_list)] = ()
+    metrics: Annotated[tuple[Name, ...], BeforeValidator(frozen_list)] = ()
     """Rewards to score besides the run's own, by registered name or `module:attribute`."""
 
 
 class CheckpointConfig(Section):
     """What is kept to resume from."""
 
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """Epochs between checkpoints; the last epoch always makes one."""
 
-    keep: int = Field(2, ge=2)
+    keep: int = Field(default=2, ge=2)
     """Newest checkpoints to keep; two, so that a damaged one has a predecessor."""
 
 
@@ -367,7 +287,7 @@ class LogConfig(Section):
     wandb: bool = False
     """Sends metrics to Weights & Biases, as its own environment variables configure it."""
 
-    images_every: int = Field(10, ge=0)
+    images_every: int = Field(default=10, ge=0)
     """Epochs between grids of sampled images; 0 = never."""
 
 
@@ -389,7 +309,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
-    rewards: Annotated[tuple[RewardConfig, ...], BeforeValidator(_frozen_list), Field(min_length=1)]
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1), BeforeValidator(frozen_list)]
     """What is maximised: a list of {name, weight, options}, whose weighted scores are added."""
     update: UpdateConfig = UpdateConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -401,5 +321,5 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "Config":
-        _refuse([f"{rule_keys[0]}: {text}" for rule_keys, text in broken_rules(self)])
+        refuse(broken_rules(self))
         return self

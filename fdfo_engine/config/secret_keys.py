@@ -10,7 +10,9 @@ _SECRET_KEY = re.compile(
     r"(^|_)((api|auth|access|secret|private|reward)_?key|passw(or)?d|passphrase|secret|credentials?|authorization|bearer)$"
     r"|^key$|^((api|auth|access|bearer|refresh|hf|hub)_?)?token$",
 )
-_SECRET_VALUE = re.compile(r"^(sk|hf|ghp|gho|xoxb|pk)[-_]\w{6,}|^Bearer\s|^[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"^(sk|hf|ghp|gho|xoxb|pk)[-_]\w{6,}|^Bearer\s|^[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@", re.IGNORECASE
+)
 
 
 def is_secret_key(key: str) -> bool:

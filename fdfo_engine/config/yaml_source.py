@@ -42,7 +42,7 @@ class CoreLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """One node; an alias is refused where it stands."""
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported; write it out", mark)
         return super().compose_node(parent, index)
 
@@ -57,7 +57,7 @@ class CoreDumper(yaml.SafeDumper):
 
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (CoreLoader, CoreDumper):
-        _class.add_implicit_resolver(_PREFIX + _tag, re.compile(f"^(?:{_pattern})$"), _first)  # type: ignore[no-untyped-call]
+        _class.add_implicit_resolver(_PREFIX + _tag, re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def read_yaml(text: str, name: str) -> YamlTree:
@@ -71,6 +71,8 @@ def read_yaml(text: str, name: str) -> YamlTree:
         node = loader.get_single_node() if loader else None
     except yaml.MarkedYAMLError as error:
         raise ConfigError([_broken(error, text, name)]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{name}: lists or mappings nested too deeply"]) from error
     tree = YamlTree()
     tree.value = None if node is None else _value(node, (), tree)
     return tree
@@ -101,11 +103,15 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str) -> str:
 
 def _value(node: yaml.Node, path: Path, tree: YamlTree) -> Any:
     tree.lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in (_PREFIX + "map", _PREFIX + "seq"):
+        tree.problems.append((node.start_mark.line + 1, dotted(path), _no_such_tag(node)))
+    elif isinstance(node, yaml.MappingNode):
         return _mapping(node, path, tree)
-    if isinstance(node, yaml.SequenceNode):
+    elif isinstance(node, yaml.SequenceNode):
         return [_value(item, (*path, i), tree) for i, item in enumerate(node.value)]
-    return _scalar(node, path, tree)
+    elif isinstance(node, yaml.ScalarNode):
+        return _scalar(node, path, tree)
+    return None
 
 
 def _mapping(node: yaml.MappingNode, path: Path, tree: YamlTree) -> dict[str, Any]:
@@ -124,14 +130,18 @@ def _mapping(node: yaml.MappingNode, path: Path, tree: YamlTree) -> dict[str, An
     return found
 
 
-def _scalar(node: yaml.Node, path: Path, tree: YamlTree) -> Any:
+def _no_such_tag(node: yaml.Node) -> str:
+    return f"the tag {node.tag.replace(_PREFIX, '!!')} is not supported; write a plain value"
+
+
+def _scalar(node: yaml.ScalarNode, path: Path, tree: YamlTree) -> Any:
     text, tag = node.value, node.tag.removeprefix(_PREFIX)
     if tag == "str":
         return text
     try:
         return {"null": _null, "bool": _bool, "int": _int, "float": _float}[tag](text)
     except KeyError:
-        problem = f"the tag {node.tag.replace(_PREFIX, '!!')} is not supported; write a plain value"
+        problem = _no_such_tag(node)
     except ValueError:
         problem = f"is no {tag} that can be read"
     tree.problems.append((node.start_mark.line + 1, dotted(path), problem))
@@ -139,10 +149,13 @@ def _scalar(node: yaml.Node, path: Path, tree: YamlTree) -> Any:
 
 
 def _null(text: str) -> None:
-    del text
+    if text.lower() not in ("", "~", "null"):
+        raise ValueError(text)
 
 
 def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
     return text.lower() == "true"
 
 

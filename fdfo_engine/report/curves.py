@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 30
+WIDTH, HEIGHT = 400, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 28
 _MAX_POINTS = 600
 _MAX_BARS = 100
 _MARKED_POINTS = 40
-_TINY = 1e-12
 
 Point = tuple[float, float]
 
@@ -81,8 +80,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def short(value: float) -> str:
     """A number in at most about seven characters."""
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').removesuffix('.')}e{int(exponent)}"
     return f"{value:.4g}"
 
 
@@ -104,7 +103,7 @@ class _Axes:
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
-        for value in ticks(self.x0, self.x1, 8):
+        for value in ticks(self.x0, self.x1, 7):
             if value == round(value):
                 where = f'x="{self.x(value):.1f}" y="{HEIGHT - 10}"'
                 parts.append(f'<text {where} text-anchor="middle">{short(value)}</text>')
@@ -112,7 +111,7 @@ class _Axes:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or _TINY
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
 

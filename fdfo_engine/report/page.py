@@ -155,8 +155,8 @@ def _chart(title: str, series: Sequence[Series], note: str = "") -> list[dict[st
     svg = line_chart(series, title)
     if svg is None:
         return []
-    legend = [(s.name, s.color) for s in series if not s.faint] if len(series) > 1 else []
-    return [{"title": title, "svg": Markup(svg), "legend": legend, "note": note}]
+    legend = [(s.name, s.color) for s in series if not s.faint]
+    return [{"title": title, "svg": Markup(svg), "legend": legend if len(legend) > 1 else [], "note": note}]
 
 
 def _reward_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def read_run(path: Path) -> RunData:
 def _missing(data: RunData) -> list[str]:
     checks = [
         (data.metrics, "No epoch has finished, so there are no training curves."),
-        (data.evaluations, "No held-out evaluation was recorded."),
+        (data.evaluations, "No evaluation was recorded."),
         (data.galleries, "No evaluation pictures were kept."),
         (data.settings, "The settings (config.yaml) are absent or cannot be read."),
         (data.environment, "The environment of the run (environment.json) was not recorded."),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
@@ -38,10 +38,9 @@ class PromptList:
         n = len(self.prompts)
         return [self.prompts[self._order(p // n)[p % n]] for p in pair_ids]
 
-    def _permutation(self, number: int) -> np.ndarray:
-        index = np.arange(len(self.prompts), dtype=np.int64)
-        words = philox_words(index, PROMPT_ORDER_STREAM, number, seed=self._seed)
-        return np.argsort(words, kind="stable")
+    def _permutation(self, number: int) -> list[int]:
+        words = philox_words(torch.arange(len(self.prompts)), PROMPT_ORDER_STREAM, number, seed=self._seed)
+        return words.argsort(stable=True).tolist()
 
 
 def load_prompts(settings: PromptsConfig, seed: int, *, split: str = "train") -> PromptList:

@@ -10,9 +10,10 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import DistributedError, UsageError
+
+T = TypeVar("T")
 
 MAX_DIFF_BYTES = 1 << 20
 MAX_DIFF_LINES = 8
@@ -99,6 +102,23 @@ def max_over_ranks(value: int, what: str = "a maximum") -> int:
     with _readable_failure(what):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Runs `action` on rank 0 alone; the others wait and get None. Collective.
+
+    Raises:
+        DistributedError: on the other ranks, if it failed on rank 0, which raises what went wrong.
+    """
+    error, result = None, None
+    if is_main():
+        try:
+            result = action()
+        except Exception as caught:  # noqa: BLE001 - raised again below, once the other ranks know
+            error = caught
+    if any_rank(error is not None, "rank 0 working alone"):
+        raise error or DistributedError("rank 0 stopped; its message says why")
+    return result
 
 
 def all_sum(tensor: Tensor) -> Tensor:

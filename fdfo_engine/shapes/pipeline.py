@@ -1,6 +1,8 @@
 """Builds the bench's model: a genuine diffusers `StableDiffusion3Pipeline`, small enough for a CPU and a git checkout."""
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +150,23 @@ def _tokenizer() -> Any:
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-pair vocabulary whose merges rebuild exactly our words; other words fall apart into letters."""
-    pieces, merges = [_START, _END], []
-    for word in WORDS:
-        letters = [*word[:-1], f"{word[-1]}</w>"]
-        built = letters[0]
-        for letter in letters[1:]:
-            merges.append((built, letter))
-            built += letter
-            pieces.append(built)
+    """A byte-pair vocabulary, learned until each of our words is one token; other words fall apart into letters."""
+    words = [[*word[:-1], f"{word[-1]}</w>"] for word in WORDS]
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    pieces += [*letters, *(f"{letter}</w>" for letter in letters)]
-    return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}, list(dict.fromkeys(merges))
+    pieces, merges = [_START, _END, *letters, *(f"{letter}</w>" for letter in letters)], []
+    while any(len(word) > 1 for word in words):
+        pair = Counter(pair for word in words for pair in pairwise(word)).most_common(1)[0][0]
+        words = [_merge(word, pair) for word in words]
+        merges.append(pair)
+        pieces.append("".join(pair))
+    return {piece: index for index, piece in enumerate(pieces)}, merges
+
+
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    merged = word[:1]
+    for piece in word[1:]:
+        if (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged

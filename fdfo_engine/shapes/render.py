@@ -12,10 +12,11 @@ from fdfo_engine.shapes.scene import COLOURS, Facts, parse
 Image = npt.NDArray[np.float32]
 
 SIZE = 64
-HUES: dict[str, float] = {colour: index / len(COLOURS) for index, colour in enumerate(COLOURS)}
-"""Hue of each colour in turns: sixths of the circle, red at 0."""
+HUES: dict[str, float] = dict(zip(COLOURS, (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 0.82), strict=True))
+"""Hue of each colour, in turns from red."""
 
 _HUE_JITTER = 0.018
+_TURN = 0.35
 _MARGIN = 2.0
 _GAP = 3.5
 _RELATION_SHARE = 0.3
@@ -73,7 +74,7 @@ def draw(layout: list[Placed], rng: np.random.Generator) -> Image:
     """Paints the objects over a random background."""
     image = _background(rng)
     for item in layout:
-        cover = _coverage(item, float(rng.uniform(0, 2 * math.pi)))
+        cover = _coverage(item, float(rng.uniform(-_TURN, _TURN)))
         image += cover * (_paint(item.colour, rng)[:, None, None] - image)
     return np.clip(image, 0, 1).astype(np.float32)
 
@@ -97,7 +98,8 @@ def _coverage(item: Placed, turn: float) -> npt.NDArray[np.float64]:
     """Share of each pixel that the shape covers, from its signed distance: about a pixel of anti-aliasing."""
     ys, xs = np.mgrid[0:SIZE, 0:SIZE] + 0.5
     dx, dy = xs - item.x, ys - item.y
-    distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx) + turn
+    upright = turn + math.pi / (4 if item.shape == "square" else 2)
+    distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx) + upright
     return np.asarray(np.clip(0.5 - _OUTSIDE[item.shape](distance, angle, item.radius), 0, 1))
 
 

@@ -31,6 +31,7 @@ class Rollout:
         sigmas, timesteps: the grid, float32 `[T + 1]` and `[T]`.
         seed: of the noise. weights_version: optimiser steps taken when it was sampled.
         first_pair, num_pairs: the global range of pairs this rollout is a part of.
+        backend: that sampled it; replay is bit for bit on the same one. used: whether it was trained on.
     """
 
     images: Tensor
@@ -45,6 +46,7 @@ class Rollout:
     weights_version: int
     first_pair: int
     num_pairs: int
+    backend: str | None = None
     used: bool = False
 
     @property
@@ -62,6 +64,7 @@ class Rollout:
         return replay(
             self.velocities, pair_ids=self.pair_ids, pair=pair, branch=branch, step=step,
             sigmas=self.sigmas, gammas=self.gammas, seed=self.seed,
+            backend=self.backend,
         )  # fmt: skip
 
     def save(self, folder: str | Path) -> None:

@@ -16,17 +16,9 @@ def deal_steps(pair_ids: Sequence[int], *, steps: int, train_steps: int, optimiz
     """
     if train_steps % optimizer_steps:
         raise ValueError(f"deal_steps: train_steps = {train_steps} is no multiple of {optimizer_steps} optimizer steps")
-    index = torch.arange(steps)
-    rows = [
-        [torch.argsort(_words(index, branch, pair, seed), stable=True)[:train_steps] for branch in (0, 1)]
-        for pair in pair_ids
-    ]
-    if not rows:
-        return torch.empty(optimizer_steps, 0, 2, train_steps // optimizer_steps, dtype=torch.int64)
-    dealt = torch.stack([torch.stack(row) for row in rows])  # [P, 2, train_steps]
+    ids = torch.tensor(pair_ids, dtype=torch.int64)[:, None, None]
+    words = philox_words(torch.arange(steps), deal_stream(torch.arange(2))[:, None], ids, seed=seed)  # [P, 2, T]
+    dealt = words.argsort(-1, stable=True)[..., :train_steps]
     shares = dealt.unflatten(2, (optimizer_steps, -1)).permute(2, 0, 1, 3)
     return shares.sort(-1).values
 
-
-def _words(index: Tensor, branch: int, pair: int, seed: int) -> Tensor:
-    return torch.as_tensor(philox_words(index, deal_stream(branch), pair, seed=seed))

@@ -1,0 +1,31 @@
+"""What all sections of the settings share."""
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+
+def frozen_list(value: object) -> object:
+    """YAML has lists, frozen settings have tuples; strict mode would not take one for the other."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def refuse(problems: Iterable[tuple[str, str]]) -> None:
+    """Hands `(key below the one validated, sentence)` through pydantic, whose own message would be a template."""
+    if found := list(problems):
+        text = "; ".join(f"{key}: {sentence}" if key else sentence for key, sentence in found)
+        raise PydanticCustomError("fdfo", "{text}", {"text": text, "problems": found})
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict types, no unknown keys, only finite numbers."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+    )

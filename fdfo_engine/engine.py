@@ -1,0 +1,314 @@
+"""`Engine`: sample pairs, update on rewards from anywhere, generate, save, export. What frontends call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import BatchPlan, Config, dump_config
+from fdfo_engine.models.prompt_cache import PromptCache
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.ops import pair_direction
+from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
+from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
+from fdfo_engine.runtime.distributed import (
+    all_agree_hash,
+    all_gather_rows,
+    max_over_ranks,
+    on_main,
+    rank,
+    setup_distributed,
+    world_size,
+)
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, stored_config
+from fdfo_engine.trajectory import Rollout
+from fdfo_engine.update.updater import Updater
+from fdfo_engine.update.zero import ZeroTrainer
+
+Weights = Literal["auto", "ema", "raw"]
+
+
+class Engine:
+    """A flow model under FDFO training. On several ranks every method is collective and takes the same arguments.
+
+    Attributes:
+        config: the resolved settings. model: the loaded `FlowModel`. trainer: its weights under ZeRO.
+        epoch: updates done. next_pair: the global index of the next pair; it never restarts within a run.
+        ema: average of the trained weights by name, or None.
+        poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Joins the ranks, loads the model and hands it to DeepSpeed; nothing is read from `run.dir`.
+
+        Raises:
+            ConfigError, UsageError: settings that don't fit the model or the ranks.
+            EnvironmentProblem: the model cannot be loaded.
+        """
+        if config.run.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.config = config
+        self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
+        all_agree_hash(dump_config(config), "the settings")
+        self.model = load_model(config, self.device)
+        self.sampler = PairedSampler(self.model, PromptCache(self.model), config)
+        parameters = list(self.model.trained_parameters())
+        self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
+        self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning)
+        self._block_pairs = BatchPlan(config, world_size()).block_pairs
+        self.epoch = 0
+        self.next_pair = 0
+        self.ema: dict[str, Tensor] | None = None
+        if config.update.ema is not None:
+            self.ema = self.trainer.weights()
+        self.trainer.train(False)
+
+    @property
+    def poll(self) -> Callable[[], None]:
+        """See the class."""
+        return self._updater.poll
+
+    @poll.setter
+    def poll(self, poll: Callable[[], None]) -> None:
+        self._updater.poll = poll
+
+    @property
+    def weights_version(self) -> int:
+        """Optimiser steps applied so far."""
+        return self.trainer.step_count
+
+    def rollout(self, prompts: Sequence[str]) -> Rollout:
+        """Samples one pair a prompt, with the next global pair indices.
+
+        Raises:
+            UsageError: no prompts, or fewer blocks than ranks.
+            NumericsError: a velocity was not finite.
+        """
+        first, count = self.next_pair, len(prompts)
+        own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
+        blocks = [self._block(prompts, number) for number in self._in_step(own)][: len(own)]
+        self.next_pair += count
+        local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
+        grid = self.sampler.grid
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(block, name) for block in blocks])[: len(local)]
+
+        return Rollout(
+            images=joined("images"),
+            prompts=[prompts[i] for i in local],
+            pair_ids=[first + i for i in local],
+            velocities=joined("velocities"),
+            direction=pair_direction(joined("latents"), backend=self.sampler.backend),
+            gammas=joined("gammas"),
+            sigmas=grid.sigmas,
+            timesteps=grid.timesteps,
+            seed=self.config.run.seed,
+            weights_version=self.weights_version,
+            first_pair=first,
+            num_pairs=count,
+            backend=self.sampler.backend,
+        )
+
+    def update(self, rollout: Rollout, rewards: Tensor, *, allow_stale: bool = False) -> dict[str, float]:
+        """One epoch's optimiser steps on `rollout`; returns metrics over all ranks.
+
+        Args:
+            rollout: from `rollout` of this engine or `Rollout.load`, on every rank its own part.
+            rewards: float `[P, 2]` of all the rollout's pairs, the same on every rank; NaN in either branch is no
+                opinion on that pair.
+            allow_stale: train although the weights have changed since it was sampled, or although it was used before.
+
+        Raises:
+            UsageError: rewards of another shape; a rollout that was used, or that older weights sampled.
+            NumericsError: ten optimiser steps in a row had a gradient that is not finite.
+        """
+        rewards = torch.as_tensor(rewards, dtype=torch.float64).detach().cpu()
+        if rewards.shape != (rollout.num_pairs, 2):
+            raise UsageError(f"rewards: shape {tuple(rewards.shape)}; takes [{rollout.num_pairs}, 2]: pair, branch")
+        if not allow_stale:
+            _refuse_stale(rollout, self.weights_version)
+        metrics = self._updater.update(rollout, rewards[rollout.local_rows])
+        rollout.used = True
+        self.epoch += 1
+        if self.ema is not None:
+            self._average_weights()
+        return metrics
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        weights: Weights = "auto",
+    ) -> Tensor:
+        """Images `[N, 3, height, width]` in 0..1 by plain Euler without churn, the same on every rank.
+
+        Image i depends on (seed, i, prompt, weights) only. `steps` and `guidance_scale` default to the sampling
+        settings; `weights` "auto" takes the average where the run keeps one.
+
+        Raises:
+            UsageError: no prompts, or `weights="ema"` in a run without `update.ema`.
+        """
+        grid = self.sampler.grid if steps is None else self.model.grid(steps)
+        guidance = self.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        size, count = self.config.evaluation.batch, len(prompts)
+        own = _share(-(-count // size), "batches", may_idle=True)
+        images = []
+        with self._using(weights):
+            for number in self._in_step(own):
+                indices = [min(i, count - 1) for i in range(number * size, (number + 1) * size)]
+                batch = [prompts[i] for i in indices]
+                images.append(
+                    self.sampler.generate_batch(
+                        self.trainer, batch, indices, seed=seed, grid=grid, guidance=guidance
+                    ).cpu()
+                )
+        rows = torch.cat(images)[: max(0, min(own.stop * size, count) - own.start * size)]
+        return all_gather_rows(rows)
+
+    def trained_weights(self, weights: Weights = "auto") -> dict[str, Tensor]:
+        """Float32 trained weights by parameter name, on the CPU."""
+        return self.ema if self._averages(weights) and self.ema is not None else self.trainer.weights()
+
+    def save(self) -> Path:
+        """Commits a checkpoint under `run.dir`; returns its folder.
+
+        Raises:
+            CheckpointError: no room, or the storage refuses; earlier checkpoints are untouched.
+        """
+        tensors = {"weights": self.trainer.weights(), "optimizer": self.trainer.state()}
+        if self.ema is not None:
+            tensors["ema"] = self.ema
+        state = {
+            "epoch": self.epoch,
+            "next_pair": self.next_pair,
+            "world_size": world_size(),
+            "settings": dump_config(self.config),
+        }
+        name = f"epoch_{self.epoch:06d}"
+        on_main(lambda: self._store().save(name, tensors, state))
+        return self._store().folder / name
+
+    def load(self, name: str | None = None, *, strict: bool = False) -> bool:
+        """Continues from checkpoint `name` of `run.dir`, or from the newest whole one; False if there is none.
+
+        Raises:
+            CheckpointError: damaged or foreign; a foreign one names what differs before anything is changed.
+        """
+        checkpoint = self._store().load(name, strict=strict)
+        all_agree_hash(checkpoint.name if checkpoint else "none", "the newest checkpoint")
+        if checkpoint is None:
+            return False
+        self._refuse_foreign(checkpoint)
+        self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
+        self.epoch = int(checkpoint.state["epoch"])
+        self.next_pair = int(checkpoint.state["next_pair"])
+        if self.ema is not None:
+            self.ema = checkpoint.tensors["ema"]
+        return True
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, name: str | None = None) -> Engine:
+        """The engine of the run in `run_dir`, at its newest checkpoint or at `name`.
+
+        Raises:
+            CheckpointError: no run there, or no whole checkpoint.
+        """
+        text = stored_config(run_dir)
+        if text is None:
+            raise CheckpointError(f"{run_dir}: no run there (no config.yaml)")
+        config = Config.model_validate(_parsed(text) | {"run": _parsed(text)["run"] | {"dir": str(run_dir)}})
+        engine = cls(config)
+        if not engine.load(name):
+            raise CheckpointError(f"{run_dir}: no checkpoint in {engine._store().folder}")
+        return engine
+
+    def export(self, folder: str | Path, *, weights: Weights = "auto") -> Path:
+        """A LoRA for `load_lora_weights`, or after full training a pipeline folder; verified by loading it back.
+
+        Raises:
+            CheckpointError: loaded back, it does not give the same velocity.
+        """
+        trained = self.trained_weights(weights)
+        # a fresh model: under ZeRO-3 the live one holds only pieces of its weights
+        on_main(lambda: load_model(self.config, self.device).export(Path(folder), trained))
+        return Path(folder)
+
+    def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:
+        size, last = self._block_pairs, len(prompts) - 1
+        rows = range(number * size, (number + 1) * size)
+        ids = [self.next_pair + row for row in rows]
+        self.poll()
+        return self.sampler.sample_block(self.trainer, [prompts[min(row, last)] for row in rows], ids)
+
+    def _in_step(self, own: range) -> list[int]:
+        """`own`, repeated at its end to the longest share of any rank: at ZeRO-3 all ranks call the network together."""
+        spare = own[-1] if own else 0
+        return list(own) + [spare] * (max_over_ranks(len(own)) - len(own))
+
+    def _averages(self, weights: Weights) -> bool:
+        if weights == "ema" and self.ema is None:
+            raise UsageError("weights = 'ema': the run keeps no average; set update.ema")
+        return weights != "raw" and self.ema is not None
+
+    def _using(self, weights: Weights) -> AbstractContextManager[None]:
+        if self._averages(weights) and self.ema is not None:
+            return self.trainer.weights_swapped(self.ema)
+        return nullcontext()
+
+    def _average_weights(self) -> None:
+        assert self.ema is not None
+        assert self.config.update.ema is not None
+        for name, weight in self.trainer.weights().items():
+            self.ema[name].lerp_(weight, 1 - self.config.update.ema)
+
+    def _store(self) -> CheckpointStore:
+        return CheckpointStore(Path(self.config.run.dir) / CHECKPOINTS_NAME, self.config.checkpoint.keep)
+
+    def _refuse_foreign(self, checkpoint: Checkpoint) -> None:
+        own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.trained_parameters()}
+        theirs = {name: tuple(w.shape) for name, w in checkpoint.tensors.get("weights", {}).items()}
+        differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+        if differing:
+            lines = [f"  {n}: {theirs.get(n, 'absent')} there, {own.get(n, 'absent')} here" for n in differing[:5]]
+            head = f"{checkpoint.folder}: of another model: {len(differing)} weights differ"
+            raise CheckpointError("\n".join([head, *lines]))
+        if self.ema is not None and "ema" not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")
+
+
+def _share(count: int, what: str, *, may_idle: bool = False) -> range:
+    """This rank's contiguous share of `count` units."""
+    ranks = world_size()
+    if count == 0:
+        raise UsageError("prompts: an empty list; takes at least one prompt")
+    if count < ranks and not may_idle:
+        raise UsageError(f"prompts: {count} {what} for {ranks} ranks; takes at least one a rank")
+    return range(rank() * count // ranks, (rank() + 1) * count // ranks)
+
+
+def _refuse_stale(rollout: Rollout, version: int) -> None:
+    if rollout.used:
+        raise UsageError("rollout: was trained on already; sample a new one, or pass allow_stale=True")
+    if rollout.weights_version != version:
+        raise UsageError(
+            f"rollout: sampled after {rollout.weights_version} optimiser steps, the weights are now at {version}; "
+            "sample a new one, or pass allow_stale=True"
+        )
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    import yaml
+
+    parsed: dict[str, Any] = yaml.safe_load(text)
+    return parsed
+

@@ -1,0 +1,228 @@
+"""The whole run: sample, score, update, evaluate, save, until the epochs are done; resumes by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
+from fdfo_engine.engine import Engine
+from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
+from fdfo_engine.rewards import Scores, WeightedRewards
+from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
+from fdfo_engine.runtime.checkpoint import CheckpointStore
+from fdfo_engine.runtime.console import say, warn
+from fdfo_engine.runtime.distributed import all_agree_hash, all_gather_rows, any_rank, on_main, setup_distributed, world_size
+from fdfo_engine.runtime.errors import CheckpointError, RewardError, Stopped, error_message, exit_code
+from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_config
+from fdfo_engine.runtime.run_log import SilentLog, open_run_log
+from fdfo_engine.runtime.stop import StopRequest
+from fdfo_engine.runtime.timing import PhaseTimer
+from fdfo_engine.trajectory import Rollout
+
+MAX_TIED_EPOCHS = 3
+
+
+def run(config: Config, *, resume: bool = False) -> None:
+    """Trains until `run.epochs`; the same settings and folder continue an interrupted run bit for bit.
+
+    Collective. Cheap checks come first: ranks, prompts, rewards, the folder; then the model.
+
+    Args:
+        config: the settings.
+        resume: insist that there is a checkpoint to continue from.
+
+    Raises:
+        FdfoError, ConfigError: what a user can mend; the class carries the exit code. `status.json` says the same.
+        Stopped: a signal asked for it; the run is resumable.
+    """
+    setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
+    plan = BatchPlan(config, world_size())
+    prompts = load_prompts(config.prompts, config.run.seed)
+    all_agree_hash(prompts.sha256, "the prompt list")
+    evaluation_prompts(config)
+    rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
+    metric_rewards(config)
+    _require_resumable(config, resume)
+    say(plan.describe())
+    say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
+    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=RESUMABLE_KEYS))
+    try:
+        with StopRequest() as stop:
+            _Run(config, prompts, rewards, folder, stop).train()
+    except BaseException as error:
+        _tell(folder, error)
+        raise
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class _Run:
+    """One run in progress."""
+
+    def __init__(
+        self, config: Config, prompts: PromptList, rewards: WeightedRewards, folder: RunFolder | None, stop: StopRequest
+    ) -> None:
+        self._config, self._prompts, self._rewards, self._folder, self._stop = config, prompts, rewards, folder, stop
+        self._metrics = metric_rewards(config)
+        self._tied_epochs = 0
+        self._status("starting")
+        self._engine = Engine(config)
+        resumed = self._engine.load()
+        if resumed:
+            say(f"resuming after epoch {self._engine.epoch} of {config.run.epochs}")
+        if folder is not None:
+            folder.truncate_logs(self._engine.epoch if resumed else -1)
+        self._resumed = resumed
+        self._log: SilentLog = open_run_log(
+            Path(config.run.dir), epochs=config.run.epochs, first_epoch=self._engine.epoch,
+            tensorboard=config.log.tensorboard, wandb=config.log.wandb, settings=config.model_dump(),
+        )  # fmt: skip
+        self._timer = PhaseTimer(self._engine.device)
+
+    def train(self) -> None:
+        """All epochs that are left."""
+        engine, epochs = self._engine, self._config.run.epochs
+        if engine.epoch >= epochs:
+            say(f"finished already: {engine.epoch} of {epochs} epochs; raise run.epochs to go on")
+        if not self._resumed:
+            self._evaluate()
+        self._status("running")
+        while engine.epoch < epochs:
+            self._train_epoch()
+            every = self._config.evaluation.every
+            if every and (engine.epoch % every == 0 or engine.epoch == epochs):
+                self._evaluate()
+            if engine.epoch % self._config.checkpoint.every == 0 or engine.epoch == epochs:
+                self._save()
+            if any_rank(self._stop.poll()):
+                self._stop_here()
+        self._log.close()
+        self._status("finished", exit_code=0)
+
+    def _train_epoch(self) -> None:
+        engine, timer = self._engine, self._timer
+        timer.take()
+        engine.poll = self._stop_before_update
+        pair_ids = range(engine.next_pair, engine.next_pair + self._config.sampling.pairs_per_epoch)
+        with timer.phase("rollout"):
+            rollout = engine.rollout(self._prompts.of_pairs(pair_ids))
+        with timer.phase("reward"):
+            scores = self._score(rollout)
+        total_PK = all_gather_rows(scores.total.unflatten(0, (-1, 2)))
+        parts_PK = {name: all_gather_rows(s.unflatten(0, (-1, 2))) for name, s in scores.parts.items()}
+        self._draw(rollout, total_PK)
+        self._guard_failures(total_PK)
+        engine.poll = self._beat
+        with timer.phase("update"):
+            metrics = engine.update(rollout, total_PK)
+        self._log.epoch(self._record(rollout, total_PK, parts_PK, metrics))
+        self._status("running")
+        self._guard_ties(metrics)
+
+    def _score(self, rollout: Rollout) -> Scores:
+        prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
+        return self._rewards(prompts, rollout.images.flatten(0, 1))
+
+    def _record(
+        self, rollout: Rollout, total_PK: Tensor, parts_PK: dict[str, Tensor], metrics: dict[str, float]
+    ) -> dict[str, Any]:
+        seconds = self._timer.take()
+        known = total_PK[torch.isfinite(total_PK)]
+        parts = {f"reward_{name}_mean": float(p[torch.isfinite(p)].mean()) for name, p in parts_PK.items()}
+        images = 2 * rollout.num_pairs
+        return {
+            "epoch": self._engine.epoch,
+            "first_pair": rollout.first_pair,
+            "pairs": rollout.num_pairs,
+            "reward_mean": float(known.mean()),
+            "reward_std": float(known.std()),
+            **parts,
+            **metrics,
+            "lr": self._config.optimizer.lr,
+            **seconds,
+            "images_per_second": images / seconds["seconds_rollout"],
+        }
+
+    def _evaluate(self) -> None:
+        settings = self._config.evaluation
+        if not settings.every:
+            return
+        self._status(phase="evaluation")
+        result = evaluate(self._engine, evaluation_prompts(self._config), self._metrics, seed=settings.seed)
+        self._log.evaluation(result.record(self._engine, "auto", settings.seed))
+        scores = {name: values.tolist() for name, values in result.scores.items()}
+        self._log.evaluation_images(self._engine.epoch, result.prompts, result.images, scores)
+
+    def _save(self) -> None:
+        path = self._engine.save()
+        self._status(last_checkpoint=path.name)
+
+    def _draw(self, rollout: Rollout, total_PK: Tensor) -> None:
+        epoch, every = self._engine.epoch + 1, self._config.log.images_every
+        if not every or epoch % every:
+            return
+        shown = min(8, len(rollout.prompts))
+        rewards = total_PK[rollout.local_rows][:shown].flatten().tolist()
+        captions = [f"{rollout.prompts[i // 2]} {reward:.2f}" for i, reward in enumerate(rewards)]
+        self._log.images(f"pairs_epoch_{epoch:06d}", rollout.images[:shown].flatten(0, 1), captions)
+
+    def _guard_failures(self, total_PK: Tensor) -> None:
+        lost = int((~torch.isfinite(total_PK)).any(1).sum())
+        limit = self._config.update.max_bad_pairs
+        if lost:
+            warn(f"{lost} of {len(total_PK)} pairs have no reward and pull at nothing")
+        if lost > limit * len(total_PK):
+            raise RewardError(
+                f"{lost} of {len(total_PK)} pairs have no reward (update.max_bad_pairs = {limit}); "
+                f"the run stops before epoch {self._engine.epoch + 1} changes anything"
+            )
+
+    def _guard_ties(self, metrics: dict[str, float]) -> None:
+        if metrics["optimizer_steps"] or metrics["skipped_steps"]:
+            self._tied_epochs = 0
+            return
+        self._tied_epochs += 1
+        names = ", ".join(self._rewards.rewards)
+        warn(f"no pair has a better image: no optimiser step was taken; is {names} seeing the images?")
+        if self._tied_epochs >= MAX_TIED_EPOCHS:
+            raise RewardError(f"{MAX_TIED_EPOCHS} epochs in a row without a single opinion from {names}")
+
+    def _stop_before_update(self) -> None:
+        self._beat()
+        if any_rank(self._stop.poll()):
+            self._stop_here()
+
+    def _stop_here(self) -> None:
+        """Weights are those of the last whole epoch: a checkpoint of it is exact."""
+        if self._engine.epoch:
+            self._save()
+        raise Stopped(f"{self._stop.reason or 'asked on another rank'}: stopped after epoch {self._engine.epoch}")
+
+    def _beat(self) -> None:
+        if self._folder is not None:
+            self._folder.status.beat()
+
+    def _status(self, state: Any = None, **fields: Any) -> None:
+        if self._folder is not None:
+            epoch = self._engine.epoch if hasattr(self, "_engine") else 0
+            self._folder.status.update(state, epoch=epoch, epochs=self._config.run.epochs, **fields)
+
+
+def _require_resumable(config: Config, resume: bool) -> None:
+    """`--resume` on a folder without a checkpoint is an error, never a fresh start."""
+    if not resume:
+        return
+    folder = Path(config.run.dir)
+    if stored_config(folder) is None or not CheckpointStore(folder / CHECKPOINTS_NAME).names():
+        raise CheckpointError(f"--resume: {folder} holds no checkpoint to resume from")
+
+
+def _tell(folder: RunFolder | None, error: BaseException) -> None:
+    if folder is not None:
+        state = "stopped" if isinstance(error, Stopped) else "failed"
+        folder.status.update(state, exit_code=exit_code(error), message=error_message(error))

@@ -1,0 +1,65 @@
+"""The main job: `deepspeed fdfo_engine/train.py --config configs/shapes.yaml`, or `python`, or `torchrun`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# A file launch puts this folder first on sys.path; our module names must not hide anyone else's.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
+if str(_HERE.parent) not in sys.path:
+    sys.path.append(str(_HERE.parent))  # lets an uninstalled checkout run
+
+from fdfo_engine.config import BatchPlan, describe_keys, dump_config, load_config
+from fdfo_engine.runtime.console import say
+from fdfo_engine.runtime.errors import report_and_exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every setting can follow as `section.key=value`."""
+    parse = argparse.ArgumentParser(
+        prog="train.py",
+        description="Post-trains a flow model by paired trajectories (FDFO). The same command again resumes the run.",
+        epilog="settings:\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
+    parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    parse.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic; stop")
+    parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
+    parse.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment wins
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            say(dump_config(config) + "\n" + BatchPlan(config, _launched_ranks()).describe())
+            return 0
+        from fdfo_engine.loop import run
+
+        run(config, resume=arguments.resume)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
+        return report_and_exit_code(error)
+    finally:
+        _leave_group()
+    return 0
+
+
+def _launched_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _leave_group() -> None:
+    if "torch" in sys.modules:
+        from fdfo_engine.runtime.distributed import close_distributed
+
+        close_distributed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
