@@ -61,7 +61,7 @@ class Engine:
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
         self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning)
-        self._block_pairs = BatchPlan(config, world_size()).block_pairs
+        self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
         self.next_pair = 0
         self.ema: dict[str, Tensor] | None = None
@@ -251,7 +251,7 @@ class Engine:
         return self.sampler.sample_block(self.trainer, [prompts[min(row, last)] for row in rows], ids)
 
     def _in_step(self, own: range) -> list[int]:
-        """`own`, repeated at its end to the longest share of any rank: at ZeRO-3 all ranks call the network together."""
+        """`own`, repeated at its end to the longest share of a rank: at ZeRO-3 all call the network together."""
         spare = own[-1] if own else 0
         return list(own) + [spare] * (max_over_ranks(len(own)) - len(own))
 
@@ -311,4 +311,3 @@ def _parsed(text: str) -> dict[str, Any]:
 
     parsed: dict[str, Any] = yaml.safe_load(text)
     return parsed
-

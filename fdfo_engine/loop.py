@@ -15,7 +15,14 @@ from fdfo_engine.rewards import Scores, WeightedRewards
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
-from fdfo_engine.runtime.distributed import all_agree_hash, all_gather_rows, any_rank, on_main, setup_distributed, world_size
+from fdfo_engine.runtime.distributed import (
+    all_agree_hash,
+    all_gather_rows,
+    any_rank,
+    on_main,
+    setup_distributed,
+    world_size,
+)
 from fdfo_engine.runtime.errors import CheckpointError, RewardError, Stopped, error_message, exit_code
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_config
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
@@ -40,7 +47,7 @@ def run(config: Config, *, resume: bool = False) -> None:
         Stopped: a signal asked for it; the run is resumable.
     """
     setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
-    plan = BatchPlan(config, world_size())
+    plan = BatchPlan.from_config(config, world_size())
     prompts = load_prompts(config.prompts, config.run.seed)
     all_agree_hash(prompts.sha256, "the prompt list")
     evaluation_prompts(config)
@@ -113,8 +120,8 @@ class _Run:
             rollout = engine.rollout(self._prompts.of_pairs(pair_ids))
         with timer.phase("reward"):
             scores = self._score(rollout)
-        total_PK = all_gather_rows(scores.total.unflatten(0, (-1, 2)))
-        parts_PK = {name: all_gather_rows(s.unflatten(0, (-1, 2))) for name, s in scores.parts.items()}
+        total_PK = all_gather_rows(_by_pair(scores.total))
+        parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
         self._draw(rollout, total_PK)
         self._guard_failures(total_PK)
         engine.poll = self._beat
@@ -213,6 +220,10 @@ class _Run:
             self._folder.status.update(state, epoch=epoch, epochs=self._config.run.epochs, **fields)
 
 
+def _by_pair(scores: Tensor) -> Tensor:
+    return scores.view(-1, 2)
+
+
 def _require_resumable(config: Config, resume: bool) -> None:
     """`--resume` on a folder without a checkpoint is an error, never a fresh start."""
     if not resume:
@@ -224,5 +235,8 @@ def _require_resumable(config: Config, resume: bool) -> None:
 
 def _tell(folder: RunFolder | None, error: BaseException) -> None:
     if folder is not None:
-        state = "stopped" if isinstance(error, Stopped) else "failed"
-        folder.status.update(state, exit_code=exit_code(error), message=error_message(error))
+        folder.status.update(
+            "stopped" if isinstance(error, Stopped) else "failed",
+            exit_code=exit_code(error),
+            message=error_message(error),
+        )

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            say(dump_config(config) + "\n" + BatchPlan(config, _launched_ranks()).describe())
+            say(dump_config(config) + "\n" + BatchPlan.from_config(config, _launched_ranks()).describe())
             return 0
         from fdfo_engine.loop import run
 

@@ -49,12 +49,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = _find(path)
     tree = yaml_source.read_yaml(_read(file), str(file))
-    if not tree.value:
+    if not tree.value and not tree.problems:
         raise ConfigError([f"{file}: no keys; start from a file under configs/"])
     if not isinstance(tree.value, dict):
         kind = "a list" if isinstance(tree.value, list) else "a single value"
         raise ConfigError([f"{file}:{tree.lines[()]}: takes sections such as `run:`, this is {kind}"])
-    problems = [f"{file}:{line} {key}: {sentence}".replace(" : ", " ", 1) for line, key, sentence in tree.problems]
+    problems = [f"{file}:{line} {f'{key}: ' if key else ''}{sentence}" for line, key, sentence in tree.problems]
     overridden = apply_overrides(tree.value, overrides)
     data = _without_empty_sections(overridden.tree)
     places = _Places(str(file), tree.lines, overridden.paths)

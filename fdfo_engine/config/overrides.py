@@ -7,7 +7,7 @@ from typing import Any
 
 from fdfo_engine.config.churn import RawChurn
 from fdfo_engine.config.problems import ConfigError
-from fdfo_engine.config.secret_keys import redacted
+from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_key, redacted
 from fdfo_engine.config.yaml_source import Path, read_yaml
 
 _CHURN_SCHEDULE: Path = ("sampling", "churn", "schedule")
@@ -47,6 +47,8 @@ def _parse(text: str) -> tuple[list[str], Any]:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError([f"override {shown}: takes section.key=value"])
+    if is_secret_key(parts[-1]):
+        raise ConfigError([f"override {key}: {SECRET_ADVICE}"])
     document = read_yaml(value, f"override {key}")
     if document.problems:
         raise ConfigError([f"override {key}: {sentence}" for _, _, sentence in document.problems])

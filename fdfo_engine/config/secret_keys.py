@@ -17,7 +17,7 @@ _SECRET_VALUE = re.compile(
 
 def is_secret_key(key: str) -> bool:
     """Whether a setting of this name would hold a secret (`api_key`, `X-Api-Key`, `apiKey`, `token`, `password`)."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).replace("-", "_")
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).replace("-", "_").strip("_")
     return _SECRET_KEY.search(words.lower()) is not None
 
 
@@ -39,7 +39,7 @@ def secret_keys(tree: Any, prefix: str = "") -> Iterator[str]:
 
 def redacted(line: str) -> str:
     """A line of a broken file, fit to be shown: what follows a secret's key is left out."""
-    for match in re.finditer(r"""["']?([\w-]+)["']?\s*[:=]""", line):
+    for match in re.finditer(r"""["']?([\w-]+)["']?\s*[:=\s]""", line):
         if is_secret_key(match.group(1)):
             return line[: match.end()] + " ***"
     return re.sub(r"\S*(sk-|hf_|ghp_)\w{6,}\S*|://[^/@\s]*:[^/@\s]*@", "***", line)

@@ -52,7 +52,7 @@ def _problems(detail: ErrorDetails, data: dict[str, Any]) -> Iterator[Problem]:
                 yield (*path, *_parts(key)), f": {sentence}"
         case "extra_forbidden":
             yield path, _unknown(path, variant)
-        case "missing":
+        case "missing" if path[-1] == detail["loc"][-1]:
             yield path, _missing(path, variant, _at(data, path[:-1]))
         case "union_tag_invalid" | "union_tag_not_found" if isinstance(_at(data, path), dict):
             names = [h.variant for h in all_keys() if h.key == f"{dotted(path)}.schedule" and h.variant]
@@ -74,8 +74,7 @@ def _locate(loc: tuple[int | str, ...], data: dict[str, Any]) -> tuple[Path, str
     path: Path = ()
     variant = None
     for i, part in enumerate(loc):
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
-        if inside:
+        if part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node)):
             node = node[part]
             path = (*path, part)
         elif isinstance(node, dict) and i == len(loc) - 1 and find_key(dotted((*_starred(path), part))):

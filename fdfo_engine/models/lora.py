@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 ADAPTER = "default"
 
 
-def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def add_lora(network: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Adds a LoRA to every module whose name ends in one of `targets`; A Gaussian from `seed`, B zero, float32.
 
     The frozen weights keep their dtype; peft casts activations at the adapter's door.

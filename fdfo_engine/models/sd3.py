@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
 from fdfo_engine.config import Config, ModelConfig
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
-from fdfo_engine.models.lora import ADAPTER, add_lora, adapters_off, fold_alpha, trainable
+from fdfo_engine.models.lora import ADAPTER, adapters_off, add_lora, fold_alpha, trainable
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
 
 ATTENTION_PROJECTIONS = (
@@ -23,6 +25,9 @@ ATTENTION_PROJECTIONS = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 """LoRA targets of the family: both streams of the joint attention, not SD3.5-M's second attention `attn2`."""
+
+_OPTIONAL_PARTS = ("text_encoder_3", "tokenizer_3")
+"""Parts that a folder may leave empty; diffusers loads it only if told so for each."""
 
 EXPORT_TOLERANCE = 1e-5
 """Largest relative difference (rms) between the trained velocity and the exported one, in the model's float32."""
@@ -35,7 +40,7 @@ class SD3Model:
 
     def __init__(self, pipeline: Any, settings: ModelConfig, device: torch.device) -> None:
         self.pipeline = pipeline
-        self.network: nn.Module = pipeline.transformer
+        self.network: Any = pipeline.transformer
         self.device = device
         self.dtype = next(self.network.parameters()).dtype
         self._settings = settings
@@ -164,7 +169,7 @@ class SD3Model:
         limit = EXPORT_TOLERANCE if self.dtype == torch.float32 else 2e-2
         if not error <= limit:
             shutil.rmtree(folder)
-            raise CheckpointError(f"export to {folder}: loaded back, its velocity is off by {error:.1e} (limit {limit})")
+            raise CheckpointError(f"export to {folder}: loaded back, its velocity is {error:.1e} off (limit {limit})")
 
 
 class _weights_in:  # noqa: N801 - a context manager, read as a verb
@@ -196,9 +201,13 @@ def _text_encoders(pipeline: Any) -> list[nn.Module]:
 
 
 def _load_pipeline(model_id: str, settings: ModelConfig) -> Any:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
+        index = StableDiffusion3Pipeline.load_config(model_id, revision=settings.revision)
+        absent: dict[str, None] = {part: None for part in _OPTIONAL_PARTS if index.get(part, [None])[0] is None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model_id, revision=settings.revision, torch_dtype=getattr(torch, settings.dtype)
+            model_id, revision=settings.revision, dtype=getattr(torch, settings.dtype), **absent
         )
     except OSError as error:
         raise EnvironmentProblem(f"model.id = {model_id!r}: {str(error).splitlines()[0]}") from error

@@ -5,11 +5,13 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from fdfo_engine.runtime.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Reward(Protocol):
@@ -26,7 +28,7 @@ _BUILT_IN = {"shapes": "shapes", "shapes_strict": "shapes", "brightness": "brigh
 _registered: dict[str, Callable[..., Any]] = {}
 
 
-def register[F: Callable[..., Any]](name: str) -> Callable[[F], F]:
+def register(name: str) -> Callable[[F], F]:
     """Registers a reward under `name`: a function, or a class whose instances are called.
 
     Options of the config go to the function as keyword arguments, or to the class's constructor.
@@ -53,12 +55,10 @@ def build(name: str, options: dict[str, Any], where: str) -> Reward:
         UsageError: no such reward, or it takes no such option; `where` is the config key the message names.
     """
     target = _find(name, where)
-    if inspect.isclass(target):
-        _check_options(target, options, where, bound=0)
-        reward: Reward = target(**options)
-        return reward
-    _check_options(target, options, where, bound=2)
-    return functools.partial(target, **options)
+    is_class = inspect.isclass(target)
+    _check_options(target, options, where, bound=0 if is_class else 2)
+    reward: Reward = target(**options) if is_class else functools.partial(target, **options)
+    return reward
 
 
 def _find(name: str, where: str) -> Callable[..., Any]:

@@ -83,5 +83,3 @@ def _checked(name: str, scores: Tensor, count: int) -> Tensor:
         got = f"{tensor.shape[0]} scores" if tensor.ndim == 1 else f"shape {tuple(tensor.shape)}"
         raise RewardError(f"reward {name!r} returned {got} for {count} images; it takes one number an image")
     return tensor
-
-

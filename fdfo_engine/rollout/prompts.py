@@ -12,7 +12,7 @@ import torch
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
 from fdfo_engine.runtime.errors import PromptError
-from fdfo_engine.shapes.scene import captions
+from fdfo_engine.shapes.scene import Split, captions
 
 MAX_PROMPT_BYTES = 16 * 1024
 
@@ -43,7 +43,7 @@ class PromptList:
         return words.argsort(stable=True).tolist()
 
 
-def load_prompts(settings: PromptsConfig, seed: int, *, split: str = "train") -> PromptList:
+def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") -> PromptList:
     """Reads `prompts.source`: a text file, a .jsonl file, or the shapes generator (its `split`).
 
     Raises:

@@ -48,8 +48,9 @@ class PairedSampler:
         gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed).to(model.device)
         sigmas = grid.sigmas.tolist()
         conditioning, negative = self.conditioning(prompts, copies=2)
-        noise = {"seed": self._seed, "pair_ids": pair_ids, "backend": self.backend}
-        x_PKCHW = paired_noise(shape=model.latent_shape, gamma=gammas[:, 0], device=model.device, **noise)
+        x_PKCHW = paired_noise(
+            pair_ids, model.latent_shape, seed=self._seed, gamma=gammas[:, 0], device=model.device, backend=self.backend
+        )
         velocities = torch.empty(
             pairs, 2, grid.steps, *model.latent_shape, dtype=model.dtype, device=model.device
         )  # PKTCHW
@@ -58,8 +59,8 @@ class PairedSampler:
             v, v_uncond = predict(model, network, x_PKCHW.flatten(0, 1), timesteps, conditioning, negative)
             x_PKCHW = paired_step(
                 x_PKCHW,
-                v.unflatten(0, (pairs, 2)),
-                v_uncond=None if v_uncond is None else v_uncond.unflatten(0, (pairs, 2)),
+                v.reshape(x_PKCHW.shape),
+                v_uncond=None if v_uncond is None else v_uncond.reshape(x_PKCHW.shape),
                 guidance_scale=self._sampling.guidance_scale,
                 sigma=sigmas[i],
                 sigma_next=sigmas[i + 1],
@@ -67,15 +68,24 @@ class PairedSampler:
                 step=i,
                 v_out=velocities[:, :, i],
                 inplace=True,
-                **noise,
+                seed=self._seed,
+                pair_ids=pair_ids,
+                backend=self.backend,
             )
         _check_finite(x_PKCHW, velocities, pair_ids)
-        images = model.decode(x_PKCHW.flatten(0, 1)).unflatten(0, (pairs, 2))
+        images = torch.stack(list(model.decode(x_PKCHW.flatten(0, 1)).chunk(pairs)))
         return SampledBlock(x_PKCHW, images, velocities, gammas)
 
     @torch.no_grad()
     def generate_batch(
-        self, network: Network, prompts: Sequence[str], indices: Sequence[int], *, seed: int, grid: Grid, guidance: float
+        self,
+        network: Network,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        *,
+        seed: int,
+        grid: Grid,
+        guidance: float,
     ) -> Tensor:
         """Images `[N, 3, height, width]` in 0..1 by plain Euler; noise is keyed by (seed, index of the image)."""
         model = self._model

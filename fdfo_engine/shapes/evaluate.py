@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def _sample(pipe: Any, texts: Sequence[str], latents: Tensor, steps: int) -> Ten
     hidden, pooled = encode_captions(pipe, texts)
     pipe.scheduler.set_timesteps(steps)
     sigmas = pipe.scheduler.sigmas.tolist()
-    for now, then in zip(sigmas, sigmas[1:], strict=False):
+    for now, then in pairwise(sigmas):
         time = torch.full((len(latents),), 1000 * now)
         velocity = pipe.transformer(latents, hidden, pooled, time, return_dict=False)[0]
         latents = latents + (then - now) * velocity

@@ -1,5 +1,6 @@
 """Second stage of pretraining: flow matching of transformer and text encoders on cached latents."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -98,3 +99,38 @@ class _Average:
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.mean, self.live, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for live, mean in zip(self.live, self.mean, strict=True):
+            held = live.clone()
+            live.copy_(mean)
+            mean.copy_(held)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        self.swap()
+        yield
+        self.swap()
+
+
+def _batches(count: int, settings: FlowSettings, generator: torch.Generator) -> Iterator[Tensor]:
+    order = torch.randperm(count, generator=generator)
+    for _ in range(settings.steps):
+        if len(order) < settings.batch:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        rows, order = order[: settings.batch], order[settings.batch :]
+        yield rows
+
+
+def _loss(pipe: Any, raw: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity noise - data, at logit-normal times shifted as the scheduler shifts them."""
+    data = (raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    noise = torch.randn(data.shape, generator=generator)
+    time = torch.sigmoid(torch.randn(len(data), generator=generator))
+    shift = pipe.scheduler.config.shift
+    time = shift * time / (1 + (shift - 1) * time)
+    mixed = torch.lerp(data, noise, time[:, None, None, None])
+    hidden, pooled = encode_tokens(pipe, tokens)
+    velocity = pipe.transformer(mixed, hidden, pooled, 1000 * time, return_dict=False)[0]
+    return nn.functional.mse_loss(velocity, noise - data)

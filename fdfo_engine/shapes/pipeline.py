@@ -1,4 +1,4 @@
-"""Builds the bench's model: a genuine diffusers `StableDiffusion3Pipeline`, small enough for a CPU and a git checkout."""
+"""Builds the bench's model: a genuine diffusers `StableDiffusion3Pipeline`, small enough for a CPU and a checkout."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -61,10 +61,11 @@ def save_pipeline(pipe: Any, folder: Path) -> None:
     """Writes the pipeline to `folder` as float16 safetensors; `pipe` keeps its weights."""
     modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
     exact = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
-    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    pipe.to(torch.float32)
+    for module in modules:
+        module.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
     for module, state in zip(modules, exact, strict=True):
-        module.load_state_dict(state)
+        module.float().load_state_dict(state)
 
 
 def encode_captions(pipe: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from fdfo_engine.shapes.scene import COLOURS, Facts, parse
 
 Image = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
+_Outside = Callable[[Array, Array, float], Array]
 
 SIZE = 64
 HUES: dict[str, float] = dict(zip(COLOURS, (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 0.82), strict=True))
@@ -79,12 +82,12 @@ def draw(layout: list[Placed], rng: np.random.Generator) -> Image:
     return np.clip(image, 0, 1).astype(np.float32)
 
 
-def _paint(colour: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+def _paint(colour: str, rng: np.random.Generator) -> Array:
     hue = HUES[colour] + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.85, 1.0), rng.uniform(0.82, 1.0)))
 
 
-def _background(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+def _background(rng: np.random.Generator) -> Array:
     """A near-grey tint with a gradient and a little grain: never as saturated as a shape."""
     tint = rng.uniform(0.08, 0.92) + rng.uniform(-0.04, 0.04, 3)
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.15)
@@ -94,7 +97,7 @@ def _background(rng: np.random.Generator) -> npt.NDArray[np.float64]:
     return np.asarray(np.clip(tint[:, None, None] + ramp + grain, 0.02, 0.98))
 
 
-def _coverage(item: Placed, turn: float) -> npt.NDArray[np.float64]:
+def _coverage(item: Placed, turn: float) -> Array:
     """Share of each pixel that the shape covers, from its signed distance: about a pixel of anti-aliasing."""
     ys, xs = np.mgrid[0:SIZE, 0:SIZE] + 0.5
     dx, dy = xs - item.x, ys - item.y
@@ -103,19 +106,17 @@ def _coverage(item: Placed, turn: float) -> npt.NDArray[np.float64]:
     return np.asarray(np.clip(0.5 - _OUTSIDE[item.shape](distance, angle, item.radius), 0, 1))
 
 
-def _circle(distance: npt.NDArray[np.float64], angle: npt.NDArray[np.float64], radius: float) -> npt.NDArray[np.float64]:
+def _circle(distance: Array, angle: Array, radius: float) -> Array:
     return distance - 0.85 * radius
 
 
-def _polygon(corners: int, inner: float) -> "_Outside":
+def _polygon(corners: int, inner: float) -> _Outside:
     """Signed distance (pixels, negative inside) of a regular star whose inner corners lie at `inner` radii."""
     half = math.pi / corners
     edge_x, edge_y = inner * math.cos(half) - 1, inner * math.sin(half)
     length = math.hypot(edge_x, edge_y)
 
-    def outside(
-        distance: npt.NDArray[np.float64], angle: npt.NDArray[np.float64], radius: float
-    ) -> npt.NDArray[np.float64]:
+    def outside(distance: Array, angle: Array, radius: float) -> Array:
         folded = np.abs((angle + half) % (2 * half) - half)
         x, y = distance * np.cos(folded) - radius, distance * np.sin(folded)
         return np.asarray((y * -edge_x + x * edge_y) / length)
@@ -123,8 +124,7 @@ def _polygon(corners: int, inner: float) -> "_Outside":
     return outside
 
 
-_Outside = type(_circle)
-_OUTSIDE = {
+_OUTSIDE: dict[str, _Outside] = {
     "circle": _circle,
     "square": _polygon(4, math.cos(math.pi / 4)),
     "triangle": _polygon(3, math.cos(math.pi / 3)),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Advantage:
-    """Signed advantages `[P, 2]` (branch 1 is the negative of branch 0) and why some are zero, each pair counted once."""
+    """Signed advantages `[P, 2]` (branch 1 has the negative) and why some are zero, each pair counted once."""
 
     values: Tensor
     lost: Tensor

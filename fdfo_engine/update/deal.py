@@ -18,7 +18,7 @@ def deal_steps(pair_ids: Sequence[int], *, steps: int, train_steps: int, optimiz
         raise ValueError(f"deal_steps: train_steps = {train_steps} is no multiple of {optimizer_steps} optimizer steps")
     ids = torch.tensor(pair_ids, dtype=torch.int64)[:, None, None]
     words = philox_words(torch.arange(steps), deal_stream(torch.arange(2))[:, None], ids, seed=seed)  # [P, 2, T]
-    dealt = words.argsort(-1, stable=True)[..., :train_steps]
+    dealt = words.argsort(dim=-1, stable=True)[..., :train_steps]
     shares = dealt.unflatten(2, (optimizer_steps, -1)).permute(2, 0, 1, 3)
-    return shares.sort(-1).values
-
+    ascending: Tensor = shares.sort(-1).values
+    return ascending

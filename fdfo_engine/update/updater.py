@@ -47,11 +47,7 @@ class Items:
 class Totals:
     """Sums over items and optimiser steps, reduced over ranks once at the end."""
 
-    loss: Tensor
-    log_ratio: Tensor
-    clipped: Tensor
-    kl: Tensor
-    items: Tensor
+    sums: Tensor
     floor: float | None = None
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
@@ -60,7 +56,11 @@ class Totals:
     @classmethod
     def zero(cls, device: torch.device) -> Totals:
         """All sums at 0 on `device`."""
-        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(5)))
+        return cls(torch.zeros(5, dtype=torch.float64, device=device))
+
+    def add(self, *values: Tensor | float, weight: float) -> None:
+        """Adds one micro-batch's loss, log-ratios, clipped items, divergence and items, without a host sync."""
+        self.sums += weight * torch.stack([torch.as_tensor(v, device=self.sums.device).double() for v in values])
 
 
 class Updater:
@@ -114,7 +114,7 @@ class Updater:
         self._count_step(norm, applied, totals)
 
     def _micro_batches(self, adv: Advantage, share: Tensor) -> list[Items]:
-        """This rank's micro-batches, padded with weight 0 to the largest number over ranks; empty if no rank has any."""
+        """Micro-batches of this rank, padded with weight 0 to the most of any rank; empty if no rank has any."""
         pairs = torch.arange(len(adv.values)) if self._settings.kl_weight else adv.live.nonzero().flatten()
         steps = share[pairs]  # [P, 2, S]
         pair = pairs[:, None, None].expand_as(steps).flatten()
@@ -145,12 +145,12 @@ class Updater:
             normalizer=float(batch),
             backend=self._backend,
         )
+        kl = torch.zeros((), device=device)
         if self._settings.kl_weight:
             divergence = (v.float() - self._base_velocity(latents, timesteps, conditioning, negative)).square()
             kl = divergence.flatten(1).mean(1).sum() / batch
             loss = loss + self._settings.kl_weight * kl
-            totals.kl += kl.detach() * items.weight
-        self._count_items(loss, log_ratio, items.weight, totals)
+        self._count_items(loss.detach(), log_ratio, kl.detach(), items.weight, totals)
         return loss
 
     @torch.no_grad()
@@ -161,12 +161,9 @@ class Updater:
             v, v_uncond = predict(self._model, self._trainer, latents, timesteps, conditioning, negative)
         return guided_velocity(v, v_uncond, self._guidance).float()
 
-    def _count_items(self, loss: Tensor, log_ratio: Tensor, weight: float, totals: Totals) -> None:
-        rho = log_ratio.exp()
-        totals.loss += loss.detach() * weight
-        totals.log_ratio += log_ratio.double().sum() * weight
-        totals.clipped += ((rho - 1).abs() >= self._settings.clip_range).sum() * weight
-        totals.items += len(log_ratio) * weight
+    def _count_items(self, loss: Tensor, log_ratio: Tensor, kl: Tensor, weight: float, totals: Totals) -> None:
+        clipped = ((log_ratio.exp() - 1).abs() >= self._settings.clip_range).sum()
+        totals.add(loss, log_ratio.double().sum(), clipped, kl, len(log_ratio), weight=weight)
         if totals.floor is None and weight:
             totals.floor = float(log_ratio.abs().mean())
 
@@ -183,11 +180,9 @@ class Updater:
 
 def _metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds: float) -> dict[str, float]:
     counts = torch.stack([adv.lost.sum(), adv.tied.sum(), adv.still.sum()]).double()
-    sums = torch.stack([totals.loss, totals.log_ratio, totals.clipped, totals.kl, totals.items]).cpu()
-    magnitude = torch.stack([adv.values[:, 0].abs().double().sum(), torch.tensor(float(len(adv.values)))]).double()
-    lost, tied, still, loss, log_ratio, clipped, kl, items, size, pairs = all_sum(
-        torch.cat([counts, sums, magnitude])
-    ).tolist()
+    magnitude = torch.tensor([float(adv.values[:, 0].abs().sum()), float(len(adv.values))], dtype=torch.float64)
+    totals_over_ranks = all_sum(torch.cat([counts, totals.sums.cpu(), magnitude])).tolist()
+    lost, tied, still, loss, log_ratio, clipped, kl, items, size, pairs = totals_over_ranks
     applied = totals.grad_norms
     return {
         "loss": loss / optimizer_steps,
@@ -205,5 +200,3 @@ def _metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds: floa
         "left_out_steps": totals.left_out,
         "seconds_update": seconds,
     }
-
-

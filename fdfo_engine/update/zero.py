@@ -41,7 +41,7 @@ class ZeroTrainer:
         adamw = torch.optim.AdamW(
             self._parameters.values(),
             lr=optimizer.lr,
-            betas=tuple(optimizer.betas),
+            betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )

@@ -1,0 +1,100 @@
+"""Settings that are impossible together, and the keys handed on to DeepSpeed."""
+
+import pytest
+
+from fdfo_engine.config.cross_checks import RULES
+from fdfo_engine.config.deepspeed_keys import ALLOWED, RESERVED
+
+BREAKS = {
+    "update.optimizer_steps": (["update.optimizer_steps=3"], "nearest: 2, 4"),
+    "update.train_steps": (["update.train_steps=44", "update.optimizer_steps=4"], "more than sampling.steps = 40"),
+    "lora": (["model.train=full", "lora.rank=4"], "remove the lora section"),
+    "zero.stage": (["model.train=full", "zero.stage=0"], "set zero.stage to 1, 2 or 3"),
+    "update.kl_weight": (["model.train=full", "update.kl_weight=0.1"], "set update.kl_weight to 0"),
+    "model.max_sequence_length": (["model.id=shapes"], "set model.max_sequence_length to 0"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.keys[0])
+def test_rule_names_its_keys_and_the_fix(rule, load, complaint):
+    overrides, fix = BREAKS[rule.keys[0]]
+    message = complaint("", *overrides)
+    assert fix in message
+    assert rule.keys[0] in message
+    assert sum(key in message for key in rule.keys) >= 2
+    for i in range(len(overrides)):  # each is needed
+        if len(overrides) == 2 and "train_steps" not in overrides[0]:
+            load("", overrides[i])
+
+
+def test_rules_are_asked_beside_other_problems(complaint):
+    message = complaint("", "update.optimizer_steps=3", "optimizer.lr=fast", "run.seed=-1")
+    assert "3 problems" in message
+    assert (
+        "40 trained steps (sampling.steps) must be a multiple of update.optimizer_steps = 3; nearest: 2, 4" in message
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 40, 41])
+@pytest.mark.parametrize("train", [None, 1, 4, 6])
+@pytest.mark.parametrize("optimizer_steps", [1, 2, 3, 4, 5, 9])
+def test_divisibility(steps, train, optimizer_steps, load, complaint):
+    overrides = [f"sampling.steps={steps}", f"update.optimizer_steps={optimizer_steps}"]
+    overrides += [f"update.train_steps={train}"] if train else []
+    trained = train or steps
+    if trained % optimizer_steps == 0 and trained <= steps:
+        load("", *overrides)
+        return
+    message = complaint("", *overrides)
+    if trained % optimizer_steps:
+        nearest = [int(n) for n in message.split("nearest: ")[1].splitlines()[0].split(", ")]
+        assert nearest
+        assert all(trained % n == 0 for n in nearest)
+    if trained > steps:
+        assert f"more than sampling.steps = {steps}" in message
+
+
+def test_float32_may_train_whole_at_stage_0(load):
+    load("", "model.train=full", "zero.stage=0", "model.dtype=float32")
+
+
+def flat(keys, prefix=""):
+    for key, kind in keys.items():
+        yield from flat(kind, f"{prefix}{key}.") if isinstance(kind, dict) else [(prefix + key, kind)]
+
+
+@pytest.mark.parametrize("key", [key for key, _ in flat(ALLOWED)])
+def test_deepspeed_slip_names_true_key(key, complaint):
+    section, _, leaf = key.rpartition(".")
+    slip = f"{section}.{leaf[:-1]}" if section else leaf[:-1]
+    message = complaint("", f"zero.deepspeed.{slip}=1")
+    assert "unknown key; did you mean" in message
+    assert leaf in message
+
+
+@pytest.mark.parametrize(("key", "kind"), flat(ALLOWED))
+def test_deepspeed_key_is_kept_and_typed(key, kind, load, complaint):
+    good = {"a whole number": "5e8", "true or false": "true", "text": "x", "a list": "[a]", "a number": "0.5"}
+    tree = load("", f"zero.deepspeed.{key}={good[kind]}").zero.deepspeed
+    for part in key.split("."):
+        tree = tree[part]
+    assert tree in (5e8, True, "x", ["a"], 0.5)
+    assert f"zero.deepspeed.{key}: takes {kind}" in complaint("", f"zero.deepspeed.{key}=null")
+
+
+@pytest.mark.parametrize("key", RESERVED)
+def test_deepspeed_reserved_key_is_refused(key, complaint):
+    message = complaint("", f"zero.deepspeed.{key}=1")
+    assert f"zero.deepspeed.{key}: set by fdfo; remove it ({RESERVED[key]})" in message
+
+
+def test_deepspeed_misspelt_reserved_key(complaint):
+    assert "did you mean zero_optimization?" in complaint("", "zero.deepspeed.zero_optimisation={}")
+    message = complaint("", "zero.deepspeed.gradient_cliping=1")
+    assert "did you mean gradient_clipping? That one is set by fdfo; remove it" in message
+    assert "takes a mapping of" in complaint("", "zero.deepspeed.zero_optimization=3")
+
+
+def test_offload_is_not_available_yet(complaint):
+    for key in ("offload_optimizer", "offload_parameters"):
+        assert f"zero.{key}: offloading to host memory is not available yet" in complaint("", f"zero.{key}=true")

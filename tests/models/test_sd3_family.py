@@ -1,0 +1,176 @@
+"""The SD3 family against diffusers' own pipeline, with random weights."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from tiny_sd3 import PROMPTS, SIZE, tiny_config
+
+from fdfo_engine import Engine
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.ops import GENERATION_STREAM, philox_normal
+from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+
+@pytest.fixture
+def config(tiny_sd3, tmp_path):
+    return tiny_config(tiny_sd3, tmp_path / "run")
+
+
+def diffusers_images(pipeline, guidance, seed=0):
+    pipeline.set_progress_bar_config(disable=True)
+    noise = philox_normal((4, 8, 8), seed=seed, pair_ids=range(len(PROMPTS)), stream=GENERATION_STREAM, device="cpu")
+    return pipeline(
+        list(PROMPTS), latents=noise, num_inference_steps=STEPS, guidance_scale=guidance, height=SIZE, width=SIZE,
+        output_type="pt", max_sequence_length=16,
+    ).images  # fmt: skip
+
+
+def moved(engine, scale=0.1):
+    """Puts random trained weights into `engine`."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {n: w + scale * torch.randn(w.shape, generator=generator) for n, w in engine.trainer.weights().items()}
+    engine.trainer.load(weights, engine.trainer.state())
+    return weights
+
+
+def largest(difference):
+    return difference.abs().max().item()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_generation_without_churn_is_the_pipelines_own(tiny_sd3, config, guidance):
+    images = Engine(config).generate(PROMPTS, seed=7, guidance_scale=guidance)
+    assert largest(images - diffusers_images(StableDiffusion3Pipeline.from_pretrained(tiny_sd3), guidance, 7)) < 1e-5
+
+
+def test_guidance_and_prompts_matter(config):
+    engine = Engine(config)
+    plain, guided = engine.generate(PROMPTS), engine.generate(PROMPTS, guidance_scale=4.5)
+    assert largest(plain - guided) > 1e-2
+    assert largest(plain - engine.generate(PROMPTS[::-1])) > 1e-3
+
+
+def test_one_image_does_not_depend_on_its_batch(tiny_sd3, tmp_path):
+    """A forward's last bits depend on the batch, so nearly: 1e-5 of an image in 0..1."""
+    whole = Engine(tiny_config(tiny_sd3, tmp_path / "a", evaluation={"every": 0, "batch": 4})).generate(PROMPTS)
+    parts = Engine(tiny_config(tiny_sd3, tmp_path / "b", evaluation={"every": 0, "batch": 3})).generate(PROMPTS)
+    assert largest(whole - parts) < 1e-5
+
+
+def test_lora_is_on_the_joint_attention_and_changes_nothing_yet(tiny_sd3, config):
+    model = load_model(config, CPU)
+    names, parameters = zip(*model.trained_parameters(), strict=True)
+    found = {name.split(".lora_")[0] for name in names}
+    joint = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"]
+    wanted = {f"transformer_blocks.{block}.attn.{part}" for block in (0, 1) for part in joint}
+    # the last block drops the text stream behind its attention, so it has no projection out of it
+    assert found == wanted | {"transformer_blocks.0.attn.to_add_out"}
+    assert all(p.dtype == torch.float32 for p in parameters)
+    assert all(p.eq(0).all() == (".lora_B." in name) for name, p in zip(names, parameters, strict=True))
+    assert all(p.requires_grad == (name in names) for name, p in model.network.named_parameters())
+
+
+def test_lora_is_float32_on_a_bfloat16_model(tiny_sd3, tmp_path):
+    model = load_model(tiny_config(tiny_sd3, tmp_path, model={"dtype": "bfloat16"}), CPU)
+    names = {name for name, _ in model.trained_parameters()}
+    dtypes = {name: p.dtype for name, p in model.network.named_parameters()}
+    assert {dtypes[name] for name in names} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name not in names} == {torch.bfloat16}
+
+
+def test_without_adapter_is_the_base_model(config):
+    engine = Engine(config)
+    before = engine.generate(PROMPTS)
+    moved(engine)
+    with engine.model.without_adapter():
+        off = engine.generate(PROMPTS)
+    assert torch.equal(off, before)
+    assert largest(engine.generate(PROMPTS) - before) > 1e-2
+    assert all(p.requires_grad for _, p in engine.model.trained_parameters())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_exported_lora_gives_the_same_images_in_diffusers(tiny_sd3, config, tmp_path, guidance):
+    engine = Engine(config)
+    moved(engine)
+    engine.export(tmp_path / "out")
+    fresh = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    base = diffusers_images(fresh, guidance)
+    fresh.load_lora_weights(tmp_path / "out")
+    images = diffusers_images(fresh, guidance)
+    assert largest(images - engine.generate(PROMPTS, guidance_scale=guidance)) < 1e-5
+    assert largest(images - base) > 1e-2
+
+
+def test_exported_full_model_gives_the_same_images_in_diffusers(tiny_sd3, tmp_path):
+    engine = Engine(tiny_config(tiny_sd3, tmp_path / "run", model={"train": "full"}))
+    base = engine.generate(PROMPTS)
+    moved(engine, scale=0.02)
+    engine.export(tmp_path / "out")
+    images = diffusers_images(StableDiffusion3Pipeline.from_pretrained(tmp_path / "out"), 1.0)
+    assert largest(images - engine.generate(PROMPTS)) < 1e-5
+    assert largest(images - base) > 1e-2
+
+
+def test_an_export_that_loads_wrong_is_refused(config, tmp_path, monkeypatch):
+    engine = Engine(config)
+    moved(engine)
+    monkeypatch.setattr("fdfo_engine.models.sd3.fold_alpha", lambda weights, scale: weights)  # the alpha is lost
+    with pytest.raises(CheckpointError, match="loaded back"):
+        engine.export(tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_export_leaves_foreign_files_alone(config, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    engine = Engine(config)
+    moved(engine)
+    monkeypatch.setattr("fdfo_engine.models.sd3.fold_alpha", lambda weights, scale: weights)
+    with pytest.raises(CheckpointError):
+        engine.export(tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_gradient_checkpointing_changes_no_gradient(tiny_sd3, tmp_path, train):
+    gradients = []
+    for on in (False, True):
+        model = load_model(tiny_config(tiny_sd3, tmp_path, model={"train": train, "gradient_checkpointing": on}), CPU)
+        model.network.train()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # away from B = 0, where half of the gradients vanish
+            for _, p in model.trained_parameters():
+                p += 0.05 * torch.randn(p.shape, generator=generator)
+        x = torch.randn(3, *model.latent_shape, generator=generator)
+        rows = model.encode_prompt(PROMPTS[0]).rows(torch.zeros(3, dtype=torch.int64))
+        model.velocity(model.network, x, torch.tensor([900.0, 500.0, 10.0]), rows).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.trained_parameters()})
+    plain, checkpointed = gradients
+    assert {n for n, g in plain.items() if g is None} == {n for n, g in checkpointed.items() if g is None}
+    for name, gradient in plain.items():
+        if gradient is not None:
+            assert largest(gradient - checkpointed[name]) <= 1e-6 * largest(gradient), name
+
+
+@pytest.mark.parametrize(
+    ("section", "error", "message"),
+    [
+        ({"height": 24 + 16}, UsageError, "model.height = 40: this model takes a multiple of 4 up to 32"),
+        ({"width": 8 * 512}, UsageError, "model.width = 4096"),
+        ({"id": "/nowhere/at/all"}, EnvironmentProblem, "model.id"),
+        ({"family": "sd33"}, UsageError, "did you mean 'sd3'"),
+        ({"family": "no_such_module:Thing"}, UsageError, "no_such_module"),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused(tiny_sd3, tmp_path, section, error, message):
+    with pytest.raises(error, match=message):
+        load_model(tiny_config(tiny_sd3, tmp_path, model=section), CPU)
+
+
+def test_embedded_guidance_is_refused(tiny_sd3, tmp_path):
+    with pytest.raises(UsageError, match="embedded_guidance"):
+        load_model(tiny_config(tiny_sd3, tmp_path, sampling={"embedded_guidance": 3.5}), CPU)
