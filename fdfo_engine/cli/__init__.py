@@ -1,1 +1,1 @@
-"""The verbs of the fdfo command, one short file each."""
+"""The console script `fdfo`: one file a verb, each with `add_parser` and a function that returns nothing or a status."""

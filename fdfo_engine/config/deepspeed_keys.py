@@ -10,9 +10,6 @@ ALLOWED: Mapping[str, Any] = {
     "zero_optimization": {
         "contiguous_gradients": FLAG,
         "overlap_comm": FLAG,
-        "reduce_scatter": FLAG,
-        "allgather_partitions": FLAG,
-        "round_robin_gradients": FLAG,
         "reduce_bucket_size": WHOLE,
         "allgather_bucket_size": WHOLE,
         "sub_group_size": WHOLE,

@@ -70,7 +70,7 @@ class ModelConfig(Section):
     """Attention kernel; sdpa is PyTorch's own."""
 
     gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: less memory, about a third more time in the update."""
+    """Recomputes activations in the backward pass: less memory, more time in the update."""
 
     max_sequence_length: int = Field(default=256, ge=0, le=512)
     """Tokens of the T5 encoder; 0 leaves T5 out. `shapes` was trained without and needs 0."""
@@ -185,7 +185,7 @@ class UpdateConfig(Section):
     """Weight of the squared distance to the velocity of the untrained model; 0 leaves it out."""
 
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay an optimizer step of an average of the trained weights, saved beside them; null keeps none."""
+    """Decay an epoch of an average of the trained weights, saved beside them; null keeps none."""
 
     max_bad_pairs: float = Field(default=0.05, ge=0, le=1)
     """Share of an epoch's pairs that may lose their reward to failures before the run stops."""

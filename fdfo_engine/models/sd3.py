@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -133,26 +134,32 @@ class SD3Model:
         Raises:
             CheckpointError: what was written does not give the same velocity when loaded back.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._lora_scale is None:
-            self._export_pipeline(folder, weights)
-        else:
-            self._export_lora(folder, weights, self._lora_scale)
+        if self._lora_scale is None and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
+            raise UsageError(f"export: {folder} is the base model itself; choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # written and verified aside: a wrong export is never seen, and a folder of the user's is only added to
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
+            aside = Path(name) / "export"
+            if self._lora_scale is None:
+                exported = self._export_pipeline(aside, weights)
+            else:
+                exported = self._export_lora(aside, weights, self._lora_scale)
+            self._verify(exported, weights, folder)
+            shutil.copytree(aside, folder, dirs_exist_ok=True)
 
-    def _export_lora(self, folder: Path, weights: dict[str, Tensor], scale: float) -> None:
+    def _export_lora(self, folder: Path, weights: dict[str, Tensor], scale: float) -> nn.Module:
         folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, scale)
         StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=folded)
         fresh = self._fresh_pipeline(self.pipeline.config._name_or_path)
         fresh.load_lora_weights(folder)
-        self._verify(fresh.transformer, weights, folder)
+        network: nn.Module = fresh.transformer
+        return network
 
-    def _export_pipeline(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        source = Path(self.pipeline.config._name_or_path)
-        if source.resolve() == folder.resolve():
-            raise UsageError(f"export: {folder} is the base model itself; choose another folder")
+    def _export_pipeline(self, folder: Path, weights: dict[str, Tensor]) -> nn.Module:
         with _weights_in(self.network, weights):
             self.pipeline.save_pretrained(folder, safe_serialization=True)
-        self._verify(self._fresh_pipeline(str(folder)).transformer, weights, folder)
+        network: nn.Module = self._fresh_pipeline(str(folder)).transformer
+        return network
 
     def _fresh_pipeline(self, model_id: str) -> Any:
         return _load_pipeline(model_id, self._settings).to(self.device)
@@ -168,7 +175,6 @@ class SD3Model:
         error = ((loaded - trained).square().mean() / trained.square().mean().clamp_min(1e-30)).sqrt().item()
         limit = EXPORT_TOLERANCE if self.dtype == torch.float32 else 2e-2
         if not error <= limit:
-            shutil.rmtree(folder)
             raise CheckpointError(f"export to {folder}: loaded back, its velocity is {error:.1e} off (limit {limit})")
 
 

@@ -14,6 +14,8 @@ MIN_CAPABILITY = (8, 0)  # the oldest GPU that the kernels are compiled for in t
 class BackendUnavailableError(ValueError):
     """No backend, or not the forced one, can run an op here; the message holds every reason."""
 
+    exit_code = 3
+
 
 def backends() -> dict[str, list[str]]:
     """Reasons why each backend can't run on this machine, by name; an empty list where it can."""

@@ -114,7 +114,7 @@ def _vae() -> Any:
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=int(__import__("os").environ.get("GR","1")),
         sample_size=SIZE,
         use_quant_conv=False,
         use_post_quant_conv=False,

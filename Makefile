@@ -1,0 +1,54 @@
+# `make setup` once (the other goals do it for you), then `make demo`. Overrides: make demo RANKS=1 DEMO_ARGS="run.epochs=20"
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+RANKS ?= 2
+RUN ?= runs/shapes
+DEMO_ARGS ?=
+SHORT_RUN := runs/shapes-short
+SHORT_ARGS := run.epochs=4 sampling.pairs_per_epoch=12 evaluation.every=4 evaluation.count=32 checkpoint.every=2 log.tensorboard=false
+PYTEST_ARGS ?=
+
+# One thread a rank: two ranks on two cores do not fight over them. A free port: two runs on one machine do not either.
+free_port = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+launch = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(free_port) fdfo_engine/train.py --config configs/shapes.yaml
+
+.PHONY: help setup demo demo-short test test-all lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP)  ## makes .venv and installs the pinned versions; nothing to do a second time
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup  ## trains the bundled miniature on two CPU cores and writes its report; resumes, or says it is finished
+	$(launch) run.dir=$(RUN) $(DEMO_ARGS)
+	$(BIN)/fdfo report $(RUN)
+
+demo-short: setup  ## the same in a minute: four small epochs, from the start each time
+	rm -rf $(SHORT_RUN)
+	$(launch) run.dir=$(SHORT_RUN) $(SHORT_ARGS)
+	$(BIN)/fdfo report $(SHORT_RUN)
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: setup  ## the tests with the slow ones
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## removes build products and caches; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""`fdfo`: the verbs beside the main job `train.py`. Heavy libraries load only once a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from fdfo_engine import __version__
+from fdfo_engine.cli import doctor, export, generate, pretrain_shapes, report, status, train
+from fdfo_engine.runtime.console import visible
+from fdfo_engine.runtime.errors import report_and_exit_code
+
+Verb = Callable[[argparse.Namespace], int]
+_VERBS = (train, generate, report, export, status, doctor, pretrain_shapes)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each verb's parser carries the function to run as `verb`."""
+    parse = argparse.ArgumentParser(
+        prog="fdfo",
+        description="Post-trains text-to-image flow models by paired trajectories (FDFO).",
+        epilog="`fdfo VERB --help` shows a verb's options. Exit codes: 0 done, 2 usage, 3 environment, 4 prompts, "
+        "5 reward, 6 numerics, 7 checkpoint or storage, 8 distributed, 75 stopped and resumable, 1 a bug.",
+    )
+    parse.add_argument("--version", action="version", version=f"fdfo-engine {__version__}")
+    verbs = parse.add_subparsers(dest="verb_name", metavar="VERB", required=True)
+    for module in _VERBS:
+        module.add_parser(verbs)
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
+    arguments = parser().parse_intermixed_args(argv) if _is_intermixed(argv) else parser().parse_args(argv)
+    verb: Verb = arguments.verb
+    try:
+        return verb(arguments)
+    except BrokenPipeError:  # the reader, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
+        return report_and_exit_code(error)
