@@ -10,7 +10,7 @@ RANKS ?= 2
 RUN ?= runs/shapes
 DEMO_ARGS ?=
 SHORT_RUN := runs/shapes-short
-SHORT_ARGS := run.epochs=4 sampling.pairs_per_epoch=12 evaluation.every=4 evaluation.count=32 checkpoint.every=2 log.tensorboard=false
+SHORT_ARGS := run.epochs=4 sampling.pairs_per_epoch=12 sampling.block_pairs=6 evaluation.every=4 evaluation.count=32 checkpoint.every=2 log.tensorboard=false
 PYTEST_ARGS ?=
 
 # One thread a rank: two ranks on two cores do not fight over them. A free port: two runs on one machine do not either.

@@ -1,1 +1,1 @@
-"""The console script `fdfo`: one file a verb, each with `add_parser` and a function that returns nothing or a status."""
+"""The console script `fdfo`: one file a verb, with its `add_parser` and the function that runs it."""

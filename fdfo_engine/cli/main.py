@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from fdfo_engine import __version__
 from fdfo_engine.cli import doctor, export, generate, pretrain_shapes, report, status, train
-from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import report_and_exit_code
 
 Verb = Callable[[argparse.Namespace], int]
@@ -33,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
-    arguments = parser().parse_intermixed_args(argv) if _is_intermixed(argv) else parser().parse_args(argv)
+    arguments = _parsed(parser(), argv)
     verb: Verb = arguments.verb
     try:
         return verb(arguments)
@@ -42,3 +41,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)
+
+
+def _parsed(parse: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; settings may stand before and after options, which argparse alone does not allow in a verb."""
+    arguments, rest = parse.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parse.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

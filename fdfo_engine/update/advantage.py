@@ -29,10 +29,9 @@ def advantage(rewards: Tensor, direction: Tensor) -> Advantage:
         direction: u of branch 0, `[P, C, H, W]`; all 0 where both branches ended in the same latent.
     """
     rewards = rewards.double()
-    half = (rewards[:, 0] - rewards[:, 1]) / 2
-    lost = ~torch.isfinite(rewards).all(1)
-    tied = ~lost & (half == 0)
+    half = ((rewards[:, 0] - rewards[:, 1]) / 2).float()  # rounded first: what counts as a tie is what the loss sees
+    lost = ~torch.isfinite(half)
+    tied = half == 0
     still = ~lost & ~tied & ~direction.flatten(1).any(1).to(rewards.device)
-    silent = lost | tied | still
-    first = torch.where(silent, 0.0, torch.nan_to_num(half)).float()  # NaN rows are exactly the lost ones
+    first = torch.where(lost | tied | still, 0.0, half)
     return Advantage(torch.stack([first, -first], 1), lost, tied, still)

@@ -1,0 +1,148 @@
+"""`fdfo doctor`: whether this installation can train, one line a check, with the reason where it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fdfo_engine.runtime.errors import EnvironmentProblem, error_message
+
+_NEEDED = ("torch", "diffusers", "transformers", "peft", "deepspeed", "safetensors")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, why it fails (empty where it does not), and whether training needs it."""
+
+    what: str
+    reason: str = ""
+    needed: bool = True
+
+    def line(self) -> str:
+        """As printed: `ok`, `missing` (training works without) or `BROKEN`."""
+        word = "ok" if not self.reason else "BROKEN" if self.needed else "missing"
+        return f"{word:8}{self.what}" + (f": {self.reason}" if self.reason else "")
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parse = verbs.add_parser(
+        "doctor",
+        help="check this installation",
+        description="Checks Python, libraries, devices, op backends, the bundled model and storage. Exit code 3 when "
+        "something that training needs is broken.",
+    )
+    parse.add_argument("--dir", type=Path, default=Path(), help="where runs will be written; default: here")
+    parse.add_argument("--quick", action="store_true", help="leave out loading and sampling the bundled model")
+    parse.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints each finding as it is made; returns 3 if a needed one is broken."""
+    from fdfo_engine.runtime.console import say
+
+    healthy = True
+    for finding in findings(arguments.dir, quick=arguments.quick):
+        say(finding.line())
+        healthy &= not (finding.needed and finding.reason)
+    say("ready to train" if healthy else "not ready: see the lines marked BROKEN")
+    return 0 if healthy else EnvironmentProblem.exit_code
+
+
+def findings(folder: Path, *, quick: bool = False) -> Iterator[Finding]:
+    """Every check, cheap ones first."""
+    yield Finding(f"python {platform.python_version()}", "" if sys.version_info >= (3, 11) else "takes 3.11 or newer")
+    yield from _packages()
+    yield _tried("deepspeed imports", lambda: importlib.import_module("deepspeed"))
+    yield from _devices()
+    yield _tried("kernels folder", _require_kernels)
+    yield from _backends()
+    yield _tried(f"storage of {folder.resolve()}", lambda: _probe(folder))
+    base = _tried("bundled shapes model", _require_base)
+    yield base
+    if not base.reason and not quick:
+        yield _tried("one pair of images sampled from it", _sample_pair)
+
+
+def _tried(what: str, check: Callable[[], object]) -> Finding:
+    try:
+        check()
+    except Exception as error:  # noqa: BLE001 - a diagnosis must go on; the reason is its product
+        return Finding(what, error_message(error))
+    return Finding(what)
+
+
+def _packages() -> Iterator[Finding]:
+    from fdfo_engine.runtime.environment import PACKAGES, package_version
+
+    for name in PACKAGES:
+        version = package_version(name)
+        yield Finding(f"{name} {version}" if version else name, "" if version else "not installed", name in _NEEDED)
+
+
+def _devices() -> Iterator[Finding]:
+    from fdfo_engine.runtime.environment import describe_environment
+
+    found = describe_environment()
+    cpu, devices = found["cpu"], found["devices"]
+    yield Finding(f"CPU {cpu['name']}, {cpu['cores']} cores ({', '.join(cpu['flags']) or 'no vector flags'})")
+    for device in devices:
+        yield Finding(f"GPU {device['name']}, {device['memory_gib']} GiB, capability {device['capability']}")
+    if not devices:
+        built = found["cuda"]["torch"]
+        reason = f"torch is built for CUDA {built} but sees no device" if built else "this torch is built without CUDA"
+        yield Finding("GPU", f"{reason}; the driver is {found['cuda']['driver'] or 'absent'}", needed=False)
+
+
+def _require_kernels() -> None:
+    if importlib.util.find_spec("fdfo_engine.kernels.philox_normal") is None:
+        raise EnvironmentProblem("fdfo_engine.kernels is not mapped: reinstall, or run from a whole checkout")
+
+
+def _backends() -> Iterator[Finding]:
+    from fdfo_engine.ops import backends
+
+    for name, reasons in backends().items():
+        yield Finding(f"ops backend {name}", "; ".join(reasons), needed=name == "torch")
+
+
+def _probe(folder: Path) -> None:
+    from fdfo_engine.runtime.run_folder import probe_storage
+
+    if not folder.is_dir():
+        raise EnvironmentProblem("no such folder")
+    probe_storage(folder)
+
+
+def _require_base() -> None:
+    from fdfo_engine.shapes.pipeline import shapes_base
+
+    index = shapes_base() / "model_index.json"
+    if not index.is_file():
+        raise EnvironmentProblem(f"{index} is absent: reinstall, or make it with `fdfo pretrain-shapes`")
+
+
+def _sample_pair() -> None:
+    """Through everything a run uses but the update: config, model, DeepSpeed, ops, decoding."""
+    import torch
+
+    from fdfo_engine.config import load_config
+    from fdfo_engine.engine import Engine
+    from fdfo_engine.runtime.distributed import close_distributed
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config("shapes", [f"run.dir={folder}", "sampling.pairs_per_epoch=1", "sampling.block_pairs=1"])
+        try:
+            images = Engine(config).rollout(["a red circle"]).images
+        finally:
+            close_distributed()
+    if images.shape[:2] != (1, 2) or not torch.isfinite(images).all():
+        raise EnvironmentProblem(f"images of shape {tuple(images.shape)} that are not all finite")

@@ -1,0 +1,53 @@
+"""`fdfo export`: trained weights in a form that diffusers loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fdfo_engine.runtime.errors import UsageError
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parse = verbs.add_parser(
+        "export",
+        help="write a LoRA or a pipeline folder that diffusers loads",
+        description="Writes a LoRA for diffusers' load_lora_weights, or after full training a pipeline folder, and "
+        "loads it back to compare.",
+    )
+    parse.add_argument("run_dir", type=Path, help="a run folder")
+    parse.add_argument("out", type=Path, help="the folder to write")
+    parse.add_argument("--checkpoint", metavar="NAME", help="such as epoch_000010; default: the newest")
+    add_weights(parse)
+    parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parse.set_defaults(verb=run)
+
+
+def add_weights(parse: argparse.ArgumentParser) -> None:
+    """`--ema` or `--raw`; without either the average is taken where the run keeps one."""
+    group = parse.add_mutually_exclusive_group()
+    group.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the averaged weights")
+    group.add_argument("--raw", dest="weights", action="store_const", const="raw", help="the last step's weights")
+    parse.set_defaults(weights="auto")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exports."""
+    refuse_filled(arguments.out, arguments.overwrite)
+    from fdfo_engine.engine import Engine
+    from fdfo_engine.runtime.console import say
+
+    engine = Engine.resume(arguments.run_dir, arguments.checkpoint)
+    folder = engine.export(arguments.out, weights=arguments.weights)
+    say(f"epoch {engine.epoch} written to {folder}, loaded back and compared")
+    return 0
+
+
+def refuse_filled(folder: Path, overwrite: bool) -> None:
+    """A folder that holds something is only written to when asked."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; takes a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UsageError(f"{folder}: is not empty; choose another folder or pass --overwrite")

@@ -1,0 +1,82 @@
+"""`fdfo pretrain-shapes`: makes the bundled miniature's base model again, from nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parse = verbs.add_parser(
+        "pretrain-shapes",
+        help="make the bundled miniature's base model again",
+        description="Trains the shapes autoencoder and flow model from nothing, hours on one core, and writes a "
+        "diffusers pipeline folder with its log. Equal arguments give equal weights.",
+    )
+    parse.add_argument("out", type=Path, help="the pipeline folder to write; an existing one is replaced at the end")
+    parse.add_argument("--seed", type=int, default=0, help="default 0")
+    parse.add_argument("--steps", type=int, help="steps of the flow stage; default: those of the shipped base")
+    parse.add_argument("--autoencoder-steps", type=int, help="steps of the first stage; default likewise")
+    parse.add_argument("--continue-from", type=Path, metavar="FOLDER", help="train this base further instead")
+    parse.add_argument("--threads", type=int, default=1, help="part of what makes weights equal; default 1")
+    parse.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    parse.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Pretrains; prints each line of its log."""
+    from fdfo_engine.cli.export import refuse_filled
+
+    refuse_filled(arguments.out, arguments.overwrite)
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UsageError(f"--steps {arguments.steps}: takes 1 or more")
+    if arguments.continue_from is not None and not (arguments.continue_from / "model_index.json").is_file():
+        raise EnvironmentProblem(f"--continue-from {arguments.continue_from}: no diffusers pipeline folder")
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    if arguments.continue_from is None:
+        _from_nothing(arguments)
+    else:
+        _further(arguments)
+    return 0
+
+
+def _from_nothing(arguments: argparse.Namespace) -> None:
+    from fdfo_engine.shapes.pretrain import PretrainSettings, Reporting, pretrain
+
+    settings = PretrainSettings()
+    flow, autoencoder = settings.flow, settings.autoencoder
+    if arguments.steps is not None:
+        flow = dataclasses.replace(flow, steps=arguments.steps)
+    if arguments.autoencoder_steps is not None:
+        autoencoder = dataclasses.replace(autoencoder, steps=arguments.autoencoder_steps)
+    settings = PretrainSettings(autoencoder=autoencoder, flow=flow)
+    pretrain(arguments.out, seed=arguments.seed, settings=settings, reporting=Reporting(progress=_say_line))
+
+
+def _further(arguments: argparse.Namespace) -> None:
+    from fdfo_engine.shapes.pretrain import Reporting, continue_pretraining
+
+    if arguments.steps is None:
+        raise UsageError("--continue-from: takes --steps, how many more")
+    continue_pretraining(
+        arguments.continue_from,
+        arguments.out,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        reporting=Reporting(progress=_say_line),
+    )
+
+
+def _say_line(line: dict[str, Any]) -> None:
+    import json
+
+    from fdfo_engine.runtime.console import say
+
+    say(json.dumps(line))

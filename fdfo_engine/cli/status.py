@@ -1,0 +1,60 @@
+"""`fdfo status`: how a run is doing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fdfo_engine.runtime.console import say, visible
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+
+_ADVICE = {
+    "died": "the process is gone without a word; the same command resumes from the last checkpoint",
+    "stopped": "the same command resumes",
+}
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parse = verbs.add_parser(
+        "status",
+        help="say how a run is doing",
+        description="Prints status.json of a run folder in words. Exit code 0 whatever the run's state is.",
+    )
+    parse.add_argument("run_dir", type=Path, help="a run folder")
+    parse.add_argument("--json", action="store_true", help="the record as it is")
+    parse.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the status."""
+    from fdfo_engine.runtime.run_status import read_status
+
+    try:
+        status = read_status(arguments.run_dir)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{arguments.run_dir}: its status.json cannot be read: {error}") from error
+    if status is None:
+        raise UsageError(f"{arguments.run_dir}: no run folder; it has no status.json")
+    for line in [json.dumps(status, indent=1)] if arguments.json else describe(arguments.run_dir, status):
+        say(line)
+    return 0
+
+
+def describe(run_dir: Path, status: dict[str, Any]) -> list[str]:
+    """The record in words, a line each; text from the run is shown with its control characters escaped."""
+    state, code = str(status.get("state", "unknown")), status.get("exit_code")
+    age = time.time() - float(status.get("heartbeat") or 0)
+    phase = f", in {status['phase']}" if status.get("phase") and state in ("starting", "running") else ""
+    lines = [
+        f"{run_dir}: {state}{phase}" + (f" (exit code {code})" if code else ""),
+        f"  epoch       {status.get('epoch')} of {status.get('epochs') or '?'}",
+        f"  checkpoint  {status.get('last_checkpoint') or 'none by this process'}",
+        f"  heartbeat   {age:.0f} s ago, process {status.get('pid')} on {status.get('host')}",
+    ]
+    lines += [f"  message     {part}" for part in str(status.get("message") or "").splitlines()]
+    lines += [f"  {_ADVICE[state]}"] if state in _ADVICE else []
+    return [visible(line) for line in lines]
