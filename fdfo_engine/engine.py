@@ -13,7 +13,7 @@ from torch import Tensor
 from fdfo_engine.config import BatchPlan, Config, dump_config
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.registry import load_model
-from fdfo_engine.ops import pair_direction
+from fdfo_engine.ops import backends, pair_direction
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
 from fdfo_engine.runtime.distributed import (
@@ -23,9 +23,10 @@ from fdfo_engine.runtime.distributed import (
     on_main,
     rank,
     setup_distributed,
+    together,
     world_size,
 )
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, stored_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.updater import Updater
@@ -51,6 +52,7 @@ class Engine:
             ConfigError, UsageError: settings that don't fit the model or the ranks.
             EnvironmentProblem: the model cannot be loaded.
         """
+        _require_kernels(config)
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
         self.config = config
@@ -204,11 +206,11 @@ class Engine:
         Raises:
             CheckpointError: damaged or foreign; a foreign one names what differs before anything is changed.
         """
-        checkpoint = self._store().load(name, strict=strict)
+        checkpoint = together(lambda: self._store().load(name, strict=strict))
         all_agree_hash(checkpoint.name if checkpoint else "none", "the newest checkpoint")
         if checkpoint is None:
             return False
-        self._refuse_foreign(checkpoint)
+        together(lambda: self._refuse_foreign(checkpoint))
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])
@@ -284,6 +286,14 @@ class Engine:
             raise CheckpointError("\n".join([head, *lines]))
         if self.ema is not None and "ema" not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")
+
+
+def _require_kernels(config: Config) -> None:
+    if config.kernels.require and config.kernels.backend in ("auto", "torch"):
+        reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in backends().items() if why)
+        raise EnvironmentProblem(
+            f"kernels.require: every op of this release runs on torch ({reasons}); set it to false"
+        )
 
 
 def _share(count: int, what: str, *, may_idle: bool = False) -> range:

@@ -110,14 +110,22 @@ def on_main(action: Callable[[], T]) -> T | None:
     Raises:
         DistributedError: on the other ranks, if it failed on rank 0, which raises what went wrong.
     """
-    error, result = None, None
-    if is_main():
-        try:
-            result = action()
-        except Exception as caught:  # noqa: BLE001 - raised again below, once the other ranks know
-            error = caught
-    if any_rank(error is not None, "rank 0 working alone"):
-        raise error or DistributedError("rank 0 stopped; its message says why")
+    return together(action if is_main() else lambda: None)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; collective: if it fails on one, all raise, and none is left waiting.
+
+    Raises:
+        DistributedError: on ranks where it went well, if it failed on another, which raises what went wrong.
+    """
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:  # noqa: BLE001 - raised again below, once the other ranks know
+        error = caught
+    if any_rank(error is not None, "work that may fail"):
+        raise error or DistributedError("another rank stopped; its message says why")
     return result
 
 

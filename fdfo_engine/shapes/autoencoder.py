@@ -13,7 +13,6 @@ from torch.nn import functional
 from fdfo_engine.shapes.render import render
 from fdfo_engine.shapes.scene import captions
 
-
 _FIRST_LOG_VARIANCE = -5.0
 
 
@@ -44,7 +43,7 @@ def train_autoencoder(pipe: Any, settings: AutoencoderSettings, seed: int, log: 
         optimiser.param_groups[0]["lr"] = settings.learning_rate * warm_cosine(step, settings.steps, warmup=50)
         loss = _loss(vae, next(pictures), settings, generator)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         log(step + 1, loss.item())
@@ -85,4 +84,5 @@ def _loss(vae: Any, pictures: Tensor, settings: AutoencoderSettings, generator: 
         restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
     absolute, square = functional.l1_loss(restored, target), functional.mse_loss(restored, target)
-    return absolute + settings.square_weight * square + settings.kl_weight * divergence
+    loss: Tensor = absolute + settings.square_weight * square + settings.kl_weight * divergence
+    return loss

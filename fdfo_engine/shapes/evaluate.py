@@ -52,5 +52,5 @@ def _sample(pipe: Any, texts: Sequence[str], latents: Tensor, steps: int) -> Ten
         velocity = pipe.transformer(latents, hidden, pooled, time, return_dict=False)[0]
         latents = latents + (then - now) * velocity
     vae = pipe.vae
-    decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+    decoded: Tensor = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
     return (decoded / 2 + 0.5).clamp(0, 1)

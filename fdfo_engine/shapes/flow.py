@@ -77,7 +77,7 @@ def train_flow(pipe: Any, cache: Cache, settings: FlowSettings, seed: int, log: 
         tokens = torch.where(drop, empty, cache.tokens[rows])
         loss = _loss(pipe, cache.latents[rows], tokens, generator)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         average.update(step)
@@ -91,7 +91,7 @@ class _Average:
     """Exponential average of a model's parameters, which can trade places with them."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.live = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.live: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.mean = [parameter.detach().clone() for parameter in self.live]
         self.decay = decay
 

@@ -81,14 +81,14 @@ def judge(caption: str, image: npt.NDArray[np.floating]) -> Verdict:
     credits, chosen = _match(facts, seen)
     score = sum(credits) / len(credits)
     if facts.relation:
-        related = _relation_credit(facts.relation, *chosen) if all(chosen) else 0.0
+        related = _relation_credit(facts.relation, chosen)
         score = (1 - _RELATION_WEIGHT) * score + _RELATION_WEIGHT * related
     score /= 1 + 0.5 * max(0, len(seen) - len(facts.objects))
     return Verdict(score, score > 1 - 1e-9)
 
 
 def find_objects(image: npt.NDArray[np.floating]) -> list[Seen]:
-    """Returns the saturated objects of a picture [3, H, H], largest first, at most six; none in noise or flat fields."""
+    """Returns the objects of a picture [3, H, H], largest first, at most six; none in noise or a flat field."""
     sharp = _resized(np.nan_to_num(np.asarray(image, np.float64)).clip(0, 1))
     pixels = ndimage.uniform_filter(sharp, (0, 3, 3), mode="nearest")
     if np.abs(sharp - pixels).mean() > _MAX_GRAIN:
@@ -180,8 +180,11 @@ def _credit(want: tuple[str, str], item: Seen | None) -> float:
     return 0.5 + 0.5 * by_shape if item.colour == colour else 0.25 * by_shape
 
 
-def _relation_credit(relation: str, first: Seen, second: Seen) -> float:
+def _relation_credit(relation: str, chosen: list[Seen | None]) -> float:
     """Returns 1 where the second lies clearly in the relation's direction from the first, 0 where not at all."""
+    first, second = chosen
+    if first is None or second is None:
+        return 0.0
     dx, dy = _DIRECTIONS[relation]
     along = (second.x - first.x) * dx + (second.y - first.y) * dy
     across = abs((second.x - first.x) * dy + (second.y - first.y) * dx)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fdfo_engine.ops import replay
+from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
 from fdfo_engine.runtime.errors import CheckpointError
 
 _TENSORS = ("images", "velocities", "direction", "gammas", "sigmas", "timesteps")
@@ -67,24 +68,31 @@ class Rollout:
             backend=self.backend,
         )  # fmt: skip
 
+    def gather_images(self) -> Tensor | None:
+        """Images of all pairs, `[num_pairs, 2, 3, height, width]`, on rank 0; None on the others. Collective."""
+        return gather_rows(self.images)
+
     def save(self, folder: str | Path) -> None:
-        """Writes the rollout under `folder` as safetensors and JSON: it can be scored and trained on later."""
-        folder = Path(folder)
+        """Writes this rank's part under `folder` as safetensors and JSON: it can be scored and trained on later."""
+        folder, stem = Path(folder), f"rollout_{rank():05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(self, name).cpu().contiguous() for name in _TENSORS}, folder / "rollout.safetensors")
-        fields = {k: v for k, v in vars(self).items() if k not in _TENSORS}
-        (folder / "rollout.json").write_text(json.dumps(fields, indent=1))
+        save_file({name: getattr(self, name).cpu().contiguous() for name in _TENSORS}, folder / f"{stem}.safetensors")
+        fields = {k: v for k, v in vars(self).items() if k not in _TENSORS} | {"world_size": world_size()}
+        (folder / f"{stem}.json").write_text(json.dumps(fields, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Rollout:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, this rank's part of it.
 
         Raises:
-            CheckpointError: `folder` holds no rollout.
+            CheckpointError: `folder` holds no rollout, or one of another number of ranks.
         """
-        folder = Path(folder)
-        if not (folder / "rollout.json").is_file():
-            raise CheckpointError(f"{folder}: no rollout.json; Rollout.save writes one")
-        fields = json.loads((folder / "rollout.json").read_text())
-        with safe_open(folder / "rollout.safetensors", framework="pt", device=str(device)) as file:
+        folder, stem = Path(folder), f"rollout_{rank():05d}"
+        if not (folder / f"{stem}.json").is_file():
+            raise CheckpointError(f"{folder}: no {stem}.json; Rollout.save writes one")
+        fields = json.loads((folder / f"{stem}.json").read_text())
+        ranks = fields.pop("world_size")
+        if ranks != world_size():
+            raise CheckpointError(f"{folder}: a rollout of {ranks} ranks, loaded on {world_size()}")
+        with safe_open(folder / f"{stem}.safetensors", framework="pt", device=str(device)) as file:
             return cls(**{name: file.get_tensor(name) for name in _TENSORS}, **fields)
