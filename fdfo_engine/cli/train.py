@@ -16,6 +16,7 @@ from typing import Any
 
 from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError
 
+STOP_TIMEOUT_S = 120.0  # ranks finish what they are in and save
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -89,10 +90,23 @@ def _launch(command: list[str], ranks: int) -> int:
 
     previous = {number: signal.signal(number, forward) for number in _SIGNALS}
     try:
-        return process.wait()
+        status = process.wait()
+        _wait_for_group(process.pid)  # the launcher dies of a signal that the ranks first act on
+        return status
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _wait_for_group(group: int) -> None:
+    """Returns when no process of `group` is left, or after `STOP_TIMEOUT_S`."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def _free_port() -> int:
@@ -110,4 +124,4 @@ def _true_status(run_dir: Path, started: float, launcher: int) -> int:
     if status is None or status["heartbeat"] < started:
         return launcher if launcher >= 0 else Stopped.exit_code
     code = status["exit_code"]
-    return code if isinstance(code, int) else launcher or 1
+    return code if isinstance(code, int) else max(launcher, 1)

@@ -56,7 +56,7 @@ def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") 
         raise PromptError(
             f"prompts.source = {settings.source!r}: no such file ({path.resolve()}; working folder {Path.cwd()})"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _lines(path)
     read = _read_jsonl if path.suffix == ".jsonl" else _read_text
     prompts = read(path, lines, settings.column)
     if not prompts:
@@ -73,6 +73,15 @@ def describe_prompts(prompts: PromptList, pairs_per_epoch: int) -> str:
     if len(prompts) < pairs_per_epoch:
         line += f", each used about {pairs_per_epoch / len(prompts):.1f} times an epoch"
     return line
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines end at line ends only: `splitlines` would also cut a caption at U+2028 or a form feed."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _read_text(path: Path, lines: Sequence[str], column: str) -> list[str]:

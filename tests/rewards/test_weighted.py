@@ -1,0 +1,130 @@
+"""The weighted list of rewards: its sum, its failures, and what it refuses."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from fdfo_engine.config import RewardConfig
+from fdfo_engine.rewards import WeightedRewards, build, names
+from fdfo_engine.runtime.errors import RewardError, UsageError
+
+IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a", "b", "c"]
+
+
+class Flaky:
+    """Fails as often as it is told, then scores 1, 2, 3."""
+
+    def __init__(self, failures):
+        self.failures, self.calls = failures, 0
+
+    def __call__(self, prompts, images):
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise OSError("server away")
+        return torch.arange(1.0, len(images) + 1)
+
+
+def weighted(log_folder=None, **parts):
+    return WeightedRewards(parts, log_folder)
+
+
+def test_the_sum_is_weighted_and_parts_are_not():
+    rewards = weighted(
+        up=(2.0, lambda p, x: torch.tensor([1.0, 2.0, 3.0])), down=(-0.5, lambda p, x: torch.tensor([4.0, 0.0, 2.0]))
+    )
+    scores = rewards(PROMPTS, IMAGES)
+    assert scores.total.tolist() == [0.0, 4.0, 5.0]
+    assert {n: s.tolist() for n, s in scores.parts.items()} == {"up": [1.0, 2.0, 3.0], "down": [4.0, 0.0, 2.0]}
+    assert scores.total.dtype == torch.float32
+
+
+def test_a_config_builds_it_with_options():
+    module = types.ModuleType("my_rewards")
+    module.scaled = lambda prompts, images, factor=1.0: factor * images.flatten(1).mean(1)
+    sys.modules["my_rewards"] = module
+    try:
+        parts = [RewardConfig(name="my_rewards:scaled", weight=1.0, factor=10.0), RewardConfig(name="brightness", weight=2.0)]
+        scores = WeightedRewards.from_config([*parts, RewardConfig(name="brightness", weight=-1.0)])(PROMPTS, IMAGES)
+    finally:
+        del sys.modules["my_rewards"]
+    brightness = IMAGES.double().flatten(1).mean(1)
+    assert list(scores.parts) == ["my_rewards:scaled", "brightness", "brightness_2"]
+    assert (scores.total - 11 * brightness).abs().max() < 1e-5
+
+
+def test_a_failure_is_tried_once_more(capsys):
+    reward = Flaky(1)
+    scores = weighted(flaky=(1.0, reward))(PROMPTS, IMAGES)
+    assert scores.total.tolist() == [1.0, 2.0, 3.0]
+    assert reward.calls == 2
+    assert "server away" in capsys.readouterr().err
+
+
+def test_a_second_failure_is_no_opinion_and_never_a_number(tmp_path, capsys):
+    reward = Flaky(2)
+    rewards = weighted(tmp_path / "logs", flaky=(1.0, reward), other=(1.0, lambda p, x: torch.ones(3)))
+    scores = rewards(PROMPTS, IMAGES)
+    assert all(math.isnan(s) for s in scores.total.tolist())
+    assert scores.parts["other"].tolist() == [1.0] * 3
+    assert (reward.calls, rewards.failures) == (2, 1)
+    assert (tmp_path / "logs" / "reward_flaky.log").read_text().count("OSError: server away") == 2
+    assert rewards(PROMPTS, IMAGES).total.tolist() == [2.0, 3.0, 4.0]  # the next batch has a fresh chance
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_score_costs_one_image(bad):
+    rewards = weighted(a=(1.0, lambda p, x: torch.tensor([1.0, bad, 3.0])), b=(-1.0, lambda p, x: torch.zeros(3)))
+    total = rewards(PROMPTS, IMAGES).total.tolist()
+    assert (total[0], total[2]) == (1.0, 3.0)
+    assert math.isnan(total[1])
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.ones(2), "returned 2 scores for 3 images"),
+        (torch.ones(3, 1), r"returned shape \(3, 1\) for 3 images"),
+        (torch.tensor(1.0), "for 3 images"),
+        (None, "returned a NoneType"),
+        ("high", "returned a str"),
+    ],
+)
+def test_what_is_not_one_number_an_image_stops(returned, message):
+    with pytest.raises(RewardError, match=message):
+        weighted(mine=(1.0, lambda p, x: returned))(PROMPTS, IMAGES)
+
+
+@pytest.mark.parametrize("returned", [[1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([1.0, 2, 3]).bfloat16()])
+def test_numbers_of_any_kind_are_taken(returned):
+    assert weighted(mine=(1.0, lambda p, x: returned))(PROMPTS, IMAGES).total.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_reward_runs_without_gradients():
+    seen = []
+    weighted(mine=(1.0, lambda p, x: seen.append(torch.is_grad_enabled()) or torch.ones(3)))(PROMPTS, IMAGES)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("brightnes", {}, "did you mean 'brightness'"),
+        ("no_such_module:reward", {}, "no_such_module"),
+        ("math:no_such_thing", {}, "no_such_thing"),
+        ("math:pi", {}, "is a float, takes something to call"),
+        ("brightness", {"gamma": 2}, r"rewards.0.*gamma"),
+    ],
+)
+def test_a_reward_that_cannot_be_built_is_named(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        build(name, options, "rewards.0.name")
+
+
+def test_every_built_in_name_builds_and_scores():
+    for name in names():
+        scores = build(name, {}, "rewards.0.name")(["a red circle"], torch.rand(1, 3, 64, 64))
+        assert scores.shape == (1,), name

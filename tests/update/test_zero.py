@@ -1,0 +1,119 @@
+"""ZeRO stages and ranks change where numbers live, not what they are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from update.zero_worker import PROMPTS, REWARDS, config_of, trace
+
+from fdfo_engine import Engine
+
+ROOT = Path(__file__).parents[2]
+slow = pytest.mark.slow
+
+
+def traced_on_ranks(pipeline, out, ranks, stage, train="lora"):
+    out.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # fmt: skip
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+               str(ROOT / "tests/update/zero_worker.py"), str(pipeline), str(out), str(stage), train]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out / "trace.safetensors")
+
+
+def traced_here(pipeline, out, stage, train="lora"):
+    out.mkdir()
+    trace(pipeline, out, stage, train)
+    return load_file(out / "trace.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_sd3, tmp_path_factory):
+    """One rank, no ZeRO, by what is trained."""
+    made = {}
+
+    def of(train):
+        if train not in made:
+            made[train] = traced_here(tiny_sd3, tmp_path_factory.mktemp("plain") / train, 0, train)
+        return made[train]
+
+    return of
+
+
+def part(tensors, prefix):
+    return {n.removeprefix(prefix): t.double() for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def norm(tensors):
+    return torch.stack([t.norm() for t in tensors.values()]).norm().item()
+
+
+def distance(one, other):
+    assert one.keys() == other.keys()
+    return norm({n: one[n] - other[n] for n in one})
+
+
+def assert_same_training(found, plain):
+    for name in (n for n in plain if n.startswith(("latents.", "start."))):
+        assert torch.equal(found[name], plain[name]), name
+    gradients = part(plain, "gradient.")
+    assert norm(gradients) > 1e-3
+    assert distance(part(found, "gradient."), gradients) < 1e-6 * norm(gradients)
+    start, end = part(plain, "start."), part(plain, "weights.")
+    assert distance(part(found, "weights."), end) < 1e-3 * distance(end, start)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_rank_is_the_same_at_every_stage(tiny_sd3, tmp_path, plain, stage, train):
+    assert_same_training(traced_here(tiny_sd3, tmp_path / "out", stage, train), plain(train))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "train"),
+    [
+        (2, 1, "lora"),
+        *(pytest.param(2, stage, "lora", marks=slow) for stage in (0, 2, 3)),
+        *(pytest.param(2, stage, "full", marks=slow) for stage in (0, 1, 2, 3)),
+        *(pytest.param(3, stage, "lora", marks=slow) for stage in (0, 1, 2, 3)),
+    ],
+)
+def test_ranks_train_as_one_and_their_checkpoint_loads_on_one(tiny_sd3, tmp_path, plain, ranks, stage, train):
+    """The second epoch has a rank whose pairs all tie; it must neither hang nor count less."""
+    found = traced_on_ranks(tiny_sd3, tmp_path / "out", ranks, stage, train)
+    assert_same_training(found, plain(train))
+
+    engine = Engine(config_of(tiny_sd3, tmp_path / "out", stage, train))
+    assert engine.load()
+    assert (engine.epoch, engine.next_pair) == (3, 18)
+    for name, weight in engine.trainer.weights().items():
+        assert torch.equal(weight, found[f"weights.{name}"]), name
+    for name, moment in engine.trainer.state().items():
+        assert torch.equal(moment, found[f"moments.{name}"]), name
+    metrics = engine.update(engine.rollout(PROMPTS), torch.tensor(REWARDS[0]))
+    assert metrics["optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_restored_engine_goes_on_to_the_bit(tiny_sd3, tmp_path, stage):
+    """Two epochs, against one epoch, a checkpoint, another process's worth of fresh engine, and the second epoch."""
+    rewards = torch.tensor(REWARDS[0])
+    whole, first = (Engine(config_of(tiny_sd3, tmp_path / name, stage)) for name in ("a", "b"))
+    for engine in (whole, first):
+        engine.update(engine.rollout(PROMPTS), rewards)
+    first.save()
+    second = Engine(config_of(tiny_sd3, tmp_path / "b", stage))
+    assert second.load()
+    for engine in (whole, second):
+        engine.update(engine.rollout(PROMPTS), rewards)
+    for name, tensor in {**whole.trainer.weights(), **whole.trainer.state()}.items():
+        assert torch.equal(tensor, {**second.trainer.weights(), **second.trainer.state()}[name]), name

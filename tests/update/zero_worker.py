@@ -1,0 +1,65 @@
+"""Three epochs with replayed rewards on the ranks there are; rank 0 writes what happened.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 zero_worker.py PIPELINE OUT STAGE [TRAIN]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny_sd3 import tiny_config
+
+from fdfo_engine import Engine
+from fdfo_engine.runtime.distributed import all_gather_rows, close_distributed, is_main
+
+PAIRS = 6
+PROMPTS = ["a red circle", "two blue dogs", "one cat", "a green square", "a red dog", "no cats"]
+REWARDS = (
+    [[3.0, 1.0], [-2.0, 4.0], [0.5, 0.5], [1.0, 0.0], [0.0, 2.5], [2.0, 1.0]],
+    # all pairs of the last rank tie, of two as of three
+    [[3.0, 1.0], [0.0, 1.0], [4.0, 0.5], [1.0, 1.0], [2.0, 2.0], [0.0, 0.0]],
+    [[0.0, 1.0], [float("nan"), 4.0], [0.5, 0.0], [1.0, 3.0], [0.0, 2.5], [2.0, 1.0]],
+)
+
+
+def config_of(pipeline, out, stage, train="lora"):
+    return tiny_config(
+        Path(pipeline), Path(out) / "run", zero={"stage": stage}, model={"train": train},
+        sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1}, optimizer={"max_grad_norm": 0.05},
+    )  # fmt: skip
+
+
+def trace(pipeline, out, stage, train="lora"):
+    """Latents of the first epoch, its first unclipped gradients, and the weights before and after three epochs."""
+    engine = Engine(config_of(pipeline, out, stage, train))
+    tensors = {f"start.{n}": w for n, w in engine.trainer.weights().items()}
+    step = engine.trainer.step
+
+    def watched():
+        if not any(name.startswith("gradient.") for name in tensors):
+            tensors.update({f"gradient.{n}": g for n, g in engine.trainer.gradients().items()})
+        return step()
+
+    engine.trainer.step = watched
+    for epoch, rewards in enumerate(REWARDS):
+        rollout = engine.rollout(PROMPTS)
+        if epoch == 0:
+            rows, T = torch.arange(len(rollout.prompts)), rollout.steps
+            for k in (0, T // 2, T):
+                for branch in range(2):
+                    own = rollout.latents(rows, torch.full_like(rows, branch), torch.full_like(rows, k))
+                    tensors[f"latents.{branch}.{k}"] = all_gather_rows(own)
+        metrics = engine.update(rollout, torch.tensor(rewards))
+        assert metrics["optimizer_steps"] == 2, metrics
+    tensors |= {f"weights.{n}": w for n, w in engine.trainer.weights().items()}
+    tensors |= {f"moments.{n}": s for n, s in engine.trainer.state().items()}
+    engine.save()
+    if is_main():
+        save_file(tensors, Path(out) / "trace.safetensors")
+
+
+if __name__ == "__main__":
+    pipeline, out, stage, *train = sys.argv[1:]
+    trace(pipeline, out, int(stage), *train)
+    close_distributed()
