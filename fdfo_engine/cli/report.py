@@ -42,7 +42,7 @@ def before_after(evaluations: list[dict[str, Any]]) -> list[str]:
     for name in [name for name in last["metrics"] if name in first["metrics"]]:
         before, after = first["metrics"][name], last["metrics"][name]
         change = f" ({after - before:+.4f})" if None not in (before, after) else ""
-        span = f"epoch {first['epoch']} -> {last['epoch']}, {last['count']} held-out images"
+        span = f"epoch {first['epoch']} -> {last['epoch']}, {last['count']} images"
         lines.append(f"{name}: {_figure(first, name)} -> {_figure(last, name)}{change}  [{span}]")
     return lines
 

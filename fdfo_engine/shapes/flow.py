@@ -19,8 +19,8 @@ from fdfo_engine.shapes.scene import captions
 class FlowSettings:
     """How the flow model is trained; the defaults made the shipped base."""
 
-    steps: int = 6000
-    batch: int = 64
+    steps: int = 7000
+    batch: int = 32
     pictures: int = 30_000
     learning_rate: float = 1e-3
     decay: bool = True

@@ -15,7 +15,7 @@ from fdfo_engine.shapes.scene import WORDS
 PROMPT_TOKENS = 12
 """Length of an encoded prompt; the longest shapes caption takes 10 tokens with its start and end."""
 
-LATENT_CHANNELS = int(__import__("os").environ.get("LC","4"))
+LATENT_CHANNELS = 8
 VAE_SCALE = 4
 SHIFT = 2.0
 """Timestep shift of the scheduler: as 3.0 is to SD3 at 1024 pixels, less is enough for 64."""
@@ -114,7 +114,7 @@ def _vae() -> Any:
         block_out_channels=(16, 16, 32),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=int(__import__("os").environ.get("GR","4")),
+        norm_num_groups=4,
         sample_size=SIZE,
         use_quant_conv=False,
         use_post_quant_conv=False,

@@ -1,0 +1,86 @@
+"""What the verbs say and write."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from fdfo_engine.cli.main import main
+from fdfo_engine.cli.report import before_after
+from fdfo_engine.runtime.run_status import RunStatus
+from fdfo_engine.shapes.pipeline import shapes_base
+
+needs_base = pytest.mark.skipif(not (shapes_base() / "model_index.json").is_file(), reason="the shapes base is absent")
+
+
+def test_status_in_words_and_as_json(tmp_path, capsys):
+    RunStatus(tmp_path).update("stopped", epoch=3, epochs=9, exit_code=75, message="SIGTERM\n\x1b[31mred")
+    assert main(["status", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "stopped (exit code 75)" in text
+    assert "3 of 9" in text
+    assert "the same command resumes" in text
+    assert "\x1b" not in text
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epoch"] == 3
+
+
+def test_status_of_a_vanished_process(tmp_path, capsys):
+    record = {"state": "running", "epoch": 1, "epochs": 2, "heartbeat": time.time(), "pid": 2**30}
+    (tmp_path / "status.json").write_text(json.dumps(record | {"host": socket.gethostname()}))
+    assert main(["status", str(tmp_path)]) == 0
+    assert "died" in capsys.readouterr().out
+
+
+def test_a_damaged_status_is_a_storage_error(tmp_path, capsys):
+    (tmp_path / "status.json").write_text("{")
+    assert main(["status", str(tmp_path)]) == 7
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_report_prints_before_after_and_its_path(tmp_path, capsys):
+    RunStatus(tmp_path).update("finished", exit_code=0)
+    lines = [
+        {"epoch": e, "count": 8, "seed": 0, "weights": "raw", "metrics": {"m": v}, "metrics_stderr": {"m": 0.01}}
+        for e, v in ((0, 0.25), (4, 0.75))
+    ]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "m: 0.2500 ± 0.0100 -> 0.7500 ± 0.0100 (+0.5000)  [epoch 0 -> 4, 8 images]" in text
+    assert str(tmp_path / "report.html") in text
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_before_after_needs_two_and_survives_a_metric_without_a_value():
+    one = {"epoch": 0, "count": 1, "metrics": {"m": None, "only_first": 1.0}}
+    assert before_after([one]) == []
+    assert before_after([one, {"epoch": 1, "count": 1, "metrics": {"m": 0.5}}]) == [
+        "m: none -> 0.5000  [epoch 0 -> 1, 1 images]"
+    ]
+
+
+def test_doctor_gives_a_line_and_a_reason_for_each_check(tmp_path, capsys):
+    code = main(["doctor", "--quick", "--dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok      ops backend torch") for line in lines)
+    assert any(line.startswith("missing ops backend cuda: ") for line in lines)
+    broken = [line for line in lines if line.startswith("BROKEN")]
+    assert code == (3 if broken else 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_reports_a_broken_storage_with_code_3(tmp_path, capsys):
+    assert main(["doctor", "--quick", "--dir", str(tmp_path / "absent")]) == 3
+    assert "no such folder" in capsys.readouterr().out
+
+
+@needs_base
+@pytest.mark.filterwarnings("default")
+def test_generate_base_writes_pictures(tmp_path):
+    out = tmp_path / "out"
+    words = ["--prompt", "a red circle", "--prompt", "../..", "--out", str(out), "--base", "--steps", "2"]
+    assert main(["generate", "shapes", *words]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["0000_a_red_circle.png", "0001_prompt.png", "grid.png", "images.jsonl"]
