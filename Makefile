@@ -5,7 +5,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+# Named by content: a fresh checkout of the same files has nothing to install.
+STAMP := .venv/.installed-$(shell cat pyproject.toml setup.py constraints.txt | sha256sum | cut -c1-16)
 RANKS ?= 2
 RUN ?= runs/shapes
 DEMO_ARGS ?=
@@ -24,9 +25,10 @@ help:  ## this list
 
 setup: $(STAMP)  ## makes .venv and installs the pinned versions; nothing to do a second time
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	rm -f .venv/.installed-*
 	touch $@
 
 demo: setup  ## trains the bundled miniature on two CPU cores and writes its report; resumes, or says it is finished

@@ -147,7 +147,7 @@ class _Run:
             "first_pair": rollout.first_pair,
             "pairs": rollout.num_pairs,
             "reward_mean": float(known.mean()),
-            "reward_std": float(known.std()),
+            "reward_std": float(known.std()) if len(known) > 1 else 0.0,
             **parts,
             **metrics,
             "lr": self._config.optimizer.lr,

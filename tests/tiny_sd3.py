@@ -102,8 +102,15 @@ def _clip(width):
     torch.manual_seed(width)
     encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(
-            vocab_size=len(vocab), hidden_size=width, projection_dim=width, intermediate_size=2 * width,
-            num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            vocab_size=len(vocab),
+            hidden_size=width,
+            projection_dim=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         )  # fmt: skip
     )
     return encoder.eval(), tokenizer

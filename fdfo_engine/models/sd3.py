@@ -54,7 +54,8 @@ class SD3Model:
         """Loads the pipeline `model_id`, freezes it, and frees what is trained (`model.train`).
 
         Raises:
-            UsageError: height or width do not fit the VAE and the patches, or guidance is asked as an input.
+            UsageError: height or width do not fit the VAE and the patches, guidance is asked as an input, or
+                lora.targets match nothing.
             EnvironmentProblem: the pipeline cannot be loaded.
         """
         settings = config.model
@@ -71,9 +72,12 @@ class SD3Model:
             model.network.requires_grad_(True)
         else:
             targets = ATTENTION_PROJECTIONS if config.lora.targets == "family" else config.lora.targets
-            add_lora(
-                model.network, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, seed=config.run.seed
-            )
+            try:
+                add_lora(
+                    model.network, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, seed=config.run.seed
+                )
+            except ValueError as error:
+                raise UsageError(f"lora.targets = {list(targets)}: {error}") from error
             model._lora_scale = config.lora.alpha / config.lora.rank
         return model
 

@@ -54,7 +54,9 @@ def load_pipeline(folder: Path) -> Any:
     from diffusers import StableDiffusion3Pipeline
 
     absent = {"text_encoder_3": None, "tokenizer_3": None}
-    return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, **absent)
+    return StableDiffusion3Pipeline.from_pretrained(
+        str(folder), torch_dtype=torch.float32, local_files_only=True, **absent
+    )
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:

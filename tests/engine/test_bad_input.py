@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from engine import pixel_rewards
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from tiny_sd3 import PROMPTS, tiny_config, tiny_tree
 
 from fdfo_engine import Engine
@@ -66,7 +66,9 @@ def test_a_wrong_setting_is_named(attempt, override, status, words):
 def test_steps_that_do_not_divide_are_refused_with_the_nearest(attempt):
     status, message = attempt("sampling.steps=40", "update.optimizer_steps=3")
     assert status == 2
-    assert "40 trained steps (sampling.steps) must be a multiple of update.optimizer_steps = 3; nearest: 2, 4" in message
+    assert (
+        "40 trained steps (sampling.steps) must be a multiple of update.optimizer_steps = 3; nearest: 2, 4" in message
+    )
 
 
 def test_lost_pairs_are_counted_and_up_to_the_limit_training_goes_on(attempt, tmp_path):
@@ -123,7 +125,7 @@ def corrupt(folder):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(attempt, tmp_path, capsys):
     assert attempt(reward="left_bright", run={"epochs": 3})[0] == 0
     checkpoints = tmp_path / "run/checkpoints"
-    wanted = load_file(checkpoints / "epoch_000003/weights.safetensors")
+    wanted = load((checkpoints / "epoch_000003/weights.safetensors").read_bytes())  # load_file would map the file
     corrupt(checkpoints / "epoch_000003")
     assert attempt(reward="left_bright", run={"epochs": 3})[0] == 0
     output = capsys.readouterr()
@@ -186,7 +188,7 @@ def test_a_stored_rollout_trains_the_same(tiny_sd3, tmp_path):
     later.update(loaded, REWARDS)
     wanted = direct.trainer.weights()
     assert all(torch.equal(w, wanted[n]) for n, w in later.trainer.weights().items())
-    with pytest.raises(CheckpointError, match="no rollout.json"):
+    with pytest.raises(CheckpointError, match=r"no rollout.*\.json"):
         Rollout.load(tmp_path)
 
 

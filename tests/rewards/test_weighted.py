@@ -47,7 +47,10 @@ def test_a_config_builds_it_with_options():
     module.scaled = lambda prompts, images, factor=1.0: factor * images.flatten(1).mean(1)
     sys.modules["my_rewards"] = module
     try:
-        parts = [RewardConfig(name="my_rewards:scaled", weight=1.0, factor=10.0), RewardConfig(name="brightness", weight=2.0)]
+        parts = [
+            RewardConfig(name="my_rewards:scaled", weight=1.0, factor=10.0),
+            RewardConfig(name="brightness", weight=2.0),
+        ]
         scores = WeightedRewards.from_config([*parts, RewardConfig(name="brightness", weight=-1.0)])(PROMPTS, IMAGES)
     finally:
         del sys.modules["my_rewards"]

@@ -44,7 +44,11 @@ def test_a_pair_does_not_know_where_an_epoch_began():
 
 
 def test_text_files(tmp_path):
-    assert read(tmp_path, "# notes\n a cat \n\n   \r\nein Hündchen\r\n  # more\na cat") == ["a cat", "ein Hündchen", "a cat"]
+    assert read(tmp_path, "# notes\n a cat \n\n   \r\nein Hündchen\r\n  # more\na cat") == [
+        "a cat",
+        "ein Hündchen",
+        "a cat",
+    ]
     assert read(tmp_path, "b\na\nb\n", dedup=True) == ["b", "a"]
 
 

@@ -1,6 +1,6 @@
 """Three epochs with replayed rewards on the ranks there are; rank 0 writes what happened.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 zero_worker.py PIPELINE OUT STAGE [TRAIN]
+python -m torch.distributed.run --standalone --nproc_per_node 2 zero_worker.py PIPELINE OUT STAGE [TRAIN]
 """
 
 import sys
@@ -24,8 +24,10 @@ REWARDS = (
 
 
 def config_of(pipeline, out, stage, train="lora"):
+    # a pair has 4 items an optimiser step: in micro-batches of 4 every rank count makes the same ones, as a forward's
+    # last bits depend on its batch (4e-6 of the gradient at micro_batch 5)
     return tiny_config(
-        Path(pipeline), Path(out) / "run", zero={"stage": stage}, model={"train": train},
+        Path(pipeline), Path(out) / "run", zero={"stage": stage}, model={"train": train}, update={"micro_batch": 4},
         sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1}, optimizer={"max_grad_norm": 0.05},
     )  # fmt: skip
 
