@@ -111,7 +111,7 @@ def _clip(width):
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
-        )  # fmt: skip
+        )
     )
     return encoder.eval(), tokenizer
 

@@ -123,7 +123,7 @@ def _write(out: Path, prompts: list[str], sets: dict[str, Tensor]) -> None:
 
     records = []
     for name, images in sets.items():
-        suffix = "_untrained" if name == "untrained" else ""
+        suffix = "_untrained" if len(sets) > 1 and name == "untrained" else ""
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             file = f"{i:04d}_{_slug(prompt)}{suffix}.png"
             save_png(to_picture(image), out / file)

@@ -26,6 +26,15 @@ class AutoencoderSettings:
     kl_weight: float = 1e-5
     square_weight: float = 2.0
     """Weight of the squared error beside the absolute one: it makes small objects appear early."""
+    decoder_share: float = 0.6
+    """Further steps, as a share of `steps`, of the decoder alone, on noisy latents: a flow model's are never exact."""
+    decoder_noise: float = 0.2
+    """Largest noise of those latents, in units of their spread."""
+
+    @property
+    def decoder_steps(self) -> int:
+        """Steps of the decoder alone."""
+        return round(self.decoder_share * self.steps)
 
 
 def train_autoencoder(pipe: Any, settings: AutoencoderSettings, seed: int, log: Callable[[int, float], None]) -> None:
@@ -36,18 +45,16 @@ def train_autoencoder(pipe: Any, settings: AutoencoderSettings, seed: int, log: 
     vae = pipe.vae.train()
     with torch.no_grad():  # fresh posteriors are as wide as their means: start narrow, or the latents are only noise
         vae.encoder.conv_out.bias[vae.config.latent_channels :] = _FIRST_LOG_VARIANCE
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    pictures = _pictures(settings, seed)
-    for step in range(settings.steps):
-        optimiser.param_groups[0]["lr"] = settings.learning_rate * warm_cosine(step, settings.steps, warmup=50)
-        loss = _loss(vae, next(pictures), settings, generator)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        log(step + 1, loss.item())
-    vae.eval().requires_grad_(False)
+    pictures = _pictures(settings.steps, settings.batch, (seed, 1), seed)
+    _descend(vae, settings, settings.steps, seed, pictures, _whole_loss, log)
+
+
+def train_decoder(pipe: Any, settings: AutoencoderSettings, seed: int, log: Callable[[int, float], None]) -> None:
+    """Trains the decoder of `pipe.vae` further in place, on noisy latents; the encoder and its latents stay."""
+    vae = pipe.vae
+    vae.decoder.train().requires_grad_(True)
+    pictures = _pictures(settings.decoder_steps, settings.batch, (seed, 3), seed + 2)
+    _descend(vae, settings, settings.decoder_steps, seed, pictures, _decoder_loss, log)
 
 
 def set_latent_scale(pipe: Any, latents: Tensor) -> None:
@@ -69,20 +76,58 @@ def warm_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _pictures(settings: AutoencoderSettings, seed: int) -> Iterator[Tensor]:
-    rng = np.random.default_rng((seed, 1))
-    texts = captions("train", settings.steps * settings.batch, seed)
-    for start in range(0, len(texts), settings.batch):
-        yield torch.from_numpy(np.stack([render(text, rng) for text in texts[start : start + settings.batch]]))
+def _pictures(steps: int, batch: int, stream: tuple[int, int], caption_seed: int) -> Iterator[Tensor]:
+    rng = np.random.default_rng(stream)
+    texts = captions("train", steps * batch, caption_seed)
+    for start in range(0, len(texts), batch):
+        yield torch.from_numpy(np.stack([render(text, rng) for text in texts[start : start + batch]]))
 
 
-def _loss(vae: Any, pictures: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
-    target = pictures * 2 - 1
+_Loss = Callable[[Any, Tensor, AutoencoderSettings, torch.Generator], Tensor]
+
+
+def _descend(
+    vae: Any,
+    settings: AutoencoderSettings,
+    steps: int,
+    seed: int,
+    pictures: Iterator[Tensor],
+    loss_of: _Loss,
+    log: Callable[[int, float], None],
+) -> None:
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for step, batch in enumerate(pictures):
+        optimiser.param_groups[0]["lr"] = settings.learning_rate * warm_cosine(step, steps, warmup=50)
+        loss = loss_of(vae, batch * 2 - 1, settings, generator)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        log(step + 1, loss.item())
+    vae.eval().requires_grad_(False)
+
+
+def _whole_loss(vae: Any, target: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
+    return _error(restored, target, settings) + settings.kl_weight * divergence
+
+
+def _decoder_loss(vae: Any, target: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            latents = vae.encode(target).latent_dist.mode()
+        amount = settings.decoder_noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        restored = vae.decode(latents + amount * noise).sample.float()
+    return _error(restored, target, settings)
+
+
+def _error(restored: Tensor, target: Tensor, settings: AutoencoderSettings) -> Tensor:
     absolute, square = functional.l1_loss(restored, target), functional.mse_loss(restored, target)
-    loss: Tensor = absolute + settings.square_weight * square + settings.kl_weight * divergence
-    return loss
+    return absolute + settings.square_weight * square

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fdfo_engine.shapes.autoencoder import encode_pictures, warm_cosine
+from fdfo_engine.shapes.autoencoder import encode_pictures
 from fdfo_engine.shapes.pipeline import PROMPT_TOKENS, encode_tokens
 from fdfo_engine.shapes.render import render
 from fdfo_engine.shapes.scene import captions
@@ -21,10 +21,10 @@ class FlowSettings:
 
     steps: int = 7000
     batch: int = 32
-    pictures: int = 30_000
+    pictures: int = 20_000
     learning_rate: float = 1e-3
     decay: bool = True
-    """Warm up and decay by half a cosine; False keeps the rate constant, for further training."""
+    """Warm up first and let the rate fall to zero over the last 30 %; False keeps it constant, for further training."""
     ema: float = 0.998
     weight_decay: float = 0.01
     empty_share: float = 0.1
@@ -72,7 +72,7 @@ def train_flow(pipe: Any, cache: Cache, settings: FlowSettings, seed: int, log: 
     empty = tokenise(pipe, [""])
     for step, rows in enumerate(_batches(len(cache.tokens), settings, generator)):
         if settings.decay:
-            optimiser.param_groups[0]["lr"] = settings.learning_rate * warm_cosine(step, settings.steps, warmup=200)
+            optimiser.param_groups[0]["lr"] = settings.learning_rate * _rate(step, settings.steps)
         drop = torch.rand(len(rows), 1, generator=generator) < settings.empty_share
         tokens = torch.where(drop, empty, cache.tokens[rows])
         loss = _loss(pipe, cache.latents[rows], tokens, generator)
@@ -85,6 +85,11 @@ def train_flow(pipe: Any, cache: Cache, settings: FlowSettings, seed: int, log: 
             log(step + 1, loss.item())
     average.swap()
     model.eval()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: 200 steps up, then level, then a line to zero."""
+    return min((step + 1) / 200, 1.0, (steps - step) / (0.3 * steps))
 
 
 class _Average:

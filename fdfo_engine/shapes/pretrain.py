@@ -3,7 +3,6 @@
 Step counts define a run, not minutes: equal arguments and thread counts give equal weights.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -13,7 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdfo_engine.shapes.autoencoder import AutoencoderSettings, set_latent_scale, train_autoencoder
+from fdfo_engine.shapes.autoencoder import (
+    AutoencoderSettings,
+    set_latent_scale,
+    train_autoencoder,
+    train_decoder,
+)
 from fdfo_engine.shapes.evaluate import evaluate
 from fdfo_engine.shapes.flow import FlowSettings, build_cache, train_flow
 from fdfo_engine.shapes.pipeline import build_pipeline, load_pipeline, save_pipeline
@@ -56,6 +60,7 @@ def pretrain(
     pipe, log = build_pipeline(seed), _Log(out, reporting)
     log.write("settings", seed=seed, **asdict(settings))
     train_autoencoder(pipe, settings.autoencoder, seed, log.stage("autoencoder", settings.autoencoder.steps))
+    train_decoder(pipe, settings.autoencoder, seed, log.stage("decoder", settings.autoencoder.decoder_steps))
     cache = build_cache(pipe, settings.flow.pictures, seed)
     set_latent_scale(pipe, cache.latents)
     log.write("cache", pictures=len(cache.tokens), scale=pipe.vae.config.scaling_factor)
@@ -70,7 +75,7 @@ def continue_pretraining(
     steps: int,
     seed: int = 1,
     learning_rate: float = 1e-4,
-    pictures: int = 30_000,
+    pictures: int = 20_000,
     reporting: Reporting | None = None,
 ) -> None:
     """Trains the folder `base` further at a constant rate on pictures of another seed and writes it to `out`.
@@ -151,27 +156,3 @@ class _Log:
     def finish(self, pipe: Any) -> None:
         replace_folder(pipe, self.out, self.lines)
         self.live.unlink()
-
-
-def main() -> None:
-    """Runs from a shell: `python -m fdfo_engine.shapes.pretrain OUT [--continue-from FOLDER] [--steps N] ...`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--continue-from", type=Path)
-    parser.add_argument("--steps", type=int, default=FlowSettings.steps)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(args.threads)
-    reporting = Reporting(progress=lambda line: print(json.dumps(line), flush=True))  # noqa: T201
-    if args.continue_from:
-        continue_pretraining(args.continue_from, args.out, steps=args.steps, seed=args.seed, reporting=reporting)
-    else:
-        settings = PretrainSettings(flow=FlowSettings(steps=args.steps))
-        pretrain(args.out, seed=args.seed, settings=settings, reporting=reporting)
-
-
-if __name__ == "__main__":
-    main()

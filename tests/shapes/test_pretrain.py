@@ -9,7 +9,8 @@ from fdfo_engine.shapes.pipeline import load_pipeline
 from fdfo_engine.shapes.pretrain import PretrainSettings, Reporting, continue_pretraining, pretrain
 
 SMALL = PretrainSettings(
-    autoencoder=AutoencoderSettings(steps=2, batch=2), flow=FlowSettings(steps=2, batch=2, pictures=4)
+    autoencoder=AutoencoderSettings(steps=2, batch=2, decoder_share=1.0),
+    flow=FlowSettings(steps=2, batch=2, pictures=4),
 )
 QUIET = Reporting(log_every=1, evaluate_every=2, eval_captions=2, save_every=1)
 
@@ -28,7 +29,13 @@ def state(folder):
 
 def test_log_holds_whole_lines(trained):
     lines = [json.loads(line) for line in (trained / "pretraining.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["settings", *["autoencoder"] * 2, "cache", *["flow"] * 2]
+    assert [line["stage"] for line in lines] == [
+        "settings",
+        *["autoencoder"] * 2,
+        *["decoder"] * 2,
+        "cache",
+        *["flow"] * 2,
+    ]
     assert {"step", "seconds", "loss", "score_8", "strict_8", "score_16", "strict_16"} <= set(lines[-1])
     assert (trained.parent / "base-step1" / "model_index.json").exists()
     assert sorted(path.name for path in trained.parent.iterdir()) == ["base", "base-step1"]

@@ -1,4 +1,4 @@
-"""One epoch in float64, written from METHOD: shares the network's blocks (diffusers) and nothing else with the engine."""
+"""One epoch in float64, written from METHOD: shares diffusers' blocks with the engine, nothing else."""
 
 import functools
 

@@ -96,7 +96,7 @@ def test_a_kl_term_pulls_even_where_all_tie(tiny_sd3, tmp_path):
     assert metrics["kl"] > 0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_a_gradient_that_is_no_number_is_dropped(tiny_sd3, tmp_path, monkeypatch, stage):
     """The first optimiser step of the second epoch is spoilt: as if it had not been, and all later ones as ever."""
     spoilt, clean = (Engine(tiny_config(tiny_sd3, tmp_path / n, zero={"stage": stage})) for n in ("a", "b"))
@@ -142,22 +142,25 @@ def test_ten_dropped_steps_in_a_row_stop_the_run(engine, monkeypatch):
     rollout = engine.rollout(PROMPTS)
     backward = engine.trainer.backward
     monkeypatch.setattr(engine.trainer, "backward", lambda loss, *, last: backward(loss * NAN, last=last))
+    for _ in range(4):
+        engine.update(rollout, REWARDS, allow_stale=True)
     with pytest.raises(NumericsError, match="10 optimiser steps in a row"):
-        for _ in range(5):
-            engine.update(rollout, REWARDS, allow_stale=True)
+        engine.update(rollout, REWARDS, allow_stale=True)
 
 
-def test_updates_move_the_model_toward_the_better_image(tiny_sd3, tmp_path):
-    """The meaning of it all: the left half is wanted brighter than the right one, and becomes it."""
-
-    def left_bright(images):
-        half = images.shape[-1] // 2
-        return 100 * (images[..., :half] - images[..., half:]).flatten(-3).mean(-1)
-
-    engine = Engine(tiny_config(tiny_sd3, tmp_path, optimizer={"lr": 1e-2}, update={"clip_range": 0.5}))
-    before = left_bright(engine.generate(PROMPTS)).mean()
-    for _ in range(6):
-        rollout = engine.rollout(PROMPTS)
-        engine.update(rollout, left_bright(rollout.images))
-    after = left_bright(engine.generate(PROMPTS)).mean()
-    assert after > before + 0.5
+def test_velocities_move_toward_the_better_image_and_away_from_the_worse(engine):
+    """The meaning of it all: v* = v_old - u is nearer afterwards for the winner of a pair, farther for its loser."""
+    rollout = engine.rollout(PROMPTS)
+    engine.update(rollout, REWARDS)
+    rows = torch.arange(4).repeat_interleave(2)
+    branch, step = torch.arange(2).repeat(4), torch.full((8,), 1)
+    conditioning, _ = engine.sampler.conditioning(rollout.prompts, copies=2)
+    with torch.no_grad():
+        v = engine.model.velocity(
+            engine.trainer, rollout.latents(rows, branch, step), rollout.timesteps[step], conditioning
+        )
+    target = -rollout.direction[rows] * (1 - 2 * branch).view(-1, 1, 1, 1)
+    toward = ((v - rollout.velocities[rows, branch, step]) * target).flatten(1).mean(1)
+    wins = torch.where(branch == 0, 1, -1) * (REWARDS[rows, 0] - REWARDS[rows, 1]).sign()
+    assert (toward * wins).sum() > 0
+    assert (toward * wins > 0).sum() >= 6

@@ -73,7 +73,7 @@ def assert_same_training(found, plain):
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=slow) for stage in (2, 3))])
 def test_one_rank_is_the_same_at_every_stage(tiny_sd3, tmp_path, plain, stage, train):
     assert_same_training(traced_here(tiny_sd3, tmp_path / "out", stage, train), plain(train))
 
@@ -103,7 +103,7 @@ def test_ranks_train_as_one_and_their_checkpoint_loads_on_one(tiny_sd3, tmp_path
     assert metrics["optimizer_steps"] == 2
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=slow) for stage in (0, 2, 3))])
 def test_a_restored_engine_goes_on_to_the_bit(tiny_sd3, tmp_path, stage):
     """Two epochs, against one epoch, a checkpoint, another process's worth of fresh engine, and the second epoch."""
     rewards = torch.tensor(REWARDS[0])
