@@ -115,7 +115,8 @@ def _whole_loss(vae: Any, target: Tensor, settings: AutoencoderSettings, generat
         noise = torch.randn(posterior.mean.shape, generator=generator)
         restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-    return _error(restored, target, settings) + settings.kl_weight * divergence
+    loss: Tensor = _error(restored, target, settings) + settings.kl_weight * divergence
+    return loss
 
 
 def _decoder_loss(vae: Any, target: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ def test_rate_warms_up_and_decays():
     assert rates[0] == pytest.approx(0.1)
     assert rates[10] == 1.0
     assert rates[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_decoder_stage_leaves_the_latents():
