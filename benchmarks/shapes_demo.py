@@ -45,7 +45,7 @@ def main() -> None:
 def train(seed: int, ranks: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     run_dir = folder / f"seed_{seed}"
     command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), str(ROOT / "fdfo_engine" / "train.py"),
+        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "fdfo_engine/train.py",
         "--config", str(CONFIG), f"run.dir={run_dir}", f"run.seed={seed}", *overrides,
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
