@@ -115,6 +115,7 @@ class Engine:
             weights_version=self.weights_version,
             first_pair=first,
             num_pairs=count,
+            block_pairs=self._block_pairs,
             backend=self.sampler.backend,
         )
 

@@ -31,7 +31,7 @@ class Rollout:
         gammas: float64 `[P, T + 1]`, the churn at every grid point.
         sigmas, timesteps: the grid, float32 `[T + 1]` and `[T]`.
         seed: of the noise. weights_version: optimiser steps taken when it was sampled.
-        first_pair, num_pairs: the global range of pairs this rollout is a part of.
+        first_pair, num_pairs: the global range of pairs this rollout is a part of; block_pairs: sampled together.
         backend: that sampled it; replay is bit for bit on the same one. used: whether it was trained on.
     """
 
@@ -47,6 +47,7 @@ class Rollout:
     weights_version: int
     first_pair: int
     num_pairs: int
+    block_pairs: int
     backend: str | None = None
     used: bool = False
 
@@ -59,6 +60,11 @@ class Rollout:
     def local_rows(self) -> Tensor:
         """Rows of a global `[num_pairs, ...]` tensor that are this rank's, int64 `[P]`."""
         return torch.tensor(self.pair_ids, dtype=torch.int64) - self.first_pair
+
+    @property
+    def blocks(self) -> Tensor:
+        """The block each pair was sampled in, int64 `[P]`, ascending."""
+        return self.local_rows // self.block_pairs
 
     def latents(self, pair: Tensor, branch: Tensor, step: Tensor) -> Tensor:
         """x at `step` of each item, float32 `[B, C, H, W]`; indices are int64 `[B]`, `pair` a row of this rollout."""

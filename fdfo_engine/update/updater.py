@@ -102,7 +102,7 @@ class Updater:
         return _metrics(totals, adv, len(shares), time.perf_counter() - started)
 
     def _optimizer_step(self, rollout: Rollout, adv: Advantage, share: Tensor, batch: int, totals: Totals) -> None:
-        micro_batches = self._micro_batches(adv, share)
+        micro_batches = self._micro_batches(rollout, adv, share)
         if not micro_batches:
             totals.left_out += 1
             return
@@ -113,13 +113,14 @@ class Updater:
         norm, applied = self._trainer.step()
         self._count_step(norm, applied, totals)
 
-    def _micro_batches(self, adv: Advantage, share: Tensor) -> list[Items]:
-        """Micro-batches of this rank, padded with weight 0 to the most of any rank; empty if no rank has any."""
+    def _micro_batches(self, rollout: Rollout, adv: Advantage, share: Tensor) -> list[Items]:
+        """Micro-batches of this rank, padded with weight 0 to the most of any rank; empty if no rank has any.
+
+        None reaches across a block: what is computed together, and so its rounding, does not depend on the ranks.
+        """
         pairs = torch.arange(len(adv.values)) if self._settings.kl_weight else adv.live.nonzero().flatten()
-        steps = share[pairs]  # [P, 2, S]
-        pair = pairs[:, None, None].expand_as(steps).flatten()
-        branch = torch.arange(2)[None, :, None].expand_as(steps).flatten()
-        own = Items(pair, branch, steps.flatten()).chunks(self._settings.micro_batch_items) if len(pair) else []
+        blocks = pairs.split(torch.unique_consecutive(rollout.blocks[pairs], return_counts=True)[1].tolist())
+        own = [items for block in blocks for items in _items(block, share).chunks(self._settings.micro_batch_items)]
         zero = torch.zeros(1, dtype=torch.int64)
         return own + [Items(zero, zero, zero, weight=0.0)] * (max_over_ranks(len(own)) - len(own))
 
@@ -176,6 +177,14 @@ class Updater:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NumericsError(f"{self._skipped_in_a_row} optimiser steps in a row had a gradient that is not finite")
+
+
+def _items(pairs: Tensor, share: Tensor) -> Items:
+    """Every (sample, step) of `pairs` that `share` `[P, 2, S]` gives this optimiser step, trajectory by trajectory."""
+    steps = share[pairs]
+    pair = pairs[:, None, None].expand_as(steps).flatten()
+    branch = torch.arange(2)[None, :, None].expand_as(steps).flatten()
+    return Items(pair, branch, steps.flatten())
 
 
 def _metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds: float) -> dict[str, float]:
