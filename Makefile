@@ -27,7 +27,7 @@ setup: $(STAMP)  ## makes .venv and installs the pinned versions; nothing to do 
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	rm -f .venv/.installed-*
 	touch $@
 

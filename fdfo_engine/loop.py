@@ -82,6 +82,7 @@ class _Run:
         resumed = self._engine.load()
         if resumed:
             say(f"resuming after epoch {self._engine.epoch} of {config.run.epochs}")
+            self._status(last_checkpoint=f"epoch_{self._engine.epoch:06d}")
         if folder is not None:
             folder.truncate_logs(self._engine.epoch if resumed else -1)
         self._resumed = resumed

@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,11 +43,25 @@ def load_model(config: Config, device: torch.device) -> FlowModel:
         raise UsageError(f"model.family = {family!r}: takes auto, one of {sorted(FAMILIES)}, or module:attribute{hint}")
     module, attribute = target.split(":", 1)
     try:
-        loader = getattr(importlib.import_module(module), attribute)
+        with _without_advice():
+            loader = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"model.family = {family!r}: {error}") from error
     model: FlowModel = loader.load(config, resolve_model_id(config.model.id), device)
     return model
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """transformers advises to install torchvision for image processors that no text-to-image pipeline uses."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _family_of(model_id: str, revision: str | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -260,6 +261,8 @@ def _deepspeed() -> Any:
     """DeepSpeed, told that its shared-memory CPU collective is not there: it would be compiled (90 s) at each start."""
     import logging
 
+    # DeepSpeed calls torch.distributed under a name that torch is about to retire, once a step
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", None)
