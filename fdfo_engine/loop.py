@@ -19,6 +19,7 @@ from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
     any_rank,
+    barrier,
     on_main,
     setup_distributed,
     world_size,
@@ -111,6 +112,7 @@ class _Run:
                 self._stop_here()
         self._log.close()
         self._status("finished", exit_code=0)
+        barrier("the end")  # a rank that leaves first takes its connections down under the others
 
     def _train_epoch(self) -> None:
         engine, timer = self._engine, self._timer

@@ -1,30 +1,20 @@
 """A killed run, started again by the same command, ends as if it had not been killed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from engine.launching import TRAIN, launch
 from safetensors.torch import load_file
 from tiny_sd3 import tiny_tree
 
-ROOT = Path(__file__).parents[2]
 EPOCHS = 5
 TIMINGS = ("images_per_second", "time", "eta_seconds", "peak_gib")
 
 
 def start(config, record, kill_at_call=0):
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT / 'tests'}", "RECORD": str(record), "KILL_AT_CALL": str(kill_at_call),
-    }  # fmt: skip
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [sys.executable, str(ROOT / "fdfo_engine/train.py"), "--config", str(config)]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return launch(TRAIN, "--config", config, RECORD=str(record), KILL_AT_CALL=str(kill_at_call))
 
 
 def write_config(pipeline, folder):

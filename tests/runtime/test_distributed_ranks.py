@@ -122,7 +122,7 @@ def test_taken_port_is_named():
     assert f"error: rank 0 cannot serve 127.0.0.1:{port}: " in stderr
 
 
-def test_one_process_needs_no_group(monkeypatch):
+def test_one_process_needs_no_group(monkeypatch, no_group):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
@@ -137,7 +137,7 @@ def test_one_process_needs_no_group(monkeypatch):
     distributed.all_agree_hash("x", "config")
 
 
-def test_a_collective_before_the_group_is_a_bug(monkeypatch):
+def test_a_collective_before_the_group_is_a_bug(monkeypatch, no_group):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AssertionError, match="setup_distributed"):
         distributed.all_sum(torch.ones(1))

@@ -156,7 +156,7 @@ def test_wandb_gets_the_numbers_and_one_identity(tmp_path, monkeypatch):
     assert Wandb.logged[1]["train/reward_mean"] == pytest.approx(2.2)
 
 
-def test_other_ranks_keep_silent(tmp_path, monkeypatch, capsys):
+def test_other_ranks_keep_silent(tmp_path, monkeypatch, capsys, no_group):
     monkeypatch.setenv("RANK", "1")
     log = open_run_log(tmp_path, epochs=3)
     assert type(log) is SilentLog

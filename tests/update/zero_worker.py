@@ -1,6 +1,6 @@
 """Three epochs with replayed rewards on the ranks there are; rank 0 writes what happened.
 
-python -m torch.distributed.run --standalone --nproc_per_node 2 zero_worker.py PIPELINE OUT STAGE [TRAIN]
+deepspeed --num_gpus 2 zero_worker.py PIPELINE OUT STAGE TRAIN, or by torchrun
 """
 
 import sys
@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_sd3 import tiny_config
 
-from fdfo_engine import Engine
-from fdfo_engine.runtime.distributed import all_gather_rows, close_distributed, is_main
+from fdfo_engine import Engine, load_config
+from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main
 
 PAIRS = 6
-PROMPTS = ["a red circle", "two blue dogs", "one cat", "a green square", "a red dog", "no cats"]
+PROMPTS = ["a red circle", "two blue stars", "a cyan star", "a green square", "a red star", "three red squares"]
 REWARDS = (
     [[3.0, 1.0], [-2.0, 4.0], [0.5, 0.5], [1.0, 0.0], [0.0, 2.5], [2.0, 1.0]],
     # all pairs of the last rank tie, of two as of three
@@ -24,6 +24,11 @@ REWARDS = (
 
 
 def config_of(pipeline, out, stage, train="lora"):
+    """Of a tiny pipeline's folder, or of the bundled `shapes`, as its own config trains it."""
+    if str(pipeline) == "shapes":
+        settings = {"run.dir": Path(out) / "run", "zero.stage": stage, "model.train": train, "update.ema": "null",
+                    "sampling.pairs_per_epoch": PAIRS, "sampling.block_pairs": 1}  # fmt: skip
+        return load_config("shapes", [f"{key}={value}" for key, value in settings.items()])
     # 5 does not divide a block's items: micro-batches end at the block's border, or ranks would differ by 4e-6
     return tiny_config(
         Path(pipeline), Path(out) / "run", zero={"stage": stage}, model={"train": train}, update={"micro_batch": 5},
@@ -58,9 +63,10 @@ def trace(pipeline, out, stage, train="lora"):
     engine.save()
     if is_main():
         save_file(tensors, Path(out) / "trace.safetensors")
+    barrier("the end")
 
 
 if __name__ == "__main__":
-    pipeline, out, stage, *train = sys.argv[1:]
-    trace(pipeline, out, int(stage), *train)
+    pipeline, out, stage, train = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    trace(pipeline, out, int(stage), train)
     close_distributed()
