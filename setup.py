@@ -1,6 +1,94 @@
-"""Packages that pyproject.toml cannot express: folders at the repository root shipped inside `fdfo_engine`."""
+"""What pyproject.toml cannot express: folders at the root shipped inside `fdfo_engine`, and the compiled kernels.
 
+`FDFO_BUILD_CUDA` says what to do about the CUDA part: `auto` (default) builds it where nvcc is found, `require` fails
+without nvcc, `off` leaves it out. The CPU part needs g++ alone. Neither needs torch.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+INSTRUCTION_SETS = {"generic": []}
+if IS_X86:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+# without contraction of multiply and add, or replay would not repeat sampling bit for bit
+CPU_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CUDA_FLAGS = ["-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler to use, or None for a build without CUDA."""
+    wanted = os.environ.get("FDFO_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "require", "off"):
+        sys.exit(f"error: FDFO_BUILD_CUDA = {wanted!r}: takes auto, require or off")
+    found = None if wanted == "off" else shutil.which("nvcc")
+    if wanted == "require" and found is None:
+        sys.exit(
+            "error: FDFO_BUILD_CUDA = require, but there is no nvcc on PATH: install the CUDA toolkit, or unset it"
+        )
+    return found
+
+
+class BuildNative(build_ext):
+    """Compiles every CPU kernel once an instruction set and every CUDA kernel for all architectures, then links."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        """Builds `ext`; objects go to the temporary build folder."""
+        compiler, folder = nvcc(), Path(self.build_temp) / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs, CSRC, CSRC / "include")]
+        commands = [*self._cpu_commands(includes, folder, compiler), *self._cuda_commands(includes, folder, compiler)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._run, [command for command, _ in commands]))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        objects = [str(made) for _, made in commands]
+        linker = [compiler, "-cudart", "static", "-Xcompiler", "-fopenmp"] if compiler else [cxx(), "-fopenmp"]
+        self._run([*linker, "-shared", *objects, "-o", str(target)])
+
+    def _cpu_commands(self, includes, folder, compiler):
+        cuda = ["-DFDFO_WITH_CUDA", f'-DFDFO_CUDA_ARCHITECTURES="{" ".join(CUDA_ARCHITECTURES)}"'] if compiler else []
+        x86 = ["-DFDFO_X86"] if IS_X86 else []
+        binding = folder / "binding.o"
+        yield [cxx(), *CPU_FLAGS, *x86, *cuda, *includes, "-c", str(CSRC / "binding.cpp"), "-o", str(binding)], binding
+        for isa, flags in INSTRUCTION_SETS.items():
+            names = [f"-DFDFO_ISA={isa}", f"-DFDFO_TABLE=k{isa.capitalize()}"]
+            for source in sorted((CSRC / "cpu").glob("*.cpp")):
+                made = folder / f"{source.stem}.{isa}.o"
+                command = [cxx(), *CPU_FLAGS, *KERNEL_FLAGS, *flags, *names, *includes, "-c", str(source)]
+                yield [*command, "-o", str(made)], made
+
+    def _cuda_commands(self, includes, folder, compiler):
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        targets.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+        for source in sorted((CSRC / "cuda").glob("*.cu")) if compiler else ():
+            made = folder / f"{source.stem}.cuda.o"
+            yield [compiler, *CUDA_FLAGS, *targets, *includes, "-c", str(source), "-o", str(made)], made
+
+    def _run(self, command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def cxx() -> str:
+    """The C++ compiler."""
+    return os.environ.get("CXX", "g++")
+
 
 kernel_packages = ["fdfo_engine.kernels"] + [f"fdfo_engine.kernels.{name}" for name in find_packages("kernels")]
 
@@ -13,4 +101,12 @@ setup(
         "fdfo_engine.report": ["*.html"],
         "fdfo_engine.configs": ["*.yaml"],
     },
+    ext_modules=[
+        Pybind11Extension(
+            "fdfo_engine._native",
+            [str(CSRC / "binding.cpp")],
+            depends=sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu*")])),
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
 )

@@ -1,7 +1,8 @@
-"""Triton kernel of `fdfo_engine.ops.philox_normal`. Device code: imports triton only, never fdfo_engine."""
+"""Triton kernel of `fdfo_engine.ops.philox_normal`. Device code: imports triton only, never the engine."""
 
 import triton
 import triton.language as tl
+from fdfo_engine.kernels.philox import normals
 
 
 @triton.jit(do_not_specialize=["key_lo", "key_hi"])  # else a new kernel a seed, and none for a word of 1
@@ -9,47 +10,7 @@ def philox_normal_kernel(pair_ptr, stream_ptr, out_ptr, N, key_lo, key_hi, BLOCK
     # grid (P, cdiv(N, 4 * BLOCK)): a program writes 4 * BLOCK normals of one pair, from BLOCK counters
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
-    pair = tl.load(pair_ptr + row)
     counter = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    zero = tl.zeros([BLOCK], tl.uint32)  # words as blocks: they wrap, where the interpreter's scalars warn
-    c0, c1 = counter.to(tl.uint32), zero + tl.load(stream_ptr + row).to(tl.uint32)
-    c2, c3 = zero + (pair & 0xFFFFFFFF).to(tl.uint32), zero + (pair >> 32).to(tl.uint32)
-    k0, k1 = zero + key_lo.to(tl.uint32), zero + key_hi.to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, zero + 0xD2511F53), c0 * (zero + 0xD2511F53)
-        high1, low1 = tl.umulhi(c2, zero + 0xCD9E8D57), c2 * (zero + 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    n0, n1 = box_muller(c0, c1)
-    n2, n3 = box_muller(c2, c3)
-    normals = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))  # [4 * BLOCK], in the order n0 n1 n2 n3
+    n = normals(counter, tl.load(stream_ptr + row), tl.load(pair_ptr + row), key_lo, key_hi)  # [4 * BLOCK]
     offs = block * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
-    tl.store(out_ptr + row * N + offs, normals, mask=offs < N)
-
-
-@triton.jit
-def box_muller(word_a, word_b):
-    """`sqrt(-2 ln ua) * (cos, sin)(2 pi ub)`, u = (word >> 9 + 0.5) * 2^-23."""
-    ua = ((word_a >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    radius = tl.sqrt_rn(-2.0 * tl.log(ua))
-    cosine, sine = cos_sin_turns((word_b >> 9).to(tl.int32))
-    return radius * cosine, radius * sine
-
-
-@triton.jit
-def cos_sin_turns(m):
-    """cos and sin of `2 pi (m + 0.5) / 2^23`, m in 0..2^23-1.
-
-    Taylor series around the nearest quarter turn, exact to 1e-9 there; tl.cos would cost stack for a slow path.
-    """
-    quarter = (m + (1 << 20)) >> 21  # 0..4
-    turn = ((m - (quarter << 21)).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # exact, in -1/8..1/8
-    x = turn * 6.283185307179586
-    z = x * x
-    s = x * (1.0 + z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880)))))
-    c = 1.0 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 - z * (1 / 3628800)))))
-    odd = (quarter & 1) == 1
-    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
-    cosine = tl.where(((quarter + 1) & 2) == 2, -cosine, cosine)
-    sine = tl.where((quarter & 2) == 2, -sine, sine)
-    return cosine, sine
+    tl.store(out_ptr + row * N + offs, n, mask=offs < N)

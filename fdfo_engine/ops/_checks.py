@@ -13,6 +13,7 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LATENT_DTYPES = (torch.float32,)
 REAL_DTYPES = (torch.float32, torch.float64)
 MAX_STEPS = 2**28
+MAX_LATENT = 2**34
 
 
 def refuse(op: str, name: str, got: object, takes: str) -> NoReturn:
@@ -48,6 +49,7 @@ def paired(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype], *, ext
         refuse(op, name, list(value.shape), f"[P, 2, {extra}*shape], with the branch axis of size 2")
     if math.prod(value.shape[2:]) == 0:
         refuse(op, name, list(value.shape), "at least one element a latent")
+    _latent_fits(op, name, value.shape[3 if extra else 2 :])
 
 
 def latent_shape(op: str, shape: Any) -> tuple[int, ...]:
@@ -55,6 +57,7 @@ def latent_shape(op: str, shape: Any) -> tuple[int, ...]:
     sizes = tuple(operator.index(size) for size in shape)
     if not sizes or min(sizes) < 1:
         refuse(op, "shape", list(sizes), "one or more sizes of at least 1")
+    _latent_fits(op, "shape", sizes)
     return sizes
 
 
@@ -74,13 +77,16 @@ def device(op: str, value: Any) -> torch.device:
 
 
 def integers(op: str, name: str, value: Any, *, length: int | None, limit: int) -> Tensor:
-    """`value`, a sequence of ints or an int64 tensor, as int64 `[length]` on the CPU; each in 0..limit-1."""
+    """`value`, a sequence of ints or an int64 tensor, as int64 `[length]`; each in 0..limit-1.
+
+    A tensor on a GPU stays there, and its values are not looked at: that would wait for the GPU.
+    """
     if isinstance(value, Tensor):
         tensor(op, name, value, (torch.int64,))
         if value.ndim != 1 or value.is_meta:
             refuse(op, name, f"{list(value.shape)} on {value.device}", "one axis, and values")
-        out = value.detach().cpu()
-        numbers = [] if out.numel() == 0 else [int(out.min()), int(out.max())]
+        out = value.detach()
+        numbers = [] if out.numel() == 0 or out.is_cuda else [int(out.min()), int(out.max())]
     else:
         numbers = _ints(op, name, value)
         out = None
@@ -94,22 +100,27 @@ def integers(op: str, name: str, value: Any, *, length: int | None, limit: int) 
 
 
 def pair_ids(op: str, value: Any, *, length: int | None = None) -> Tensor:
-    """Global pair indices as int64 `[P]` on the CPU."""
+    """Global pair indices as int64 `[P]`."""
     return integers(op, "pair_ids", value, length=length, limit=2**63)
 
 
 def churn(op: str, name: str, value: Any, shape: Sequence[int]) -> Tensor:
-    """Churn weights as float64 of `shape` on the CPU, where every backend computes its coefficients from."""
+    """Churn weights as float64 of `shape`. Of a tensor on a GPU, which stays there, the values are not looked at."""
     if isinstance(value, Tensor) and value.ndim > 0:
         tensor(op, name, value, REAL_DTYPES, shape=shape)
         if value.is_meta:
             refuse(op, name, "on meta", "a tensor with values")
-        gamma = value.detach().cpu().double()
+        gamma = value.detach().double()
     else:
         gamma = torch.full(tuple(shape), number(op, name, value), dtype=torch.float64)
-    if not bool(((gamma >= 0) & torch.isfinite(gamma)).all()):
+    if not gamma.is_cuda and not bool(((gamma >= 0) & torch.isfinite(gamma)).all()):
         refuse(op, name, gamma.flatten().tolist()[:8], "finite numbers of at least 0")
     return gamma
+
+
+def moved(value: Tensor, target: torch.device) -> Tensor:
+    """`value`, contiguous, on `target`, without waiting for it."""
+    return value.to(target, non_blocking=True).contiguous()
 
 
 def number(op: str, name: str, value: Any) -> float:
@@ -149,6 +160,11 @@ def step(op: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_STEPS:
         refuse(op, "step", repr(value), f"an int in 0..{MAX_STEPS - 1}")
     return value
+
+
+def _latent_fits(op: str, name: str, sizes: Sequence[int]) -> None:
+    if math.prod(sizes) > MAX_LATENT:
+        refuse(op, name, list(sizes), f"at most {MAX_LATENT} elements a latent: one Philox counter for every four")
 
 
 def _ints(op: str, name: str, value: Any) -> list[int]:

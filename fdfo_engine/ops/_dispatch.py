@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpp", "torch")  # most preferred first
+from fdfo_engine.ops import _compiled
+
+BACKENDS = ("triton", "cuda", "cpp", "torch")  # most preferred first; Triton before CUDA until both are measured
 INTERPRETER = "TRITON_INTERPRET"
+_CPU = torch.device("cpu")
 MIN_CAPABILITY = (8, 0)  # the oldest GPU that the kernels are compiled for in the tests
 
 
@@ -18,15 +21,15 @@ class BackendUnavailableError(ValueError):
 
 
 def backends() -> dict[str, list[str]]:
-    """Reasons why each backend can't run on this machine, by name; an empty list where it can."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {name: refusals(name, device) for name in reversed(BACKENDS)}
+    """Reasons why each backend can't run on this machine, on the device it is for, by name; empty where it can."""
+    accelerator = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: refusals(name, _CPU if name == "cpp" else accelerator) for name in reversed(BACKENDS)}
 
 
 def refusals(backend: str, device: torch.device) -> list[str]:
     """Reasons why `backend` can't take tensors on `device`; an empty list means it can."""
     if backend in ("cpp", "cuda"):
-        return ["not built: this version of fdfo_engine has no compiled extension"]
+        return _compiled.refusals(backend, device)
     if backend == "triton":
         return _triton_refusals(device)
     reasons = []

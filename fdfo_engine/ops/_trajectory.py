@@ -1,8 +1,8 @@
 """The two moves of a trajectory, on rows: sampling and replay share them, so that both agree bit for bit.
 
-Coefficients are computed in float64 on the CPU and rounded to float32 once; products and sums of tensors are separate
-operations, so none is contracted. A row never depends on the other rows of its batch. `gamma` is float64 `[R]` on the
-CPU.
+Coefficients are computed in float64 and rounded to float32 once, for every backend. In the torch reference below,
+products and sums of tensors are separate operations, so none is contracted, and a row never depends on the other rows
+of its batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,19 @@ from fdfo_engine.ops.philox import SHARED_STREAM, churn_stream
 from fdfo_engine.ops.philox_normal import philox_normal
 
 
+def prior_coefficients(gamma: Tensor) -> Tensor:
+    """`(0, keep, noise)` of `keep * n + noise * eps`, float32 `[..., 3]`, for float64 churn `[...]`."""
+    keep = 1 / (1 + gamma)
+    return _rounded(torch.zeros_like(gamma), keep, _spread(gamma) * keep)
+
+
+def step_coefficients(sigma: float | Tensor, sigma_next: float | Tensor, gamma: Tensor) -> Tensor:
+    """`(move, keep, noise)` of `keep * (x + move * v) + noise * eps`, float32 `[..., 3]`: overshoot to r, renoise."""
+    r = sigma_next / (1 + gamma - gamma * sigma_next)
+    keep = 1 / (1 + gamma * r)
+    return _rounded(r - sigma, keep, r * _spread(gamma) * keep)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Who R trajectories are: global `pair_ids` and `branch`, int64 `[R]` on the CPU, and where their noise is from."""
@@ -24,43 +37,37 @@ class Rows:
     pair_ids: Tensor
     branch: Tensor
     seed: int
-    backend: str | None
 
     @classmethod
-    def of_pairs(cls, pair_ids: Tensor, seed: int, backend: str | None) -> Rows:
+    def of_pairs(cls, pair_ids: Tensor, seed: int) -> Rows:
         """Both branches of every pair: the rows of a `[P, 2, *shape]` tensor, in order."""
-        return cls(pair_ids.repeat_interleave(2), torch.arange(2).repeat(len(pair_ids)), seed, backend)
+        return cls(pair_ids.cpu().repeat_interleave(2), torch.arange(2).repeat(len(pair_ids)), seed)
 
     def __getitem__(self, index: Tensor) -> Rows:
-        return Rows(self.pair_ids[index], self.branch[index], self.seed, self.backend)
+        return Rows(self.pair_ids[index], self.branch[index], self.seed)
 
     def normal(self, shape: Sequence[int], stream: int | Tensor, device: torch.device) -> Tensor:
-        """Noise, float32 `[R, *shape]`."""
+        """Noise of the torch backend, float32 `[R, *shape]`."""
         return philox_normal(
-            shape, seed=self.seed, pair_ids=self.pair_ids, stream=stream, device=device, backend=self.backend
+            shape, seed=self.seed, pair_ids=self.pair_ids, stream=stream, device=device, backend="torch"
         )
 
 
-def start(rows: Rows, shape: Sequence[int], *, gamma: Tensor, device: torch.device) -> Tensor:
+def start(rows: Rows, shape: Sequence[int], *, coefficients: Tensor, device: torch.device) -> Tensor:
     """Initial latents, float32 `[R, *shape]`: `(n + sqrt((1+g)^2 - 1) * eps) / (1 + g)`."""
-    n = rows.normal(shape, SHARED_STREAM, device)
-    keep = 1 / (1 + gamma)
-    return _renoise_(rows, n, gamma, keep=keep, noise=_spread(gamma) * keep, k=0)
+    return _renoise_(rows, rows.normal(shape, SHARED_STREAM, device), coefficients, k=0)
 
 
-def advance(
-    rows: Rows, x: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, gamma: Tensor, step: int
-) -> Tensor:
-    """Latents after step `step`, float32 `[R, *shape]`: overshoot to r, then renoise back to `sigma_next`."""
-    r = sigma_next / (1 + gamma - gamma * sigma_next)
-    overshot = x + _column(r - sigma, x) * velocity.float()
-    keep = 1 / (1 + gamma * r)
-    return _renoise_(rows, overshot, gamma, keep=keep, noise=r * _spread(gamma) * keep, k=step + 1)
+def advance(rows: Rows, x: Tensor, velocity: Tensor, *, coefficients: Tensor, step: int) -> Tensor:
+    """Latents after step `step`, float32 `[R, *shape]`: overshoot to r, then renoise back to the next grid point."""
+    overshot = x + _column(coefficients[:, 0], x) * velocity.float()
+    return _renoise_(rows, overshot, coefficients, k=step + 1)
 
 
-def _renoise_(rows: Rows, x: Tensor, gamma: Tensor, *, keep: Tensor, noise: Tensor, k: int) -> Tensor:
+def _renoise_(rows: Rows, x: Tensor, coefficients: Tensor, *, k: int) -> Tensor:
     """`keep * x + noise * eps` in place, in the rows with churn: the others stay plain Euler to the bit."""
-    churned = gamma.nonzero()[:, 0]
+    _, keep, noise = coefficients.cpu().unbind(-1)
+    churned = ((noise != 0) | (keep != 1)).nonzero()[:, 0]
     if len(churned) == 0:
         return x
     touched = rows[churned]
@@ -70,10 +77,14 @@ def _renoise_(rows: Rows, x: Tensor, gamma: Tensor, *, keep: Tensor, noise: Tens
     return x
 
 
+def _rounded(*columns: Tensor) -> Tensor:
+    return torch.stack(columns, -1).float()
+
+
 def _spread(gamma: Tensor) -> Tensor:
     """`sqrt((1+g)^2 - 1)`, without its cancellation at small g."""
     return torch.sqrt(gamma * (2 + gamma))
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
+    return values.to(like.device).view(-1, *[1] * (like.ndim - 1))

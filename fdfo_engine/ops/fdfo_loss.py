@@ -1,13 +1,20 @@
 """The clipped surrogate that pulls the velocity toward the better image of a pair."""
 
+from __future__ import annotations
+
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fdfo_engine.ops import _checks, _dispatch
+from fdfo_engine.ops import _checks, _compiled, _dispatch
 
-OFFERED = ("torch",)
+OFFERED = ("triton", "cuda", "cpp", "torch")
+BLOCK = 4096  # elements a Triton program; not tuned on a GPU yet
+ROWS, MAX_PARTS = 16, 64  # tile in which the last program adds up partial sums
 
 
 def fdfo_loss(
@@ -37,10 +44,10 @@ def fdfo_loss(
         u: `pair_direction`, float32 `[P, *shape]`.
         advantage: A, signed for its branch, finite; float32 or float64 `[B]`.
         clip_range: c > 0.
-        pair, branch: rows of `u`, and where to negate it (branch 1): sequences of ints or int64 `[B]`. Without them
-            B = 2P: both branches of every pair, in order.
+        pair, branch: rows of `u`, and where to negate it (branch 1): sequences of ints or int64 `[B]` on any device.
+            Without them B = 2P: both branches of every pair, in order.
         normalizer: replaces B: the items of the whole optimiser step; > 0.
-        backend: None or "torch".
+        backend: None takes the fastest that runs on `v`'s device; a name of `ops.backends` forces one.
 
     Returns:
         The loss, float32 scalar, and the log-ratio l of each row, float32 `[B]`, detached. Sums are in float64, in a
@@ -59,10 +66,13 @@ def fdfo_loss(
     if normalizer is None and len(v) == 0:
         _checks.refuse(op, "normalizer", None, "a number above 0 where v has no rows")
     pair_B, branch_B = _items(op, len(v), len(u), pair, branch)
-    _dispatch.choose(op, OFFERED, v.device, forced=backend)
-    total = _positive(op, "normalizer", total)
-    sign_B = (1 - 2 * branch_B).to(v.device, torch.float64)
-    return fdfo_loss_reference(v, v_old, u[pair_B.to(v.device)], sign_B, advantage.detach().double(), clip, total)
+    implementation = _dispatch.choose(op, OFFERED, v.device, forced=backend)
+    total, A_B = _positive(op, "normalizer", total), advantage.detach()
+    pair_B, branch_B = _checks.moved(pair_B, v.device), _checks.moved(branch_B, v.device)
+    if implementation == "torch":
+        return fdfo_loss_reference(v, v_old, u[pair_B], (1 - 2 * branch_B).double(), A_B.double(), clip, total)
+    found: tuple[Tensor, Tensor] = _FdfoLoss.apply(v, v_old, u, pair_B, branch_B, A_B, clip, total, implementation)
+    return found
 
 
 def fdfo_loss_reference(
@@ -75,6 +85,142 @@ def fdfo_loss_reference(
     rho = torch.where(A_B == 0, 0.0, log_ratio).exp()  # masked before exp: 0 * inf would be NaN in both directions
     surrogate = -A_B * rho + A_B.abs() / (2 * clip_range) * (rho - 1).square()
     return (surrogate.sum() / normalizer).float(), log_ratio.detach().float()
+
+
+class _Batch(NamedTuple):
+    """Tensors of a kernel, latents contiguous: v, v_old `[B, *shape]`, u `[P, *shape]`, pair, branch `[B]`."""
+
+    v: Tensor
+    v_old: Tensor
+    u: Tensor
+    pair: Tensor
+    branch: Tensor
+
+    @property
+    def size(self) -> int:
+        """Elements of one latent."""
+        return _compiled.latent_size(self.v, 1)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of the rows of v, v_old and u."""
+        return self.v.stride(0), self.v_old.stride(0), self.u.stride(0)
+
+
+class _Outputs(NamedTuple):
+    """What the forward kernels write; `scale` float64 `[B]` is what the backward needs: dL/dv = scale * (e + u)."""
+
+    loss: Tensor
+    log_ratio: Tensor
+    scale: Tensor
+
+
+class _FdfoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, v_old: Tensor, u: Tensor, pair: Tensor, branch: Tensor, advantage: Tensor,
+        clip_range: float, normalizer: float, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        v, v_old, u = (_compiled.inner_contiguous(t.detach(), 1) for t in (v, v_old, u))
+        batch = _Batch(v, v_old, u, pair, branch)
+        out = _Outputs(
+            torch.zeros((), dtype=torch.float32, device=v.device),
+            torch.empty(len(v), dtype=torch.float32, device=v.device),
+            torch.empty(len(v), dtype=torch.float64, device=v.device),
+        )
+        if len(v):
+            _FORWARD[backend](batch, advantage.contiguous(), clip_range, normalizer, out)
+        ctx.save_for_backward(*batch, out.scale)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(out.log_ratio)
+        return out.loss, out.log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _log_ratio: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, scale = ctx.saved_tensors
+        batch = _Batch(*tensors)
+        grad = torch.empty(batch.v.shape, dtype=batch.v.dtype, device=batch.v.device)
+        if len(grad):
+            _BACKWARD[ctx.backend](batch, scale, upstream, grad)
+        return grad, *[None] * 8
+
+
+def _arguments(batch: _Batch) -> Any:
+    numbers = _compiled.NUMBERS[batch.v.dtype], _compiled.NUMBERS[batch.v_old.dtype]
+    v_row, v_old_row, u_row = batch.strides
+    return _compiled.arguments(
+        "FdfoLoss", batch.v.data_ptr(), batch.v_old.data_ptr(), *numbers, v_row, v_old_row, batch.u.data_ptr(), u_row,
+        batch.pair.data_ptr(), batch.branch.data_ptr(), len(batch.v), batch.size,
+    )  # fmt: skip
+
+
+def _forward_cpp(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
+    advantage = advantage.double()
+    settings = advantage.data_ptr(), clip_range, normalizer, out.log_ratio.data_ptr(), out.scale.data_ptr()
+    out.loss.fill_(_compiled.call("fdfo_loss_forward", batch.v.device, _arguments(batch), *settings))
+
+
+def _forward_cuda(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
+    partial = _partial_sums(batch, _compiled.extension().SUM_BLOCK)  # type: ignore[union-attr]
+    _compiled.call(
+        "fdfo_loss_forward", batch.v.device, _arguments(batch), advantage.data_ptr(), advantage.dtype == torch.float64,
+        clip_range, normalizer, partial.data_ptr(), _ticket(batch.v).data_ptr(), out.scale.data_ptr(),
+        out.loss.data_ptr(), out.log_ratio.data_ptr(),
+    )  # fmt: skip
+
+
+def _forward_triton(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
+    from fdfo_engine.kernels.fdfo_loss import fdfo_loss_forward_kernel  # triton: only where it runs
+
+    chunks, partial = -(-batch.size // BLOCK), _partial_sums(batch, BLOCK)
+    parts = min(MAX_PARTS, 1 << (chunks - 1).bit_length())
+    with torch.cuda.device_of(batch.v):  # triton launches on the current device, not on the tensor's
+        fdfo_loss_forward_kernel[(len(batch.v) * chunks,)](
+            *batch, advantage, partial, _ticket(batch.v), out.scale, out.loss, out.log_ratio,
+            len(batch.v), batch.size, chunks, *batch.strides, clip_range, normalizer,
+            ROWS=ROWS, PARTS=parts, BLOCK=BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _backward_cpp(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
+    scale = scale * upstream.double()
+    _compiled.call("fdfo_loss_backward", grad.device, _arguments(batch), scale.data_ptr(), grad.data_ptr())
+
+
+def _backward_cuda(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
+    addresses = scale.data_ptr(), upstream.data_ptr(), grad.data_ptr()
+    _compiled.call("fdfo_loss_backward", grad.device, _arguments(batch), *addresses)
+
+
+def _backward_triton(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
+    from fdfo_engine.kernels.fdfo_loss import fdfo_loss_backward_kernel  # triton: only where it runs
+
+    with torch.cuda.device_of(grad):
+        fdfo_loss_backward_kernel[(len(grad), -(-batch.size // BLOCK))](
+            *batch, scale, upstream, grad, batch.size, *batch.strides, BLOCK=BLOCK, enable_fp_fusion=False
+        )
+
+
+_FORWARD = {"cpp": _forward_cpp, "cuda": _forward_cuda, "triton": _forward_triton}
+_BACKWARD = {"cpp": _backward_cpp, "cuda": _backward_cuda, "triton": _backward_triton}
+
+
+def _partial_sums(batch: _Batch, block: int) -> Tensor:
+    count = 2 * len(batch.v) * -(-batch.size // block)
+    return torch.empty(count, dtype=torch.float64, device=batch.v.device)
+
+
+def _ticket(like: Tensor) -> Tensor:
+    """The counter by which a kernel knows its last program; 0 between calls, so one for each stream is enough."""
+    if not like.is_cuda:
+        return torch.zeros(1, dtype=torch.int32)
+    return _stream_ticket(like.device, torch.cuda.current_stream(like.device).cuda_stream)
+
+
+@functools.cache
+def _stream_ticket(device: torch.device, _stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _check_tensors(op: str, v: Tensor, v_old: Tensor, u: Tensor, advantage: Tensor) -> None:
@@ -91,7 +237,7 @@ def _check_tensors(op: str, v: Tensor, v_old: Tensor, u: Tensor, advantage: Tens
 def _items(
     op: str, B: int, P: int, pair: Sequence[int] | Tensor | None, branch: Sequence[int] | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Row of u and branch of each item, int64 `[B]` on the CPU."""
+    """Row of u and branch of each item, int64 `[B]`."""
     if (pair is None) != (branch is None):
         missing = "pair" if pair is None else "branch"
         _checks.refuse(op, missing, None, "indices where the other of pair and branch is given")

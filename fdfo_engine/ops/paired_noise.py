@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdfo_engine.ops import _checks, _dispatch, _trajectory
+from fdfo_engine.ops import _checks, _compiled, _dispatch, _trajectory
+from fdfo_engine.ops.philox import key_of
 
-OFFERED = ("torch",)
+OFFERED = ("triton", "cuda", "cpp", "torch")
+BLOCK = 256  # counters a Triton program; not tuned on a GPU yet
+INTERPRETED_BLOCK = 16384  # the interpreter takes milliseconds a program, whatever its size
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def paired_noise(
         gamma: churn at grid point 0, finite and >= 0: one number, or float32 or float64 `[P]` on any device. A pair
             with 0 gets n itself, the same bits in both branches.
         device: where the latents go.
-        backend: None or "torch". The noise inside takes the same choice (`philox_normal`).
+        backend: None takes the fastest that runs on `device`; a name of `ops.backends` forces one.
 
     Returns:
         float32 `[P, 2, *shape]`. Repeats bit for bit; a pair never depends on the others.
@@ -44,7 +47,52 @@ def paired_noise(
     pairs = _checks.pair_ids(op, pair_ids)
     sizes, target = _checks.latent_shape(op, shape), _checks.device(op, device)
     gamma_P = _checks.churn(op, "gamma", gamma, (len(pairs),))
-    _dispatch.choose(op, OFFERED, target, forced=backend)
-    rows = _trajectory.Rows.of_pairs(pairs, _checks.seed(op, seed), backend)
-    x = _trajectory.start(rows, sizes, gamma=gamma_P.repeat_interleave(2), device=target)
-    return x.view(len(pairs), 2, *sizes)
+    run = _RUNS[_dispatch.choose(op, OFFERED, target, forced=backend)]
+    coefficients = _trajectory.prior_coefficients(gamma_P)
+    return run(pairs, sizes, coefficients, _checks.seed(op, seed), target)
+
+
+def paired_noise_reference(
+    pair_P: Tensor, shape: tuple[int, ...], coefficients: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    """The specification; see `_trajectory.start`."""
+    rows = _trajectory.Rows.of_pairs(pair_P, seed)
+    x = _trajectory.start(rows, shape, coefficients=coefficients.repeat_interleave(2, 0), device=device)
+    return x.view(len(pair_P), 2, *shape)
+
+
+def _paired_noise_compiled(
+    pair_P: Tensor, shape: tuple[int, ...], coefficients: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    x = torch.empty(len(pair_P), 2, *shape, dtype=torch.float32, device=device)
+    if x.numel():
+        pair_P, coefficients = _checks.moved(pair_P, device), _checks.moved(coefficients, device)
+        addresses = x.data_ptr(), pair_P.data_ptr(), coefficients.data_ptr()
+        size = _compiled.latent_size(x, 2)
+        arguments = _compiled.arguments("PairedNoise", *addresses, len(pair_P), size, key_of(seed))
+        _compiled.call("paired_noise", device, arguments)
+    return x
+
+
+def _paired_noise_triton(
+    pair_P: Tensor, shape: tuple[int, ...], coefficients: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    from fdfo_engine.kernels.paired_noise import paired_noise_kernel
+
+    x = torch.empty(len(pair_P), 2, *shape, dtype=torch.float32, device=device)
+    if x.numel():
+        block, size = BLOCK if x.is_cuda else INTERPRETED_BLOCK, _compiled.latent_size(x, 2)
+        tables = _checks.moved(pair_P, device), _checks.moved(coefficients, device)
+        with torch.cuda.device_of(x):
+            paired_noise_kernel[(len(pair_P), -(-size // (4 * block)))](
+                *tables, x, size, *key_of(seed), BLOCK=block, enable_fp_fusion=False
+            )
+    return x
+
+
+_RUNS = {
+    "torch": paired_noise_reference,
+    "triton": _paired_noise_triton,
+    "cpp": _paired_noise_compiled,
+    "cuda": _paired_noise_compiled,
+}

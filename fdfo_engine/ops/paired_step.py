@@ -1,14 +1,20 @@
 """One solver step of both branches of every pair."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fdfo_engine.ops import _checks, _dispatch, _trajectory
-from fdfo_engine.ops.guided_velocity import guided_velocity
+from fdfo_engine.ops import _checks, _compiled, _dispatch, _trajectory
+from fdfo_engine.ops.guided_velocity import guided_velocity_reference
+from fdfo_engine.ops.philox import churn_stream, key_of
 
-OFFERED = ("torch",)
+OFFERED = ("triton", "cuda", "cpp", "torch")
+BLOCK = 256  # counters a Triton program; not tuned on a GPU yet
+INTERPRETED_BLOCK = 16384  # the interpreter takes milliseconds a program, whatever its size
 
 
 @torch.no_grad()
@@ -47,7 +53,7 @@ def paired_step(
         guidance_scale: w of `guided_velocity`.
         v_out: like `v`, contiguous or not; receives the velocity that was used: guided and rounded.
         inplace: write the result into `x` and return `x`.
-        backend: None or "torch". The noise inside takes the same choice (`philox_normal`).
+        backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
 
     Returns:
         float32 `[P, 2, *shape]`. Not differentiable. Repeats bit for bit; a pair never depends on the others.
@@ -67,13 +73,91 @@ def paired_step(
     t, s = _checks.descent(op, sigma, sigma_next)
     pairs = _checks.pair_ids(op, pair_ids, length=len(x))
     gamma_P = _checks.churn(op, "gamma", gamma, (len(x),))
-    run_seed, index = _checks.seed(op, seed), _checks.step(op, step)
-    _dispatch.choose(op, OFFERED, x.device, forced=backend)
-    velocity = guided_velocity(v, v_uncond, guidance_scale)
-    if v_out is not None:
-        v_out.copy_(velocity)
-    rows = _trajectory.Rows.of_pairs(pairs, run_seed, backend)
-    flat = x.flatten(0, 1), velocity.flatten(0, 1)
-    gamma_R = gamma_P.repeat_interleave(2)
-    x_next = _trajectory.advance(rows, *flat, sigma=t, sigma_next=s, gamma=gamma_R, step=index).view(x.shape)
-    return x.copy_(x_next) if inplace else x_next
+    scale = _checks.number(op, "guidance_scale", guidance_scale)
+    run = _RUNS[_dispatch.choose(op, OFFERED, x.device, forced=backend)]
+    move = _Move(
+        x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else x.new_empty(x.shape), scale=scale,
+        coefficients=_trajectory.step_coefficients(t, s, gamma_P), pair_P=pairs, step=_checks.step(op, step),
+        seed=_checks.seed(op, seed),
+    )  # fmt: skip
+    run(move)
+    return move.out
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One call: tensors `[P, 2, *shape]` in and out, `step_coefficients` `[P, 3]`, and what addresses the noise."""
+
+    x: Tensor
+    v: Tensor
+    v_uncond: Tensor | None
+    v_out: Tensor | None
+    out: Tensor
+    scale: float
+    coefficients: Tensor
+    pair_P: Tensor
+    step: int
+    seed: int
+
+
+def paired_step_reference(m: _Move) -> None:
+    """The specification; see `_trajectory.advance`."""
+    velocity = m.v if m.v_uncond is None else guided_velocity_reference(m.v, m.v_uncond, m.scale)
+    if m.v_out is not None:
+        m.v_out.copy_(velocity)
+    rows = _trajectory.Rows.of_pairs(m.pair_P, m.seed)
+    flat, coefficients = (m.x.flatten(0, 1), velocity.flatten(0, 1)), m.coefficients.repeat_interleave(2, 0)
+    m.out.copy_(_trajectory.advance(rows, *flat, coefficients=coefficients, step=m.step).view(m.x.shape))
+
+
+def _by_kernel(launch: Callable[[_Move], None]) -> Callable[[_Move], None]:
+    """`launch` for any strides: kernels read and write contiguous latents, and tables on the device of `x`."""
+
+    def run(given: _Move) -> None:
+        if given.x.numel() == 0:
+            return
+        tables = {name: _checks.moved(getattr(given, name), given.x.device) for name in ("coefficients", "pair_P")}
+        tensors = {name: _compiled.inner_contiguous(getattr(given, name), 2) for name in _TENSORS}
+        inner = replace(given, **tables, **tensors)
+        launch(inner)
+        for name in ("out", "v_out"):
+            if tensors[name] is not getattr(given, name):
+                getattr(given, name).copy_(tensors[name])
+
+    return run
+
+
+_TENSORS = ("x", "v", "v_uncond", "v_out", "out")
+
+
+@_by_kernel
+def _paired_step_compiled(m: _Move) -> None:
+    arguments = _compiled.arguments(
+        "PairedStep", *(_compiled.strided(getattr(m, name)) for name in _TENSORS), _compiled.NUMBERS[m.v.dtype],
+        m.pair_P.data_ptr(), m.coefficients.data_ptr(), m.scale, len(m.x), _compiled.latent_size(m.x, 2), m.step,
+        key_of(m.seed),
+    )  # fmt: skip
+    _compiled.call("paired_step", m.x.device, arguments)
+
+
+@_by_kernel
+def _paired_step_triton(m: _Move) -> None:
+    from fdfo_engine.kernels.paired_step import paired_step_kernel  # triton: only where it runs
+
+    block, size = BLOCK if m.x.is_cuda else INTERPRETED_BLOCK, _compiled.latent_size(m.x, 2)
+    uncond, v_out = m.v if m.v_uncond is None else m.v_uncond, m.v if m.v_out is None else m.v_out
+    tensors = (m.x, m.v, uncond, v_out, m.out)
+    strides = (stride for tensor in tensors for stride in tensor.stride()[:2])
+    with torch.cuda.device_of(m.x):  # triton launches on the current device, not on the tensor's
+        paired_step_kernel[(2 * len(m.x), -(-size // (4 * block)))](
+            *tensors, m.pair_P, m.coefficients, size, *strides, m.scale, churn_stream(m.step + 1, 0), *key_of(m.seed),
+            GUIDED=m.v_uncond is not None, KEEP_V=m.v_out is not None, BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+_RUNS = {
+    "torch": paired_step_reference,
+    "triton": _paired_step_triton,
+    "cpp": _paired_step_compiled,
+    "cuda": _paired_step_compiled,
+}

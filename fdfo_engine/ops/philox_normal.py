@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdfo_engine.ops import _checks, _dispatch
+from fdfo_engine.ops import _checks, _compiled, _dispatch
 from fdfo_engine.ops.philox import MASK, SCALAR_STREAM, key_of, philox4x32
 
-OFFERED = ("triton", "torch")
+OFFERED = ("triton", "cuda", "cpp", "torch")
 BLOCK = 1024  # counters a Triton program, 4 normals each; not tuned on a GPU yet
 INTERPRETED_BLOCK = 16384  # the interpreter takes milliseconds a program, whatever its size
 
@@ -33,7 +33,7 @@ def philox_normal(
         pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]` on any device.
         stream: int in 0..2^32-1 (names: `ops.philox`), or int64 `[P]` with one for each row.
         device: where the noise goes.
-        backend: None takes the fastest that runs on `device`; "torch" or "triton" forces one.
+        backend: None takes the fastest that runs on `device`; a name of `ops.backends` forces one.
 
     Returns:
         float32 `[P, *shape]`, contiguous. Repeats bit for bit on one backend; backends agree to 4e-6 absolute.
@@ -52,9 +52,8 @@ def philox_normal(
     if len(streams) != len(pairs):
         _checks.refuse(op, "stream", f"of length {len(streams)}", f"an int or one for each of {len(pairs)} pair_ids")
     key, count = key_of(_checks.seed(op, seed)), math.prod(sizes)
-    implementation = _dispatch.choose(op, OFFERED, target, forced=backend)
-    run = philox_normal_reference if implementation == "torch" else _philox_normal_triton
-    return run(count, key, pairs.to(target), streams.to(target)).view(len(pairs), *sizes)
+    run = _RUNS[_dispatch.choose(op, OFFERED, target, forced=backend)]
+    return run(count, key, _checks.moved(pairs, target), _checks.moved(streams, target)).view(len(pairs), *sizes)
 
 
 def pair_scalar_normal(pair_ids: Sequence[int] | Tensor, *, seed: int) -> Tensor:
@@ -83,16 +82,30 @@ def philox_normal_reference(count: int, key: tuple[int, int], pair_P: Tensor, st
     return torch.stack([n.float() for n in normals], -1).flatten(1)[:, :count].contiguous()
 
 
+def _philox_normal_compiled(count: int, key: tuple[int, int], pair_P: Tensor, stream_P: Tensor) -> Tensor:
+    out = torch.empty(len(pair_P), count, dtype=torch.float32, device=pair_P.device)
+    if out.numel():
+        addresses = out.data_ptr(), pair_P.data_ptr(), stream_P.data_ptr()
+        _compiled.call("philox_normal", out.device, _compiled.arguments("PhiloxNormal", *addresses, *out.shape, key))
+    return out
+
+
 def _philox_normal_triton(count: int, key: tuple[int, int], pair_P: Tensor, stream_P: Tensor) -> Tensor:
     from fdfo_engine.kernels.philox_normal import philox_normal_kernel  # triton: only where it runs
 
     out = torch.empty(len(pair_P), count, dtype=torch.float32, device=pair_P.device)
-    block = BLOCK if pair_P.is_cuda else INTERPRETED_BLOCK
-    if out.numel() == 0:
-        return out
-    grid = (len(pair_P), -(-count // (4 * block)))
-    with torch.cuda.device_of(pair_P):  # triton launches on the current device, not on the tensor's
-        philox_normal_kernel[grid](
-            pair_P.contiguous(), stream_P.contiguous(), out, count, *key, BLOCK=block, enable_fp_fusion=False
-        )
+    if out.numel():
+        block = BLOCK if out.is_cuda else INTERPRETED_BLOCK
+        with torch.cuda.device_of(out):  # triton launches on the current device, not on the tensor's
+            philox_normal_kernel[(len(pair_P), -(-count // (4 * block)))](
+                pair_P, stream_P, out, count, *key, BLOCK=block, enable_fp_fusion=False
+            )
     return out
+
+
+_RUNS = {
+    "torch": philox_normal_reference,
+    "triton": _philox_normal_triton,
+    "cpp": _philox_normal_compiled,
+    "cuda": _philox_normal_compiled,
+}

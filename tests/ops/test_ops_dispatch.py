@@ -2,17 +2,45 @@ import pytest
 import torch
 
 from fdfo_engine import ops
-from fdfo_engine.ops import _dispatch
+from fdfo_engine.ops import _compiled, _dispatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def not_built(monkeypatch):
+    """As where no compiler was at hand."""
+    monkeypatch.setattr(_compiled, "extension", lambda: None)
 
 
 def test_backends_says_why_each_one_cannot_run():
     reasons = ops.backends()
     assert set(reasons) == {"torch", "cpp", "triton", "cuda"}
-    assert reasons["torch"] == []
+    assert reasons["torch"] == reasons["cpp"] == []
+    if not torch.cuda.is_available():
+        assert reasons["cuda"][0] in ("torch sees no CUDA device", _compiled.WITHOUT_CUDA)
+
+
+def test_a_missing_extension_is_said_and_torch_runs(not_built):
+    reasons = ops.backends()
     assert "not built" in reasons["cpp"][0]
     assert "not built" in reasons["cuda"][0]
+    assert _dispatch.choose("op", ("cuda", "cpp", "triton", "torch"), CPU) == "torch"
+    with pytest.raises(ops.BackendUnavailableError, match="philox_normal: .*cpp: not built"):
+        ops.philox_normal((4,), seed=0, pair_ids=[0], stream=0, device="cpu", backend="cpp")
+
+
+def test_an_extension_without_cuda_says_so(monkeypatch):
+    class OnlyCpu:
+        CUDA_ARCHITECTURES = ""
+
+    monkeypatch.setattr(_compiled, "extension", OnlyCpu)
+    assert _dispatch.refusals("cuda", CUDA) == [_compiled.WITHOUT_CUDA]
+    assert _dispatch.refusals("cpp", CPU) == []
+
+
+def test_compiled_code_refuses_the_other_device():
+    assert _dispatch.refusals("cpp", CUDA) == ["it takes tensors on the CPU; got cuda"]
 
 
 def test_triton_off_a_gpu_needs_the_interpreter(monkeypatch):
@@ -42,8 +70,8 @@ def test_the_interpreter_is_never_picked_unforced(monkeypatch):
     assert _dispatch.choose("op", ("triton", "torch"), CPU, forced="triton") == "triton"
 
 
-def test_falls_back_to_torch_where_nothing_faster_fits():
-    assert _dispatch.choose("op", ("cuda", "cpp", "triton", "torch"), CPU) == "torch"
+def test_the_compiled_backend_runs_on_the_cpu():
+    assert _dispatch.choose("op", ("cuda", "cpp", "triton", "torch"), CPU) == "cpp"
 
 
 @pytest.mark.parametrize(
@@ -51,8 +79,8 @@ def test_falls_back_to_torch_where_nothing_faster_fits():
     [
         (("torch",), CPU, "triton", "op: backend is 'triton': this op has no such implementation"),
         (("torch",), CPU, "fast", "no such backend"),
-        (("cpp", "torch"), CPU, "cpp", "cpp: not built"),
-        (("cuda", "torch"), torch.device("meta"), None, "cuda: not built.*torch: float64"),
+        (("cpp", "torch"), CUDA, "cpp", "cpp: it takes tensors on the CPU"),
+        (("cpp", "torch"), torch.device("meta"), None, "cpp: it takes tensors on the CPU.*torch: float64"),
         (("triton", "torch"), torch.device("meta"), "triton", "triton: it needs a tensor on a CUDA device"),
     ],
 )

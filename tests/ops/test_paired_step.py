@@ -16,9 +16,17 @@ def inputs(shape=LATENT, dtype=torch.float32, device="cpu"):
     return [draw(3, 2, *shape, seed=i, dtype=d, device=device) for i, d in enumerate((torch.float32, dtype, dtype))]
 
 
-def advance(x, v, **other):
-    settings = {"sigma": T, "sigma_next": S, "gamma": GAMMA, "seed": SEED, "pair_ids": PAIRS, "step": STEP}
-    return paired_step(x, v, **(settings | other))
+SETTINGS = {"sigma": T, "sigma_next": S, "gamma": GAMMA, "seed": SEED, "pair_ids": PAIRS, "step": STEP}
+
+
+@pytest.fixture
+def advance(backend):
+    """`paired_step` of one backend, with the settings above unless said otherwise."""
+
+    def advance(x, v, **other):
+        return paired_step(x, v, **(SETTINGS | {"backend": backend} | other))
+
+    return advance
 
 
 def expected(x, velocity, gamma=GAMMA, index=STEP):
@@ -32,7 +40,7 @@ def expected(x, velocity, gamma=GAMMA, index=STEP):
 
 @pytest.mark.parametrize("shape", [(1,), (3, 7, 5), (1025,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_value(shape, dtype, device):
+def test_value(shape, dtype, device, advance):
     x, v, v_uncond = inputs(shape, dtype, device)
     check(advance(x, v), expected(x, v), "x_next")
     used = torch.empty_like(v)
@@ -41,7 +49,7 @@ def test_value(shape, dtype, device):
     check(x_next, expected(x, used), "x_next with guidance")
 
 
-def test_without_churn_it_is_euler_to_the_bit_and_draws_no_noise(monkeypatch, device):
+def test_without_churn_it_is_euler_to_the_bit_and_draws_no_noise(monkeypatch, device, advance):
     x, v, _ = (t.repeat(1, 1, 8, 1, 1)[:1] for t in inputs((2, 64, 64), torch.bfloat16, device))  # a real latent
 
     def forbidden(*_, **__):
@@ -53,15 +61,15 @@ def test_without_churn_it_is_euler_to_the_bit_and_draws_no_noise(monkeypatch, de
     assert torch.equal(advance(x, v, gamma=torch.zeros(1), pair_ids=[7]), euler)
 
 
-def test_the_last_step_takes_no_noise_whatever_its_churn():
-    x, v, _ = inputs()
+def test_the_last_step_takes_no_noise_whatever_its_churn(advance, device):
+    x, v, _ = inputs(device=device)
     assert torch.equal(advance(x, v, sigma_next=0.0, gamma=0.5), x - T * v)
 
 
-def test_strided_inputs_and_outputs():
-    x, v, v_uncond = inputs(dtype=torch.bfloat16)
+def test_strided_inputs_and_outputs(advance, device):
+    x, v, v_uncond = inputs(dtype=torch.bfloat16, device=device)
     strided = [t.transpose(2, 4).contiguous().transpose(2, 4) for t in (x, v, v_uncond)]
-    table = torch.empty(3, 2, 7, *LATENT, dtype=torch.bfloat16)
+    table = torch.empty(3, 2, 7, *LATENT, dtype=torch.bfloat16, device=device)
     arguments = {"guidance_scale": 2.0, "v_out": table[:, :, 3]}
     expected_ = advance(x, v, v_uncond=v_uncond, guidance_scale=2.0)
     assert torch.equal(advance(*strided[:2], v_uncond=strided[2], **arguments), expected_)
@@ -72,15 +80,15 @@ def test_strided_inputs_and_outputs():
     assert torch.equal(in_place, expected_)
 
 
-def test_writes_into_no_input_unasked():
-    tensors = inputs()
+def test_writes_into_no_input_unasked(advance, device):
+    tensors = inputs(device=device)
     before = [t.clone() for t in tensors]
     advance(*tensors[:2], v_uncond=tensors[2], guidance_scale=2.0)
     assert all(map(torch.equal, tensors, before))
 
 
-def test_repeats_and_never_depends_on_the_batch():
-    x, v, _ = inputs()
+def test_repeats_and_never_depends_on_the_batch(advance, device):
+    x, v, _ = inputs(device=device)
     whole = advance(x, v)
     assert torch.equal(advance(x, v), whole)
     for i in range(3):
@@ -90,16 +98,17 @@ def test_repeats_and_never_depends_on_the_batch():
     assert torch.equal(reversed_, whole.flip(0))
 
 
-def test_one_number_and_one_a_pair_give_the_same_bits():
-    x, v, _ = inputs()
+def test_one_number_and_one_a_pair_give_the_same_bits(advance, device):
+    x, v, _ = inputs(device=device)
     assert torch.equal(advance(x, v, gamma=0.1), advance(x, v, gamma=torch.full((3,), 0.1, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.8])
-def test_noise_levels_stay_on_the_grid(gamma):
+def test_noise_levels_stay_on_the_grid(gamma, backend, device):
     """With the exact velocity of data 0, x_t = t * noise: after a step its deviation is s, with churn or without."""
-    n = paired_noise([1, 2], (2**15,), seed=1, gamma=0.0, device="cpu")
-    x = paired_step(T * n, n, sigma=T, sigma_next=S, gamma=gamma, seed=1, pair_ids=[1, 2], step=0)
+    n = paired_noise([1, 2], (2**15,), seed=1, gamma=0.0, device=device, backend=backend)
+    where = {"pair_ids": [1, 2], "step": 0, "backend": backend}
+    x = paired_step(T * n, n, sigma=T, sigma_next=S, gamma=gamma, seed=1, **where)
     assert (x.flatten(1).std(1) / S - 1).abs().max() < 0.02
     assert (x[:, 0] - x[:, 1]).abs().max() > 0.1
 
@@ -108,8 +117,8 @@ def test_streams_are_those_of_the_grid_point():
     assert [churn_stream(STEP + 1, k) for k in (0, 1)] == [3 + 2 * STEP, 4 + 2 * STEP]
 
 
-def test_no_pairs():
-    x, v, _ = (t[:0] for t in inputs())
+def test_no_pairs(advance, device):
+    x, v, _ = (t[:0] for t in inputs(device=device))
     assert advance(x, v, gamma=0.1, pair_ids=[]).shape == x.shape
 
 
@@ -140,12 +149,13 @@ REFUSALS = [
     ({"step": -1}, "step is -1"),
     ({"step": 1.0}, "step is 1.0"),
     ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
-    ({"backend": "cpp"}, "backend is 'cpp'"),
+    ({"backend": "fast"}, "backend is 'fast': no such backend"),
+    ({"x": torch.empty(1, device="meta").expand(1, 2, 2**34 + 1)}, "x is .*at most 17179869184 elements a latent"),
 ]
 
 
 @pytest.mark.parametrize(("bad", "message"), REFUSALS, ids=[message[:20] for _, message in REFUSALS])
 def test_refuses(bad, message):
-    arguments = {"x": X, "v": V, "v_uncond": V, "guidance_scale": 1.5} | bad
-    with pytest.raises(ValueError, match=rf"(paired_step|guided_velocity): ({message})"):
-        advance(**arguments)
+    arguments = SETTINGS | {"x": X, "v": V, "v_uncond": V, "guidance_scale": 1.5} | bad
+    with pytest.raises(ValueError, match=rf"paired_step: ({message})"):
+        paired_step(**arguments)

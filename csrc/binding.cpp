@@ -1,0 +1,245 @@
+// Python's door to the compiled kernels: addresses and sizes that fdfo_engine/ops has checked, and nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "fdfo/loss.h"
+#if defined(FDFO_WITH_CUDA)
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace fdfo;
+using Address = std::uintptr_t;
+using Strided = std::tuple<Address, std::int64_t, std::int64_t>;  // address, strides of pair and branch
+using Seed = std::tuple<std::uint32_t, std::uint32_t>;            // low and high word
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+PairedRows<T> rows(const Strided& r) {
+  return {at<T>(std::get<0>(r)), std::get<1>(r), std::get<2>(r)};
+}
+
+Key key(const Seed& seed) { return {std::get<0>(seed), std::get<1>(seed)}; }
+
+PhiloxNormal philox_normal(Address out, Address pair, Address stream, std::int64_t count, std::int64_t size, Seed seed) {
+  return {at<float>(out), at<const std::int64_t>(pair), at<const std::int64_t>(stream), count, size, key(seed)};
+}
+
+PairedNoise paired_noise(Address out, Address pair, Address coefficients, std::int64_t pairs, std::int64_t size,
+                         Seed seed) {
+  return {at<float>(out), at<const std::int64_t>(pair), at<const Coefficients>(coefficients), pairs, size, key(seed)};
+}
+
+PairedStep paired_step(Strided x, Strided v, Strided v_uncond, Strided v_out, Strided out, int number, Address pair,
+                       Address coefficients, float guidance_scale, std::int64_t pairs, std::int64_t size,
+                       std::uint32_t step, Seed seed) {
+  return {rows<const float>(x),
+          rows<const void>(v),
+          rows<const void>(v_uncond),
+          rows<void>(v_out),
+          rows<float>(out),
+          static_cast<Number>(number),
+          at<const std::int64_t>(pair),
+          at<const Coefficients>(coefficients),
+          guidance_scale,
+          pairs,
+          size,
+          step,
+          key(seed)};
+}
+
+Replay replay(Strided velocities, std::int64_t step_stride, int number, Address out, Address index, Address branch,
+              Address pair, Address last, Address wanted, Address coefficients, std::int64_t count, std::int64_t steps,
+              std::int64_t size, Seed seed) {
+  return {rows<const void>(velocities),
+          step_stride,
+          static_cast<Number>(number),
+          at<float>(out),
+          at<const std::int64_t>(index),
+          at<const std::int64_t>(branch),
+          at<const std::int64_t>(pair),
+          at<const std::int64_t>(last),
+          at<const std::int64_t>(wanted),
+          at<const Coefficients>(coefficients),
+          count,
+          steps,
+          size,
+          key(seed)};
+}
+
+PairDirection pair_direction(Strided x, Address out, std::int64_t out_stride, std::int64_t pairs, std::int64_t size,
+                             double floor) {
+  return {rows<const float>(x), at<float>(out), out_stride, pairs, size, floor};
+}
+
+FdfoLoss fdfo_loss(Address v, Address v_old, int number, int number_old, std::int64_t v_stride,
+                   std::int64_t v_old_stride, Address u, std::int64_t u_stride, Address pair, Address branch,
+                   std::int64_t count, std::int64_t size) {
+  return {at<const void>(v),
+          at<const void>(v_old),
+          static_cast<Number>(number),
+          static_cast<Number>(number_old),
+          v_stride,
+          v_old_stride,
+          at<const float>(u),
+          u_stride,
+          at<const std::int64_t>(pair),
+          at<const std::int64_t>(branch),
+          count,
+          size};
+}
+
+std::vector<const cpu::Table*> supported_tables() {
+  std::vector<const cpu::Table*> found{&cpu::kGeneric};
+#if defined(FDFO_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) found.push_back(&cpu::kAvx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    found.push_back(&cpu::kAvx512);
+  }
+#endif
+  return found;
+}
+
+const cpu::Table* table = supported_tables().back();
+
+// Means, log-ratios and scales of the gradient, row by row: too little work for threads.
+double loss_of_rows(const FdfoLoss& a, const double* partial, const double* advantage, double clip_range,
+                    double normalizer, float* log_ratio, double* scale) {
+  const std::int64_t per_row = cpu::blocks(a.size, cpu::kSumBlock);
+  const double n = static_cast<double>(a.size);
+  double loss = 0;
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    double ee = 0, eu = 0;
+    for (std::int64_t block = row * per_row; block < (row + 1) * per_row; ++block) {
+      ee += partial[2 * block];
+      eu += partial[2 * block + 1];
+    }
+    const LossRow found = loss_row(ee / n, eu / n, advantage[row], clip_range, n);
+    log_ratio[row] = static_cast<float>(found.log_ratio);
+    scale[row] = found.scale / normalizer;
+    loss += found.loss;
+  }
+  return loss / normalizer;
+}
+
+void bind_cpu(py::module_& m) {
+  using Guard = py::call_guard<py::gil_scoped_release>;
+  m.def("instruction_set", [] { return table->name; });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const cpu::Table* supported : supported_tables()) names.emplace_back(supported->name);
+    return names;
+  });
+  m.def("use_instruction_set", [](const std::string& name) {
+    for (const cpu::Table* supported : supported_tables()) {
+      if (supported->name == name) {
+        table = supported;
+        return;
+      }
+    }
+    throw std::invalid_argument("this processor has no " + name);
+  });
+  m.def("philox_normal", [](const PhiloxNormal& a, int threads) { table->philox_normal(a, threads); }, Guard());
+  m.def("paired_noise", [](const PairedNoise& a, int threads) { table->paired_noise(a, threads); }, Guard());
+  m.def("paired_step", [](const PairedStep& a, int threads) { table->paired_step(a, threads); }, Guard());
+  m.def("replay", [](const Replay& a, int threads) { table->replay(a, threads); }, Guard());
+  m.def(
+      "pair_direction",
+      [](const PairDirection& a, int threads) {
+        std::vector<double> partial(a.pairs * cpu::blocks(a.size, cpu::kSumBlock));
+        table->pair_direction(a, partial.data(), threads);
+      },
+      Guard());
+  m.def(
+      "fdfo_loss_forward",
+      [](const FdfoLoss& a, Address advantage, double clip_range, double normalizer, Address log_ratio, Address scale,
+         int threads) {
+        std::vector<double> partial(2 * a.rows * cpu::blocks(a.size, cpu::kSumBlock));
+        table->fdfo_loss_sums(a, partial.data(), threads);
+        return loss_of_rows(a, partial.data(), at<const double>(advantage), clip_range, normalizer,
+                            at<float>(log_ratio), at<double>(scale));
+      },
+      Guard());
+  m.def(
+      "fdfo_loss_backward",
+      [](const FdfoLoss& a, Address scale, Address grad, int threads) {
+        table->fdfo_loss_gradient(a, at<const double>(scale), at<void>(grad), threads);
+      },
+      Guard());
+}
+
+#if defined(FDFO_WITH_CUDA)
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA launch failed: ") + error);
+}
+
+void bind_cuda(py::module_& m) {
+  using Guard = py::call_guard<py::gil_scoped_release>;
+  m.def("philox_normal", [](const PhiloxNormal& a, Address s) { check(cuda::philox_normal(a, at<void>(s))); }, Guard());
+  m.def("paired_noise", [](const PairedNoise& a, Address s) { check(cuda::paired_noise(a, at<void>(s))); }, Guard());
+  m.def("paired_step", [](const PairedStep& a, Address s) { check(cuda::paired_step(a, at<void>(s))); }, Guard());
+  m.def("replay", [](const Replay& a, Address s) { check(cuda::replay(a, at<void>(s))); }, Guard());
+  m.def("pair_direction", [](const PairDirection& a, Address s) { check(cuda::pair_direction(a, at<void>(s))); },
+        Guard());
+  m.def(
+      "fdfo_loss_forward",
+      [](const FdfoLoss& a, Address advantage, bool advantage_is_double, double clip_range, double normalizer,
+         Address partial, Address ticket, Address scale, Address loss, Address log_ratio, Address stream) {
+        const cuda::FdfoLossOutputs outputs{at<const void>(advantage), advantage_is_double, clip_range, normalizer,
+                                            at<double>(partial), at<std::uint32_t>(ticket), at<double>(scale),
+                                            at<float>(loss), at<float>(log_ratio)};
+        check(cuda::fdfo_loss_forward(a, outputs, at<void>(stream)));
+      },
+      Guard());
+  m.def(
+      "fdfo_loss_backward",
+      [](const FdfoLoss& a, Address scale, Address upstream, Address grad, Address stream) {
+        check(cuda::fdfo_loss_backward(a, at<const double>(scale), at<const float>(upstream), at<void>(grad),
+                                       at<void>(stream)));
+      },
+      Guard());
+}
+#endif
+
+// The arguments of an op, made once and handed to either device's function.
+void bind_arguments(py::module_& m) {
+  py::class_<PhiloxNormal>(m, "PhiloxNormal").def(py::init(&philox_normal));
+  py::class_<PairedNoise>(m, "PairedNoise").def(py::init(&paired_noise));
+  py::class_<PairedStep>(m, "PairedStep").def(py::init(&paired_step));
+  py::class_<Replay>(m, "Replay").def(py::init(&replay));
+  py::class_<PairDirection>(m, "PairDirection").def(py::init(&pair_direction));
+  py::class_<FdfoLoss>(m, "FdfoLoss").def(py::init(&fdfo_loss));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of fdfo_engine.ops; call those instead";
+  m.attr("SUM_BLOCK") = cpu::kSumBlock;
+  bind_arguments(m);
+  py::module_ on_cpu = m.def_submodule("cpu", "On host memory; the last argument is the number of threads");
+  bind_cpu(on_cpu);
+#if defined(FDFO_WITH_CUDA)
+  py::module_ on_cuda = m.def_submodule("cuda", "On the current device's memory; the last argument is the stream");
+  bind_cuda(on_cuda);
+  m.attr("CUDA_ARCHITECTURES") = FDFO_CUDA_ARCHITECTURES;
+#else
+  m.attr("CUDA_ARCHITECTURES") = "";
+#endif
+}

@@ -1,0 +1,31 @@
+// The CPU implementations, one table an instruction set; binding.cpp picks one at run time.
+//
+// Work is cut into blocks of fixed size whatever the number of threads, and sums of blocks are added in order: results
+// repeat bit for bit, and are the same on every instruction set.
+#pragma once
+
+#include "fdfo/arguments.h"
+
+namespace fdfo::cpu {
+
+struct Table {
+  const char* name;
+  void (*philox_normal)(const PhiloxNormal&, int threads);
+  void (*paired_noise)(const PairedNoise&, int threads);
+  void (*paired_step)(const PairedStep&, int threads);
+  void (*replay)(const Replay&, int threads);
+  // partial: [pairs, blocks(size, kSumBlock)], scratch.
+  void (*pair_direction)(const PairDirection&, double* partial, int threads);
+  // Partial sums of e^2 and e u, [rows, blocks(size, kSumBlock), 2].
+  void (*fdfo_loss_sums)(const FdfoLoss&, double* partial, int threads);
+  // grad [rows, size] of v's type: scale[row] * (e + u), exactly 0 where the scale is.
+  void (*fdfo_loss_gradient)(const FdfoLoss&, const double* scale, void* grad, int threads);
+};
+
+extern const Table kGeneric, kAvx2, kAvx512;
+
+constexpr int64_t kSumBlock = 4096;  // elements a partial sum
+
+inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+}  // namespace fdfo::cpu

@@ -1,0 +1,22 @@
+#include "block.h"
+
+namespace fdfo::cpu {
+
+namespace FDFO_ISA {
+void philox_normal(const PhiloxNormal&, int threads);
+void paired_noise(const PairedNoise&, int threads);
+void paired_step(const PairedStep&, int threads);
+void replay(const Replay&, int threads);
+void pair_direction(const PairDirection&, double* partial, int threads);
+void fdfo_loss_sums(const FdfoLoss&, double* partial, int threads);
+void fdfo_loss_gradient(const FdfoLoss&, const double* scale, void* grad, int threads);
+}  // namespace FDFO_ISA
+
+#define FDFO_STRING(name) FDFO_STRING_OF(name)
+#define FDFO_STRING_OF(name) #name
+
+extern const Table FDFO_TABLE{FDFO_STRING(FDFO_ISA),    FDFO_ISA::philox_normal, FDFO_ISA::paired_noise,
+                              FDFO_ISA::paired_step,    FDFO_ISA::replay,        FDFO_ISA::pair_direction,
+                              FDFO_ISA::fdfo_loss_sums, FDFO_ISA::fdfo_loss_gradient};
+
+}  // namespace fdfo::cpu

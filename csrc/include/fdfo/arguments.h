@@ -1,0 +1,87 @@
+// What every implementation of an op is handed: addresses and sizes that the Python side has checked. Strides are in
+// elements, of tensors whose latents are contiguous. On a GPU every address is the device's.
+#pragma once
+
+#include "fdfo/philox.h"
+#include "fdfo/trajectory.h"
+
+namespace fdfo {
+
+enum class Number : int { kFloat32, kBFloat16, kFloat16 };
+
+// A [P, 2, *shape] tensor.
+template <class T>
+struct PairedRows {
+  T* data;
+  int64_t pair_stride, branch_stride;
+
+  FDFO_HD T* row(int64_t pair, int64_t branch) const { return data + pair * pair_stride + branch * branch_stride; }
+
+  template <class U>
+  FDFO_HD PairedRows<U> as() const {
+    return {static_cast<U*>(data), pair_stride, branch_stride};
+  }
+};
+
+struct PhiloxNormal {
+  float* out;             // [rows, size]
+  const int64_t* pair;    // [rows]
+  const int64_t* stream;  // [rows]
+  int64_t rows, size;
+  Key key;
+};
+
+struct PairedNoise {
+  float* out;                        // [pairs, 2, size]
+  const int64_t* pair;               // [pairs]
+  const Coefficients* coefficients;  // [pairs]
+  int64_t pairs, size;
+  Key key;
+};
+
+struct PairedStep {
+  PairedRows<const float> x;
+  PairedRows<const void> v, v_uncond;  // v_uncond.data may be null
+  PairedRows<void> v_out;              // likewise
+  PairedRows<float> out;
+  Number number;                     // of the velocities
+  const int64_t* pair;               // [pairs]
+  const Coefficients* coefficients;  // [pairs]
+  float guidance_scale;
+  int64_t pairs, size;
+  uint32_t step;
+  Key key;
+};
+
+struct Replay {
+  PairedRows<const void> velocities;  // [P, 2, T, *shape]
+  int64_t step_stride;
+  Number number;
+  float* out;                        // [items, size]
+  const int64_t *index, *branch;     // [rows]: which trajectories are walked
+  const int64_t* pair;               // [rows]: global pair of each
+  const int64_t* last;               // [rows]: how far
+  const int64_t* wanted;             // [rows, steps + 1]: row of `out` that step k goes to, or -1
+  const Coefficients* coefficients;  // [rows, steps + 1]: of the prior, then of each step
+  int64_t rows, steps, size;
+  Key key;
+};
+
+struct PairDirection {
+  PairedRows<const float> x;
+  float* out;
+  int64_t out_stride, pairs, size;
+  double floor;
+};
+
+struct FdfoLoss {
+  const void *v, *v_old;
+  Number number, number_old;
+  int64_t v_stride, v_old_stride;
+  const float* u;
+  int64_t u_stride;
+  const int64_t *pair, *branch;  // [rows]: row of u, and where to negate it
+  int64_t rows, size;
+};
+
+}  // namespace fdfo
