@@ -13,9 +13,10 @@ from torch import Tensor
 from fdfo_engine.config import BatchPlan, Config, dump_config
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.registry import load_model
-from fdfo_engine.ops import backends, pair_direction
+from fdfo_engine.ops import backend_for, backends, pair_direction
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
+from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
@@ -40,6 +41,7 @@ class Engine:
 
     Attributes:
         config: the resolved settings. model: the loaded `FlowModel`. trainer: its weights under ZeRO.
+        backend: what runs the pair ops, by name of `ops.backends`.
         epoch: updates done. next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
         poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
@@ -52,17 +54,17 @@ class Engine:
             ConfigError, UsageError: settings that don't fit the model or the ranks.
             EnvironmentProblem: the model cannot be loaded.
         """
-        _require_kernels(config)
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
         self.config = config
         self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
         all_agree_hash(dump_config(config), "the settings")
+        self.backend = _backend(config, self.device)
         self.model = load_model(config, self.device)
-        self.sampler = PairedSampler(self.model, PromptCache(self.model), config)
+        self.sampler = PairedSampler(self.model, PromptCache(self.model), config, self.backend)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
-        self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning)
+        self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning, self.backend)
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
         self.next_pair = 0
@@ -107,7 +109,7 @@ class Engine:
             prompts=[prompts[i] for i in local],
             pair_ids=[first + i for i in local],
             velocities=joined("velocities"),
-            direction=pair_direction(joined("latents"), backend=self.sampler.backend),
+            direction=pair_direction(joined("latents"), backend=self.backend),
             gammas=joined("gammas"),
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
@@ -116,7 +118,7 @@ class Engine:
             first_pair=first,
             num_pairs=count,
             block_pairs=self._block_pairs,
-            backend=self.sampler.backend,
+            backend=self.backend,
         )
 
     def update(self, rollout: Rollout, rewards: Tensor, *, allow_stale: bool = False) -> dict[str, float]:
@@ -289,12 +291,16 @@ class Engine:
             raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")
 
 
-def _require_kernels(config: Config) -> None:
-    if config.kernels.require and config.kernels.backend in ("auto", "torch"):
+def _backend(config: Config, device: torch.device) -> str:
+    """Plain torch is slow: it only runs where it was asked for, or with a warning."""
+    wanted = config.kernels.backend
+    chosen = backend_for(device, None if wanted == "auto" else wanted)
+    if chosen == "torch" and (wanted == "auto" or config.kernels.require):
         reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in backends().items() if why)
-        raise EnvironmentProblem(
-            f"kernels.require: every op of this release runs on torch ({reasons}); set it to false"
-        )
+        if config.kernels.require:
+            raise EnvironmentProblem(f"kernels.require: the pair ops would run on plain torch ({reasons})")
+        warn(f"the pair ops run on plain torch: {reasons}")
+    return chosen
 
 
 def _share(count: int, what: str, *, may_idle: bool = False) -> range:

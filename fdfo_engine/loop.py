@@ -80,6 +80,7 @@ class _Run:
         self._tied_epochs = 0
         self._status("starting")
         self._engine = Engine(config)
+        say(f"pair ops run on {self._engine.backend}, the model on {self._engine.device}")
         resumed = self._engine.load()
         if resumed:
             say(f"resuming after epoch {self._engine.epoch} of {config.run.epochs}")
@@ -154,6 +155,7 @@ class _Run:
             **parts,
             **metrics,
             "lr": self._config.optimizer.lr,
+            "kernel_backend": self._engine.backend,
             **seconds,
             "images_per_second": images / seconds["seconds_rollout"],
         }

@@ -15,7 +15,7 @@ def add_parser(verbs: Any) -> None:
     parse = verbs.add_parser(
         "pretrain-shapes",
         help="make the bundled miniature's base model again",
-        description="Trains the shapes autoencoder and flow model from nothing, hours on one core, and writes a "
+        description="Trains the shapes autoencoder and flow model from nothing, an hour on two cores, and writes a "
         "diffusers pipeline folder with its log. Equal arguments give equal weights.",
     )
     parse.add_argument("out", type=Path, help="the pipeline folder to write; an existing one is replaced at the end")
@@ -23,7 +23,7 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("--steps", type=int, help="steps of the flow stage; default: those of the shipped base")
     parse.add_argument("--autoencoder-steps", type=int, help="steps of the first stage; default likewise")
     parse.add_argument("--continue-from", type=Path, metavar="FOLDER", help="train this base further instead")
-    parse.add_argument("--threads", type=int, default=1, help="part of what makes weights equal; default 1")
+    parse.add_argument("--threads", type=int, default=2, help="part of what makes weights equal; default 2")
     parse.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     parse.set_defaults(verb=run)
 

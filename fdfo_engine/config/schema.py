@@ -295,10 +295,10 @@ class KernelsConfig(Section):
     """Which code runs the engine's own operations."""
 
     backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"
-    """One backend for all operations; auto takes for each the fastest that can run."""
+    """What runs the paired sampling and the loss; auto takes the fastest that can run on the model's device."""
 
     require: bool = False
-    """Stops if a compiled backend cannot run, instead of falling back with a warning."""
+    """Stops where only plain torch could run them, instead of warning and going on."""
 
 
 class Config(Section):

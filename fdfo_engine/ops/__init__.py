@@ -1,6 +1,8 @@
 """Public ops: the only surface other frontends import kernels through."""
 
-from fdfo_engine.ops._dispatch import BackendUnavailableError, backends
+import sys
+
+from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.pair_direction import pair_direction
@@ -19,6 +21,14 @@ from fdfo_engine.ops.philox import (
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
 from fdfo_engine.ops.replay import replay
 
+_OPS = (philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss)
+
+
+def implementations() -> dict[str, tuple[str, ...]]:
+    """The backends that each op is implemented in, by the op's name."""
+    return {op.__name__: sys.modules[op.__module__].OFFERED for op in _OPS}
+
+
 __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
@@ -26,11 +36,13 @@ __all__ = [
     "SCALAR_STREAM",
     "SHARED_STREAM",
     "BackendUnavailableError",
+    "backend_for",
     "backends",
     "churn_stream",
     "deal_stream",
     "fdfo_loss",
     "guided_velocity",
+    "implementations",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",

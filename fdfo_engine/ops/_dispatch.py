@@ -26,6 +26,15 @@ def backends() -> dict[str, list[str]]:
     return {name: refusals(name, _CPU if name == "cpp" else accelerator) for name in reversed(BACKENDS)}
 
 
+def backend_for(device: torch.device, forced: str | None = None) -> str:
+    """The backend of all pair ops on `device`: one choice for a whole run, since replay repeats only its own sampling.
+
+    Raises:
+        BackendUnavailableError: the forced one can't run there; with every reason.
+    """
+    return choose("pair ops", BACKENDS, device, forced=forced)
+
+
 def refusals(backend: str, device: torch.device) -> list[str]:
     """Reasons why `backend` can't take tensors on `device`; an empty list means it can."""
     if backend in ("cpp", "cuda"):

@@ -77,7 +77,7 @@ def paired_step(
     run = _RUNS[_dispatch.choose(op, OFFERED, x.device, forced=backend)]
     move = _Move(
         x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else x.new_empty(x.shape), scale=scale,
-        coefficients=_trajectory.step_coefficients(t, s, gamma_P), pair_P=pairs, step=_checks.step(op, step),
+        coefficients=_trajectory.step_coefficients(t, s, gamma_P), pair_ids=pairs, step=_checks.step(op, step),
         seed=_checks.seed(op, seed),
     )  # fmt: skip
     run(move)
@@ -95,7 +95,7 @@ class _Move:
     out: Tensor
     scale: float
     coefficients: Tensor
-    pair_P: Tensor
+    pair_ids: Tensor
     step: int
     seed: int
 
@@ -105,7 +105,7 @@ def paired_step_reference(m: _Move) -> None:
     velocity = m.v if m.v_uncond is None else guided_velocity_reference(m.v, m.v_uncond, m.scale)
     if m.v_out is not None:
         m.v_out.copy_(velocity)
-    rows = _trajectory.Rows.of_pairs(m.pair_P, m.seed)
+    rows = _trajectory.Rows.of_pairs(m.pair_ids, m.seed)
     flat, coefficients = (m.x.flatten(0, 1), velocity.flatten(0, 1)), m.coefficients.repeat_interleave(2, 0)
     m.out.copy_(_trajectory.advance(rows, *flat, coefficients=coefficients, step=m.step).view(m.x.shape))
 
@@ -116,13 +116,21 @@ def _by_kernel(launch: Callable[[_Move], None]) -> Callable[[_Move], None]:
     def run(given: _Move) -> None:
         if given.x.numel() == 0:
             return
-        tables = {name: _checks.moved(getattr(given, name), given.x.device) for name in ("coefficients", "pair_P")}
-        tensors = {name: _compiled.inner_contiguous(getattr(given, name), 2) for name in _TENSORS}
-        inner = replace(given, **tables, **tensors)
+        inner = replace(
+            given,
+            x=_compiled.inner_contiguous(given.x, 2),
+            v=_compiled.inner_contiguous(given.v, 2),
+            v_uncond=_compiled.inner_contiguous(given.v_uncond, 2),
+            v_out=_compiled.inner_contiguous(given.v_out, 2),
+            out=_compiled.inner_contiguous(given.out, 2),
+            coefficients=_checks.moved(given.coefficients, given.x.device),
+            pair_ids=_checks.moved(given.pair_ids, given.x.device),
+        )
         launch(inner)
-        for name in ("out", "v_out"):
-            if tensors[name] is not getattr(given, name):
-                getattr(given, name).copy_(tensors[name])
+        if inner.out is not given.out:
+            given.out.copy_(inner.out)
+        if given.v_out is not None and inner.v_out is not None and inner.v_out is not given.v_out:
+            given.v_out.copy_(inner.v_out)
 
     return run
 
@@ -134,7 +142,7 @@ _TENSORS = ("x", "v", "v_uncond", "v_out", "out")
 def _paired_step_compiled(m: _Move) -> None:
     arguments = _compiled.arguments(
         "PairedStep", *(_compiled.strided(getattr(m, name)) for name in _TENSORS), _compiled.NUMBERS[m.v.dtype],
-        m.pair_P.data_ptr(), m.coefficients.data_ptr(), m.scale, len(m.x), _compiled.latent_size(m.x, 2), m.step,
+        m.pair_ids.data_ptr(), m.coefficients.data_ptr(), m.scale, len(m.x), _compiled.latent_size(m.x, 2), m.step,
         key_of(m.seed),
     )  # fmt: skip
     _compiled.call("paired_step", m.x.device, arguments)
@@ -150,7 +158,7 @@ def _paired_step_triton(m: _Move) -> None:
     strides = (stride for tensor in tensors for stride in tensor.stride()[:2])
     with torch.cuda.device_of(m.x):  # triton launches on the current device, not on the tensor's
         paired_step_kernel[(2 * len(m.x), -(-size // (4 * block)))](
-            *tensors, m.pair_P, m.coefficients, size, *strides, m.scale, churn_stream(m.step + 1, 0), *key_of(m.seed),
+            *tensors, m.pair_ids, m.coefficients, size, *strides, m.scale, churn_stream(m.step + 1, 0), *key_of(m.seed),
             GUIDED=m.v_uncond is not None, KEEP_V=m.v_out is not None, BLOCK=block, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -28,13 +28,14 @@ class SampledBlock:
 class PairedSampler:
     """Samples blocks of pairs and churn-free images from a flow model. Draws no random state: see METHOD on noise."""
 
-    def __init__(self, model: FlowModel, prompts: PromptCache, config: Config) -> None:
+    def __init__(self, model: FlowModel, prompts: PromptCache, config: Config, backend: str) -> None:
+        """`backend` runs the pair ops (`ops.backend_for`)."""
         self._model = model
         self._prompts = prompts
         self._sampling = config.sampling
         self._negative_prompt = config.model.negative_prompt
         self._seed = config.run.seed
-        self.backend = None if config.kernels.backend == "auto" else config.kernels.backend
+        self._backend = backend
         self.grid = model.grid(config.sampling.steps)
 
     @torch.no_grad()
@@ -45,11 +46,11 @@ class PairedSampler:
             NumericsError: a velocity was not finite; names the pair, the branch and the step.
         """
         model, grid, pairs = self._model, self.grid, len(pair_ids)
-        gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed).to(model.device)
-        sigmas = grid.sigmas.tolist()
+        gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed)
+        sigmas, ids = grid.sigmas.tolist(), torch.tensor(pair_ids, device=model.device)
         conditioning, negative = self.conditioning(prompts, copies=2)
         x_PKCHW = paired_noise(
-            pair_ids, model.latent_shape, seed=self._seed, gamma=gammas[:, 0], device=model.device, backend=self.backend
+            ids, model.latent_shape, seed=self._seed, gamma=gammas[:, 0], device=model.device, backend=self._backend
         )
         velocities = torch.empty(
             pairs, 2, grid.steps, *model.latent_shape, dtype=model.dtype, device=model.device
@@ -69,8 +70,8 @@ class PairedSampler:
                 v_out=velocities[:, :, i],
                 inplace=True,
                 seed=self._seed,
-                pair_ids=pair_ids,
-                backend=self.backend,
+                pair_ids=ids,
+                backend=self._backend,
             )
         _check_finite(x_PKCHW, velocities, pair_ids)
         images = torch.stack(list(model.decode(x_PKCHW.flatten(0, 1)).chunk(pairs)))
@@ -96,7 +97,7 @@ class PairedSampler:
             pair_ids=indices,
             stream=GENERATION_STREAM,
             device=model.device,
-            backend=self.backend,
+            backend=self._backend,
         )
         for i in range(grid.steps):
             timesteps = grid.timesteps[i].expand(len(prompts))

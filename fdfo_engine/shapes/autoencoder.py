@@ -20,7 +20,7 @@ _FIRST_LOG_VARIANCE = -5.0
 class AutoencoderSettings:
     """How the autoencoder is trained; the defaults made the shipped base."""
 
-    steps: int = 2500
+    steps: int = 1200
     batch: int = 16
     learning_rate: float = 3e-3
     kl_weight: float = 1e-5
@@ -95,6 +95,7 @@ def _descend(
     loss_of: _Loss,
     log: Callable[[int, float], None],
 ) -> None:
+    vae.to(memory_format=torch.channels_last)  # a third faster on a CPU; bfloat16 would be slower without AMX
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -106,26 +107,24 @@ def _descend(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         log(step + 1, loss.item())
-    vae.eval().requires_grad_(False)
+    vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
 def _whole_loss(vae: Any, target: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(target).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-    divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
+    posterior = vae.encode(target).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    restored = vae.decode(posterior.mean + posterior.std * noise).sample
+    divergence = posterior.kl().mean() / posterior.mean[0].numel()
     loss: Tensor = _error(restored, target, settings) + settings.kl_weight * divergence
     return loss
 
 
 def _decoder_loss(vae: Any, target: Tensor, settings: AutoencoderSettings, generator: torch.Generator) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            latents = vae.encode(target).latent_dist.mode()
-        amount = settings.decoder_noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        restored = vae.decode(latents + amount * noise).sample.float()
+    with torch.no_grad():
+        latents = vae.encode(target).latent_dist.mode()
+    amount = settings.decoder_noise * latents.std() * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    restored = vae.decode(latents + amount * noise).sample
     return _error(restored, target, settings)
 
 

@@ -19,10 +19,10 @@ from fdfo_engine.shapes.scene import captions
 class FlowSettings:
     """How the flow model is trained; the defaults made the shipped base."""
 
-    steps: int = 7000
+    steps: int = 10_000
     batch: int = 32
-    pictures: int = 20_000
-    learning_rate: float = 1e-3
+    pictures: int = 40_000
+    learning_rate: float = 3e-3
     decay: bool = True
     """Warm up first and let the rate fall to zero over the last 30 %; False keeps it constant, for further training."""
     ema: float = 0.998

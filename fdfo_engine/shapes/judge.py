@@ -28,17 +28,16 @@ _RELATION_WEIGHT = 0.3
 _RELATION_ROOM = 0.12
 _DIRECTIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 
-_SHAPE_LIMIT = 0.6
+_SHAPE_LIMIT = 0.65
 """Largest distance from a prototype, in units of `_SPREAD`, at which a component counts as that shape."""
 _PROTOTYPES: Array = np.array(  # in the order of SHAPES; measured on renders, whose own spread is a tenth of `_SPREAD`
     [
-        [0.163, 0.0, 0.0, 0.0, 0.0],
-        [0.170, 0.0, 0.0, 0.258, 0.0],
-        [0.192, 0.0, 0.506, 0.0, 0.0],
-        [0.188, 0.0, 0.0, 0.0, 0.480],
+        [0.161, 0.0, 0.0, 0.0],
+        [0.169, 0.0, 0.0, 0.268],
+        [0.193, 0.0, 0.520, 0.0],
     ]
 )
-_SPREAD: Array = np.array([0.015, 0.1, 0.1, 0.1, 0.1])
+_SPREAD: Array = np.array([0.015, 0.1, 0.1, 0.1])
 
 
 @dataclass(frozen=True)
@@ -151,12 +150,12 @@ def _describe(weight: Array, xs: Array, ys: Array, size: int, colour: str) -> Se
 
 
 def _moments(weight: Array, dx: Array, dy: Array) -> Array:
-    """Five numbers of a component: how far it spreads for its area, and its 2-, 3-, 4- and 5-fold asymmetry."""
+    """Four numbers of a component: how far it spreads for its area, and its 2-, 3- and 4-fold asymmetry."""
     point = dx + 1j * dy
     squared = np.abs(point) ** 2
     spread = weight @ squared / weight.sum() ** 2
     turn = point / np.maximum(np.abs(point), 1e-6)
-    powers = turn ** np.arange(2, 6)[:, None]
+    powers = turn ** np.arange(2, 5)[:, None]
     folds = np.abs(powers @ (weight * squared)) / (weight @ squared)
     return np.array([spread, *folds])
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fdfo_engine.shapes.autoencoder import (
     AutoencoderSettings,
     set_latent_scale,
@@ -32,7 +34,7 @@ class Reporting:
     """What a run tells on its way; it never changes what is learned."""
 
     log_every: int = 100
-    evaluate_every: int = 500
+    evaluate_every: int = 1000
     eval_captions: int = 128
     eval_seed: int = 1234
     save_every: int = 1000
@@ -58,7 +60,7 @@ def pretrain(
     """
     settings, reporting = settings or PretrainSettings(), reporting or Reporting()
     pipe, log = build_pipeline(seed), _Log(out, reporting)
-    log.write("settings", seed=seed, **asdict(settings))
+    log.write("settings", seed=seed, threads=torch.get_num_threads(), **asdict(settings))
     train_autoencoder(pipe, settings.autoencoder, seed, log.stage("autoencoder", settings.autoencoder.steps))
     train_decoder(pipe, settings.autoencoder, seed, log.stage("decoder", settings.autoencoder.decoder_steps))
     cache = build_cache(pipe, settings.flow.pictures, seed)
@@ -75,7 +77,7 @@ def continue_pretraining(
     steps: int,
     seed: int = 1,
     learning_rate: float = 1e-4,
-    pictures: int = 20_000,
+    pictures: int = 40_000,
     reporting: Reporting | None = None,
 ) -> None:
     """Trains the folder `base` further at a constant rate on pictures of another seed and writes it to `out`.
@@ -85,7 +87,7 @@ def continue_pretraining(
     """
     pipe, log = load_pipeline(base), _Log(out, reporting or Reporting())
     flow = FlowSettings(steps=steps, learning_rate=learning_rate, decay=False, pictures=pictures)
-    log.write("settings", seed=seed, base=str(base), flow=asdict(flow))
+    log.write("settings", seed=seed, threads=torch.get_num_threads(), base=base.name, flow=asdict(flow))
     cache = build_cache(pipe, pictures, seed)
     train_flow(pipe, cache, flow, seed, log.stage("flow", steps, pipe))
     log.finish(pipe)

@@ -19,12 +19,12 @@ HUES: dict[str, float] = dict(zip(COLOURS, (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 0.8
 """Hue of each colour, in turns from red."""
 
 _HUE_JITTER = 0.018
-_TURN = 0.35
+_TURN = 0.15
 _MARGIN = 2.0
 _GAP = 3.5
 _RELATION_SHARE = 0.3
 _SIDEWAYS_SHARE = 0.5
-_RADII = {1: (10.0, 14.0), 2: (9.0, 12.0), 3: (8.5, 10.5)}
+_RADII = {1: (11.0, 15.0), 2: (10.0, 13.0), 3: (9.5, 11.5)}
 _DIRECTIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 
 
@@ -110,23 +110,15 @@ def _circle(distance: Array, angle: Array, radius: float) -> Array:
     return distance - 0.85 * radius
 
 
-def _polygon(corners: int, inner: float) -> _Outside:
-    """Signed distance (pixels, negative inside) of a regular star whose inner corners lie at `inner` radii."""
+def _polygon(corners: int) -> _Outside:
+    """Signed distance (pixels, negative inside) of a regular polygon whose corners lie at the radius."""
     half = math.pi / corners
-    edge_x, edge_y = inner * math.cos(half) - 1, inner * math.sin(half)
-    length = math.hypot(edge_x, edge_y)
 
     def outside(distance: Array, angle: Array, radius: float) -> Array:
-        folded = np.abs((angle + half) % (2 * half) - half)
-        x, y = distance * np.cos(folded) - radius, distance * np.sin(folded)
-        return np.asarray((y * -edge_x + x * edge_y) / length)
+        folded = (angle + half) % (2 * half) - half
+        return np.asarray(distance * np.cos(half - np.abs(folded)) - radius * math.cos(half))
 
     return outside
 
 
-_OUTSIDE: dict[str, _Outside] = {
-    "circle": _circle,
-    "square": _polygon(4, math.cos(math.pi / 4)),
-    "triangle": _polygon(3, math.cos(math.pi / 3)),
-    "star": _polygon(5, 0.45),
-}
+_OUTSIDE: dict[str, _Outside] = {"circle": _circle, "square": _polygon(4), "triangle": _polygon(3)}

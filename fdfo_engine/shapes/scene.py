@@ -10,7 +10,7 @@ from typing import Literal
 Split = Literal["train", "heldout"]
 
 COLOURS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 COUNTS: dict[str, int] = {"a": 1, "two": 2, "three": 3}
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 WORDS: tuple[str, ...] = (

@@ -48,7 +48,7 @@ class Rollout:
     first_pair: int
     num_pairs: int
     block_pairs: int
-    backend: str | None = None
+    backend: str
     used: bool = False
 
     @property

@@ -66,14 +66,17 @@ class Totals:
 class Updater:
     """Turns a scored rollout into optimiser steps. Collective: every rank calls `update` with its part."""
 
-    def __init__(self, model: FlowModel, trainer: ZeroTrainer, config: Config, conditioner: Conditioner) -> None:
+    def __init__(
+        self, model: FlowModel, trainer: ZeroTrainer, config: Config, conditioner: Conditioner, backend: str
+    ) -> None:
+        """`backend` runs the loss (`ops.backend_for`)."""
         self._model = model
         self._trainer = trainer
         self._settings = config.update
         self._guidance = config.sampling.guidance_scale
         self._seed = config.run.seed
         self._conditioner = conditioner
-        self._backend = None if config.kernels.backend == "auto" else config.kernels.backend
+        self._backend = backend
         self._skipped_in_a_row = 0
         self.poll: Callable[[], None] = lambda: None
 
@@ -141,8 +144,8 @@ class Updater:
             rollout.direction,
             signed,
             clip_range=self._settings.clip_range,
-            pair=pair.to(device),
-            branch=branch.to(device),
+            pair=pair,
+            branch=branch,
             normalizer=float(batch),
             backend=self._backend,
         )

@@ -26,7 +26,7 @@ def test_a_missing_extension_is_said_and_torch_runs(not_built):
     assert "not built" in reasons["cpp"][0]
     assert "not built" in reasons["cuda"][0]
     assert _dispatch.choose("op", ("cuda", "cpp", "triton", "torch"), CPU) == "torch"
-    with pytest.raises(ops.BackendUnavailableError, match="philox_normal: .*cpp: not built"):
+    with pytest.raises(ops.BackendUnavailableError, match=r"philox_normal: .*cpp: not built"):
         ops.philox_normal((4,), seed=0, pair_ids=[0], stream=0, device="cpu", backend="cpp")
 
 

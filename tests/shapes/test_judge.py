@@ -88,9 +88,9 @@ def test_partial_credit_orders_mistakes():
     rng = np.random.default_rng(16)
     picture = render("a red circle left of a blue square", rng)
     right = judge("a red circle left of a blue square", picture).score
-    one_shape = judge("a red star left of a blue square", picture).score
-    one_object = judge("a yellow star left of a blue square", picture).score
-    nothing = judge("a yellow star left of a green triangle", picture).score
+    one_shape = judge("a red triangle left of a blue square", picture).score
+    one_object = judge("a yellow triangle left of a blue square", picture).score
+    nothing = judge("a yellow triangle left of a green triangle", picture).score
     assert right == 1 > one_shape > one_object > nothing > 0
     assert judge("a red circle", picture).score == pytest.approx(1 / 1.5)
     assert judge("a red circle right of a blue square", picture).score == pytest.approx(0.7)

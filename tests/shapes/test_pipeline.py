@@ -36,7 +36,7 @@ def test_longest_caption_fits(fresh):
 
 
 def test_encodes_as_diffusers_does(fresh):
-    texts = ["a red circle", "", "two blue stars and a green square"]
+    texts = ["a red circle", "", "two blue circles and a green square"]
     hidden, _, pooled, _ = fresh.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
@@ -71,7 +71,7 @@ def test_diffusers_call_gives_an_image(base):
 
 def test_sampling_follows_the_diffusers_loop(base):
     base.set_progress_bar_config(disable=True)
-    texts = ["a red circle", "two blue stars"]
+    texts = ["a red circle", "two blue circles"]
     noise = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(9))
     theirs = base(
         texts, max_sequence_length=0, num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt"

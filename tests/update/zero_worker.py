@@ -14,7 +14,14 @@ from fdfo_engine import Engine, load_config
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main
 
 PAIRS = 6
-PROMPTS = ["a red circle", "two blue stars", "a cyan star", "a green square", "a red star", "three red squares"]
+PROMPTS = [
+    "a red circle",
+    "two blue triangles",
+    "a cyan triangle",
+    "a green square",
+    "a red triangle",
+    "three red squares",
+]
 REWARDS = (
     [[3.0, 1.0], [-2.0, 4.0], [0.5, 0.5], [1.0, 0.0], [0.0, 2.5], [2.0, 1.0]],
     # all pairs of the last rank tie, of two as of three

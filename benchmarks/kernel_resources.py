@@ -1,0 +1,164 @@
+"""Registers, stack and spills of every GPU kernel, compiled ahead of time: no GPU needed.
+
+`python -m benchmarks.kernel_resources` prints a table of the Triton kernels at the tiles in use and of the CUDA kernels
+in the built extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHITECTURES = (80, 90, 100)
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64", "int64": "*i64", "int32": "*i32"}
+
+
+class Resources(NamedTuple):
+    """What one kernel takes on one architecture.
+
+    `spills` counts loads from and stores to local memory in its machine code; `approximate` the fast logarithms, roots
+    and exponentials in a Triton kernel's PTX, which would cost noise and loss their accuracy.
+    """
+
+    kernel: str
+    architecture: str
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    approximate: int = 0
+
+
+class Case(NamedTuple):
+    """A Triton kernel with the types of its arguments, in order, and its compile-time constants."""
+
+    kernel: Any
+    types: list[str]
+    constants: dict[str, Any]
+
+
+def triton_cases() -> list[Case]:
+    """Every Triton kernel as the ops launch it: bfloat16 velocities, the block sizes of `fdfo_engine.ops`."""
+    from fdfo_engine.kernels import fdfo_loss, pair_direction, paired_noise, paired_step, philox_normal, replay
+
+    f32, bf16, f64, i64 = (POINTERS[name] for name in ("float32", "bfloat16", "float64", "int64"))
+    key, size, stride, real = ["i64", "i64"], ["i32"], ["i32"], ["fp32"]
+    blocks = {name: importlib.import_module(f"fdfo_engine.ops.{name}").BLOCK for name in _OPS}
+    return [
+        Case(philox_normal.philox_normal_kernel, [i64, i64, f32, *size, *key], {"BLOCK": blocks["philox_normal"]}),
+        Case(paired_noise.paired_noise_kernel, [i64, f32, f32, *size, *key], {"BLOCK": blocks["paired_noise"]}),
+        Case(
+            paired_step.paired_step_kernel,
+            [f32, bf16, bf16, bf16, f32, i64, f32, *size, *10 * stride, *real, "i32", *key],
+            {"GUIDED": True, "KEEP_V": True, "BLOCK": blocks["paired_step"]},
+        ),
+        Case(
+            replay.replay_kernel, [bf16, f32, *5 * [i64], f32, *size, "i32", *3 * stride, *key],
+            {"BLOCK": blocks["replay"]},
+        ),
+        Case(
+            pair_direction.pair_direction_kernel, [f32, f32, *size, *3 * stride, *real],
+            {"BLOCK": blocks["pair_direction"]},
+        ),
+        Case(
+            fdfo_loss.fdfo_loss_forward_kernel,
+            [bf16, bf16, f32, i64, i64, f32, f64, POINTERS["int32"], f64, f32, f32, "i32", *size, "i32", *3 * stride,
+             *2 * real],
+            {"ROWS": 16, "PARTS": 16, "BLOCK": blocks["fdfo_loss"]},
+        ),
+        Case(
+            fdfo_loss.fdfo_loss_backward_kernel,
+            [bf16, bf16, f32, i64, i64, f64, f32, bf16, *size, *3 * stride], {"BLOCK": blocks["fdfo_loss"]},
+        ),
+    ]  # fmt: skip
+
+
+_OPS = ("philox_normal", "paired_noise", "paired_step", "replay", "pair_direction", "fdfo_loss")
+
+
+def triton_resources(case: Case, architecture: int) -> Resources:
+    """Compiles one kernel for one architecture and reads its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = dict(zip(names, [*case.types, *["constexpr"] * len(case.constants)], strict=True))
+    multiples = [i for i, kind in enumerate(case.types) if kind.startswith("*") or (kind == "i32" and names[i] != "B")]
+    source = ASTSource(
+        case.kernel, signature, constexprs=case.constants, attrs={(i,): [["tt.divisibility", 16]] for i in multiples}
+    )
+    options = {"enable_fp_fusion": False}
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        found = list(cubin_resources(Path(file.name), f"sm_{architecture}"))
+    name = f"triton {case.kernel.fn.__name__.removesuffix('_kernel')}"
+    return found[0]._replace(kernel=name, approximate=len(re.findall(r"\b(?:lg2|sqrt|ex2)\.approx", built.asm["ptx"])))
+
+
+def cubin_resources(path: Path, architecture: str) -> Iterator[Resources]:
+    """Of every kernel in an ELF file, by cuobjdump."""
+    usage = _cuobjdump("-res-usage", path)
+    spills = _spills(_cuobjdump("-sass", path))
+    for name, numbers in re.findall(r"Function (\S+):\n\s*(REG:.*)", usage):
+        values = dict(pair.split(":")[:2] for pair in re.findall(r"[A-Z]+:\d+", numbers))
+        yield Resources(
+            name, architecture, int(values["REG"]), int(values["STACK"]), int(values["SHARED"]), spills[name]
+        )
+
+
+def _spills(sass: str) -> dict[str, int]:
+    parts = re.split(r"Function : (\S+)", sass)[1:]
+    return {name: len(re.findall(r"\b(?:STL|LDL)\b", code)) for name, code in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def cuda_resources() -> Iterator[Resources]:
+    """Of the CUDA kernels in the built extension."""
+    from fdfo_engine import _native
+
+    extension = Path(_native.__file__)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([_tool(), "-xelf", "all", str(extension)], cwd=folder, check=True, capture_output=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            architecture = re.search(r"sm_\w+", cubin.name).group().split(".")[0]
+            for found in cubin_resources(cubin, architecture):
+                yield found._replace(kernel=f"cuda {_readable(found.kernel)}")
+
+
+def _readable(mangled: str) -> str:
+    """Kernel and type arguments of a mangled name: `_ZN4fdfo4cuda18paired_step_kernelINS_8BFloat16EEEv...`."""
+    plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.search(r"cuda::(\w+?)_kernel(<[^(]*>)?", plain)
+    return name.group(1) + (name.group(2) or "").replace("fdfo::", "")
+
+
+def _cuobjdump(flag: str, path: Path) -> str:
+    return subprocess.run([_tool(), flag, str(path)], check=True, capture_output=True, text=True).stdout
+
+
+def _tool() -> str:
+    """The cuobjdump that comes with triton."""
+    return str(importlib.resources.files("triton") / "backends/nvidia/bin/cuobjdump")
+
+
+def main() -> None:
+    """Prints the table."""
+    assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels are not compiled"
+    rows = [triton_resources(case, architecture) for case in triton_cases() for architecture in ARCHITECTURES]
+    rows += cuda_resources()
+    print(f"{'kernel':60} {'arch':8} {'registers':>9} {'stack':>6} {'shared':>7} {'spills':>7}")
+    for row in rows:
+        print(f"{row.kernel:60} {row.architecture:8} {row.registers:9} {row.stack:6} {row.shared:7} {row.spills:7}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The main job under each launcher, and what a stop signal does to all of its processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from engine.launching import ROOT, TRAIN, environment, launch
+from safetensors.torch import load_file
+from tiny_sd3 import tiny_tree
+
+REWARD = [{"name": "engine.pixel_rewards:left_bright", "weight": 1.0}]
+
+
+def write_config(pipeline, folder, **run):
+    tree = tiny_tree(pipeline, folder / "run", run={"dir": str(folder / "run"), "seed": 5, **run}, rewards=REWARD)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "config.yaml"
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def status(folder):
+    return json.loads((folder / "run/status.json").read_text())
+
+
+def weights(folder, epoch):
+    return load_file(folder / f"run/checkpoints/epoch_{epoch:06d}/weights.safetensors")
+
+
+@pytest.mark.parametrize("by", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_ranks_run_as_one(tiny_sd3, tmp_path, by):
+    folders = {}
+    for name, launcher, ranks in (("one", "python", 1), ("two", by, 2)):
+        folders[name] = tmp_path / name
+        done = launch(TRAIN, "--config", write_config(tiny_sd3, folders[name], epochs=2), by=launcher, ranks=ranks)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert status(folders[name])["state"] == "finished"
+    one, two = (metrics(folder) for folder in folders.values())
+    assert [row["epoch"] for row in two] == [1, 2]
+    assert two[0]["reward_mean"] == pytest.approx(
+        one[0]["reward_mean"], rel=1e-12
+    )  # from equal weights: the same images
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    assert two[1]["reward_mean"] == pytest.approx(one[1]["reward_mean"], rel=1e-4)
+
+
+def group_is_empty(leader):
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_stop_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(tiny_sd3, tmp_path, number):
+    config = write_config(tiny_sd3, tmp_path / "stopped", epochs=40)
+    command = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--ranks", "2", "--config", str(config)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    log_file = tmp_path / "stopped/run/metrics.jsonl"
+    while time.monotonic() < deadline and not (log_file.exists() and log_file.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-3000:]
+    assert group_is_empty(process.pid)
+    found = status(tmp_path / "stopped")
+    assert (found["state"], found["exit_code"]) == ("stopped", 75)
+    stopped_at = found["epoch"]
+    assert 3 <= stopped_at < 40
+
+    ends = stopped_at + 2
+    for folder, overrides in ((tmp_path / "stopped", [f"run.epochs={ends}"]), (tmp_path / "whole", [])):
+        config = write_config(tiny_sd3, folder, epochs=40 if overrides else ends)
+        done = launch(TRAIN, "--config", config, *overrides, by="deepspeed", ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+    whole, again = (weights(tmp_path / name, ends) for name in ("whole", "stopped"))
+    assert all(whole[name].equal(again[name]) for name in whole)
+    assert [row["epoch"] for row in metrics(tmp_path / "stopped")] == list(range(1, ends + 1))
+
+
+@pytest.mark.slow
+def test_ranks_of_a_killed_launcher_stop_and_save(tiny_sd3, tmp_path):
+    """`deepspeed` killed outright leaves its ranks behind: they notice that their parent is gone."""
+    config = write_config(tiny_sd3, tmp_path / "orphaned", epochs=400)
+    command = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--ranks", "2", "--config", str(config)]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "orphaned/run/metrics.jsonl").exists():
+        time.sleep(0.1)
+    rank = status(tmp_path / "orphaned")["pid"]
+    launcher = int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(rank)], text=True))
+    os.kill(launcher, signal.SIGKILL)
+    while time.monotonic() < deadline and status(tmp_path / "orphaned")["state"] == "running":
+        time.sleep(0.1)
+    found = status(tmp_path / "orphaned")
+    assert (found["state"], found["exit_code"]) == ("stopped", 75)
+    assert "parent process" in found["message"]
+    assert found["last_checkpoint"] == f"epoch_{found['epoch']:06d}"
+    process.wait(timeout=60)

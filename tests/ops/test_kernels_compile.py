@@ -1,0 +1,60 @@
+"""Every GPU kernel compiles ahead of time at the tiles in use and keeps to its registers; no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdfo_engine.ops import _compiled
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMPILE = """
+import json, sys
+from benchmarks import kernel_resources as k
+if sys.argv[1] == "triton":
+    rows = [k.triton_resources(case, int(sys.argv[2])) for case in k.triton_cases()]
+else:
+    rows = list(k.cuda_resources())
+print(json.dumps([row._asdict() for row in rows]))
+"""
+
+
+def resources(kind, architecture, cache):
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", COMPILE, kind, str(architecture)]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_in_registers(rows):
+    for row in rows:
+        assert row["stack"] == row["spills"] == row["approximate"] == 0, row
+        assert 0 < row["registers"] < 255, row
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_triton_kernels(architecture, tmp_path):
+    rows = resources("triton", architecture, tmp_path)
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"philox"}
+    kernels = {row["kernel"].removeprefix("triton ").removesuffix("_forward").removesuffix("_backward") for row in rows}
+    assert kernels == files, "every kernel file is compiled here"
+    assert_in_registers(rows)
+
+
+@pytest.mark.skipif(
+    _compiled.WITHOUT_CUDA in _compiled.refusals("cuda", torch.device("cuda")), reason="built without nvcc"
+)
+def test_cuda_kernels(tmp_path):
+    rows = resources("cuda", 0, tmp_path)
+    assert {row["architecture"] for row in rows} == {"sm_80", "sm_90a", "sm_100"}
+    sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    kernels = {row["kernel"].split("<")[0].removeprefix("cuda ") for row in rows}
+    assert {name.removesuffix("_forward").removesuffix("_backward") for name in kernels} == sources
+    assert_in_registers(rows)
