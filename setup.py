@@ -26,7 +26,7 @@ if IS_X86:
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 # without contraction of multiply and add, or replay would not repeat sampling bit for bit
 CPU_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
-KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CUDA_FLAGS = ["-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 

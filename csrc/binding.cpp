@@ -3,13 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "fdfo/loss.h"
 #if defined(FDFO_WITH_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -118,26 +118,6 @@ std::vector<const cpu::Table*> supported_tables() {
 
 const cpu::Table* table = supported_tables().back();
 
-// Means, log-ratios and scales of the gradient, row by row: too little work for threads.
-double loss_of_rows(const FdfoLoss& a, const double* partial, const double* advantage, double clip_range,
-                    double normalizer, float* log_ratio, double* scale) {
-  const std::int64_t per_row = cpu::blocks(a.size, cpu::kSumBlock);
-  const double n = static_cast<double>(a.size);
-  double loss = 0;
-  for (std::int64_t row = 0; row < a.rows; ++row) {
-    double ee = 0, eu = 0;
-    for (std::int64_t block = row * per_row; block < (row + 1) * per_row; ++block) {
-      ee += partial[2 * block];
-      eu += partial[2 * block + 1];
-    }
-    const LossRow found = loss_row(ee / n, eu / n, advantage[row], clip_range, n);
-    log_ratio[row] = static_cast<float>(found.log_ratio);
-    scale[row] = found.scale / normalizer;
-    loss += found.loss;
-  }
-  return loss / normalizer;
-}
-
 void bind_cpu(py::module_& m) {
   using Guard = py::call_guard<py::gil_scoped_release>;
   m.def("instruction_set", [] { return table->name; });
@@ -169,17 +149,18 @@ void bind_cpu(py::module_& m) {
   m.def(
       "fdfo_loss_forward",
       [](const FdfoLoss& a, Address advantage, double clip_range, double normalizer, Address log_ratio, Address scale,
-         int threads) {
-        std::vector<double> partial(2 * a.rows * cpu::blocks(a.size, cpu::kSumBlock));
-        table->fdfo_loss_sums(a, partial.data(), threads);
-        return loss_of_rows(a, partial.data(), at<const double>(advantage), clip_range, normalizer,
-                            at<float>(log_ratio), at<double>(scale));
+         Address grad, int threads) {
+        std::vector<double> loss(a.rows);
+        const cpu::LossOutputs outputs{at<const double>(advantage), clip_range,        normalizer,    loss.data(),
+                                       at<float>(log_ratio),        at<double>(scale), at<void>(grad)};
+        table->fdfo_loss_forward(a, outputs, threads);
+        return std::accumulate(loss.begin(), loss.end(), 0.0);
       },
       Guard());
   m.def(
       "fdfo_loss_backward",
       [](const FdfoLoss& a, Address scale, Address grad, int threads) {
-        table->fdfo_loss_gradient(a, at<const double>(scale), at<void>(grad), threads);
+        table->fdfo_loss_backward(a, at<const double>(scale), at<void>(grad), threads);
       },
       Guard());
 }

@@ -1,4 +1,5 @@
 #include "block.h"
+#include "fdfo/loss.h"
 
 namespace fdfo::cpu::FDFO_ISA {
 
@@ -17,28 +18,44 @@ FDFO_INLINE Row<T, O> row_of(const FdfoLoss& a, const Span& s) {
           a.u + a.pair[s.row] * a.u_stride + s.begin, a.branch[s.row] ? -1.0f : 1.0f};
 }
 
+FDFO_INLINE Float8 load8(const float* from) {
+  Float8 values;
+  memcpy(&values, from, sizeof values);
+  return values;
+}
+
+template <class T>
+FDFO_INLINE Float8 load8(const T* from) {
+  float values[8];
+  for (int l = 0; l < 8; ++l) values[l] = to_float(from[l]);
+  return load8(values);
+}
+
 // In double: the square of any float stays finite, and a sum loses nothing.
 template <class T, class O>
 FDFO_INLINE void sums(const Row<T, O>& r, int count, double* __restrict out) {
-  double ee[kLanes] = {}, eu[kLanes] = {};
+  Double8 ee[2] = {}, eu[2] = {};
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const double e = static_cast<double>(to_float(r.v[i + l])) - static_cast<double>(to_float(r.v_old[i + l]));
-      ee[l] += e * e;
-      eu[l] += e * static_cast<double>(r.u[i + l]);
+  for (; i + 16 <= count; i += 16) {
+    for (int half = 0; half < 2; ++half) {
+      const int at = i + 8 * half;
+      const Double8 e = __builtin_convertvector(load8(r.v + at), Double8) -
+                        __builtin_convertvector(load8(r.v_old + at), Double8);
+      ee[half] += e * e;
+      eu[half] += e * __builtin_convertvector(load8(r.u + at), Double8);
     }
   }
-  for (int l = 0; i < count; ++i, ++l) {
-    const double e = static_cast<double>(to_float(r.v[i])) - static_cast<double>(to_float(r.v_old[i]));
-    ee[l] += e * e;
-    eu[l] += e * static_cast<double>(r.u[i]);
-  }
   out[0] = out[1] = 0;
-  for (int l = 0; l < kLanes; ++l) {
-    out[0] += ee[l];
-    out[1] += static_cast<double>(r.sign) * eu[l];
+  for (; i < count; ++i) {
+    const double e = static_cast<double>(to_float(r.v[i])) - static_cast<double>(to_float(r.v_old[i]));
+    out[0] += e * e;
+    out[1] += e * static_cast<double>(r.u[i]);
   }
+  for (int l = 0; l < 8; ++l) {
+    out[0] += ee[0][l] + ee[1][l];
+    out[1] += eu[0][l] + eu[1][l];
+  }
+  out[1] *= static_cast<double>(r.sign);
 }
 
 template <class T, class O>
@@ -61,18 +78,37 @@ FDFO_INLINE void with_types(const FdfoLoss& a, const Run& run) {
   });
 }
 
-void fdfo_loss_sums(const FdfoLoss& a, double* partial, int threads) {
-  const int64_t tasks = a.rows * blocks(a.size, kSumBlock);
+// One row from its sums, added block by block, to its gradient while it is still in the cache.
+template <class T, class O>
+FDFO_INLINE void whole_row(const FdfoLoss& a, const LossOutputs& o, int64_t row) {
+  double ee = 0, eu = 0;
+  for (int64_t begin = 0; begin < a.size; begin += kSumBlock) {
+    const Span s = span(row * blocks(a.size, kSumBlock) + begin / kSumBlock, a.size, kSumBlock);
+    double partial[2];
+    sums(row_of<T, O>(a, s), s.count, partial);
+    ee += partial[0];
+    eu += partial[1];
+  }
+  const double n = static_cast<double>(a.size);
+  const LossRow found = loss_row(ee / n, eu / n, o.advantage[row], o.clip_range, n);
+  o.loss[row] = found.loss / o.normalizer;
+  o.log_ratio[row] = static_cast<float>(found.log_ratio);
+  o.scale[row] = found.scale / o.normalizer;
+  if (o.grad == nullptr) return;
+  for (int64_t begin = 0; begin < a.size; begin += kSumBlock) {
+    const Span s = span(row * blocks(a.size, kSumBlock) + begin / kSumBlock, a.size, kSumBlock);
+    gradient(row_of<T, O>(a, s), s.count, o.scale[row], static_cast<T*>(o.grad) + row * a.size + s.begin);
+  }
+}
+
+void fdfo_loss_forward(const FdfoLoss& a, const LossOutputs& o, int threads) {
   with_types(a, [&]<class T, class O>() {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const Span s = span(task, a.size, kSumBlock);
-      sums(row_of<T, O>(a, s), s.count, partial + 2 * task);
-    }
+    for (int64_t row = 0; row < a.rows; ++row) whole_row<T, O>(a, o, row);
   });
 }
 
-void fdfo_loss_gradient(const FdfoLoss& a, const double* scale, void* grad, int threads) {
+void fdfo_loss_backward(const FdfoLoss& a, const double* scale, void* grad, int threads) {
   const int64_t tasks = a.rows * blocks(a.size, kSumBlock);
   with_types(a, [&]<class T, class O>() {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -8,6 +8,15 @@
 
 namespace fdfo::cpu {
 
+struct LossOutputs {
+  const double* advantage;  // [rows]
+  double clip_range, normalizer;
+  double* loss;  // [rows], terms of the sum
+  float* log_ratio;
+  double* scale;  // dL/dv = scale * (e + u)
+  void* grad;     // [rows, size] of v's type, for an upstream factor of 1; or null
+};
+
 struct Table {
   const char* name;
   void (*philox_normal)(const PhiloxNormal&, int threads);
@@ -16,10 +25,9 @@ struct Table {
   void (*replay)(const Replay&, int threads);
   // partial: [pairs, blocks(size, kSumBlock)], scratch.
   void (*pair_direction)(const PairDirection&, double* partial, int threads);
-  // Partial sums of e^2 and e u, [rows, blocks(size, kSumBlock), 2].
-  void (*fdfo_loss_sums)(const FdfoLoss&, double* partial, int threads);
+  void (*fdfo_loss_forward)(const FdfoLoss&, const LossOutputs&, int threads);
   // grad [rows, size] of v's type: scale[row] * (e + u), exactly 0 where the scale is.
-  void (*fdfo_loss_gradient)(const FdfoLoss&, const double* scale, void* grad, int threads);
+  void (*fdfo_loss_backward)(const FdfoLoss&, const double* scale, void* grad, int threads);
 };
 
 extern const Table kGeneric, kAvx2, kAvx512;

@@ -1,5 +1,6 @@
 """Chooses the implementation of an op. Every refusal carries its reason."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def choose(op: str, offered: Sequence[str], device: torch.device, *, forced: str
 
 def _triton_refusals(device: torch.device) -> list[str]:
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         reasons.append("triton is not installed")
     if _interpreted() and device.type in ("cpu", "cuda"):
         return reasons
@@ -84,6 +85,11 @@ def _triton_refusals(device: torch.device) -> list[str]:
     elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         reasons.append(f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below 8.0")
     return reasons
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreted() -> bool:

@@ -108,11 +108,13 @@ class _Batch(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """What the forward kernels write; `scale` float64 `[B]` is what the backward needs: dL/dv = scale * (e + u)."""
+    """What a forward kernel writes. The backward needs `scale` float64 `[B]`: dL/dv = scale * (e + u)."""
 
     loss: Tensor
     log_ratio: Tensor
     scale: Tensor
+    grad: Tensor | None
+    """dL/dv, where it is cheapest to make at once: on the CPU, while a row is in the cache."""
 
 
 class _FdfoLoss(torch.autograd.Function):
@@ -127,10 +129,11 @@ class _FdfoLoss(torch.autograd.Function):
             torch.zeros((), dtype=torch.float32, device=v.device),
             torch.empty(len(v), dtype=torch.float32, device=v.device),
             torch.empty(len(v), dtype=torch.float64, device=v.device),
+            v.new_empty(v.shape) if backend == "cpp" and ctx.needs_input_grad[0] else None,
         )
         if len(v):
             _FORWARD[backend](batch, advantage.contiguous(), clip_range, normalizer, out)
-        ctx.save_for_backward(*batch, out.scale)
+        ctx.save_for_backward(*batch, out.scale, out.grad)
         ctx.backend = backend
         ctx.mark_non_differentiable(out.log_ratio)
         return out.loss, out.log_ratio
@@ -138,7 +141,9 @@ class _FdfoLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _log_ratio: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, scale = ctx.saved_tensors
+        *tensors, scale, ready = ctx.saved_tensors
+        if ready is not None and upstream == 1:
+            return ready, *[None] * 8
         batch = _Batch(*tensors)
         grad = torch.empty(batch.v.shape, dtype=batch.v.dtype, device=batch.v.device)
         if len(grad):
@@ -157,7 +162,8 @@ def _arguments(batch: _Batch) -> Any:
 
 def _forward_cpp(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
     advantage = advantage.double()
-    settings = advantage.data_ptr(), clip_range, normalizer, out.log_ratio.data_ptr(), out.scale.data_ptr()
+    grad = 0 if out.grad is None else out.grad.data_ptr()
+    settings = advantage.data_ptr(), clip_range, normalizer, out.log_ratio.data_ptr(), out.scale.data_ptr(), grad
     out.loss.fill_(_compiled.call("fdfo_loss_forward", batch.v.device, _arguments(batch), *settings))
 
 

@@ -51,7 +51,7 @@ def test_triton_off_a_gpu_needs_the_interpreter(monkeypatch):
 
 
 def test_triton_says_that_it_is_missing(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: False)
     assert "triton is not installed" in _dispatch.refusals("triton", CPU)
 
 

@@ -1,0 +1,38 @@
+"""Where a number comes from: the header of every file under `benchmarks/results/`, and its writing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fdfo_engine.runtime.environment import describe_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def header(module: str) -> dict[str, Any]:
+    """The command as it was given, the day, the commit (and whether the tree differs from it), machine and versions."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--out")]
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": " ".join(["python -m", module, *words]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": changes.splitlines(),
+        "environment": describe_environment(),
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,0 +1,97 @@
+"""Runs a suite and writes its results: `python -m benchmarks.run --suite pair_ops`.
+
+Candidates of a case run in turn in one process: plain code eager and compiled by inductor, the torch reference, and
+every fast backend that can run here. `--out` defaults to `benchmarks/results/<machine>/<suite>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import pair_ops
+from benchmarks.results_file import RESULTS, header, write
+from benchmarks.timing import Spread, copy_bandwidth, interleaved
+from fdfo_engine import ops
+
+
+def main() -> None:
+    """Times the suite, prints a table and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", choices=["pair_ops"], required=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU; default 1 2")
+    parser.add_argument("--pairs", type=int, help="pairs a sampling op works on; default 6, on a GPU 32")
+    parser.add_argument("--rows", type=int, default=6, help="items of the loss; default 6")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a candidate; default 2")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = arguments.pairs or (32 if device.type == "cuda" else 6)
+    result = header("benchmarks.run") | {"rows": []}
+    for threads in arguments.threads if device.type == "cpu" else [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        bandwidth = copy_bandwidth(device)
+        print(f"{device}, {threads} threads, copy {bandwidth / 1e9:.1f} GB/s")
+        for case in pair_ops.cases(device, pairs=pairs, rows=arguments.rows):
+            result["rows"] += measure(case, device, threads, bandwidth, arguments.seconds)
+    write(arguments.out or RESULTS / machine(device) / f"{arguments.suite}.json", result)
+
+
+def measure(
+    case: pair_ops.Case, device: torch.device, threads: int, bandwidth: float, seconds: float
+) -> list[dict[str, Any]]:
+    """One row a candidate; prints them."""
+    calls = candidates(case, device)
+    require_equal(case, calls)
+    taken = interleaved(calls, device, seconds=seconds)
+    print(
+        f"\n{case.name}\n{'':12} {'ms':>9} {'p10':>9} {'p90':>9} {'GB/s':>8} {'of copy':>8} {'x eager':>8} {'x inductor':>11}"
+    )
+    return [row(case, name, taken, threads, bandwidth) for name in calls]
+
+
+def candidates(case: pair_ops.Case, device: torch.device) -> dict[str, Any]:
+    """Name of a candidate -> its call, plain code first."""
+    torch.compiler.reset()
+    calls = {"eager": case.plain(lambda call: call), "inductor": case.plain(torch.compile)}
+    fitting = [name for name in ("torch", "cpp", "triton", "cuda") if not ops._dispatch.refusals(name, device)]
+    return calls | {name: lambda name=name: case.op(name) for name in fitting}
+
+
+def require_equal(case: pair_ops.Case, calls: dict[str, Any]) -> None:
+    """A fast wrong answer is not timed: fast backends against the torch reference, and that against plain code."""
+    reference = calls["torch"]()
+    scale = reference.abs().max().item()
+    for name, call in calls.items():
+        if name not in ("eager", "inductor") or case.comparable:
+            error = (call().float() - reference.float()).abs().max().item()
+            assert error <= 1e-2 * scale, f"{case.name}: {name} is {error} off"
+
+
+def row(case: pair_ops.Case, name: str, taken: dict[str, Spread], threads: int, bandwidth: float) -> dict[str, Any]:
+    """Prints and returns the figures of one candidate."""
+    spread, rate = taken[name], case.num_bytes / taken[name].median
+    versus = {other: taken[other].median / spread.median for other in ("eager", "inductor")}
+    milliseconds = "".join(f"{1e3 * value:10.3f}" for value in spread)
+    shares = f"{rate / 1e9:10.1f}{rate / bandwidth:10.0%}{versus['eager']:10.2f}{versus['inductor']:10.2f}"
+    print(f"{name:12}{milliseconds}{shares}")
+    return {
+        "case": case.name, "candidate": name, "threads": threads, **{f"{k}_s": v for k, v in spread._asdict().items()},
+        "bytes": case.num_bytes, "bytes_per_s": rate, "copy_bytes_per_s": bandwidth,
+        "times_eager": versus["eager"], "times_inductor": versus["inductor"],
+    }  # fmt: skip
+
+
+def machine(device: torch.device) -> str:
+    """Folder of this kind of machine's results: the GPU's name, or the processor's architecture."""
+    if device.type == "cpu":
+        return f"cpu_{platform.machine()}"
+    return torch.cuda.get_device_name(device).lower().replace("nvidia", "").strip().replace(" ", "_")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Times several candidates side by side: in turn, round after round, so that a machine's drift hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+Call = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """Seconds a call: median and tenths of the rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def interleaved(calls: dict[str, Call], device: torch.device, *, seconds: float = 2.0) -> dict[str, Spread]:
+    """Times each call by rounds until all together have taken about `seconds` each.
+
+    On a GPU by events, with the L2 cache flushed before every call; on the CPU by the wall clock, with enough calls a
+    round to take a millisecond.
+    """
+    for call in calls.values():
+        call()
+        call()
+    timer = _GpuTimer(device) if device.type == "cuda" else _CpuTimer()
+    repeats = {name: timer.repeats(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while len(next(iter(samples.values()))) < 11 or time.perf_counter() - started < seconds * len(calls):
+        for name, call in calls.items():
+            samples[name].append(timer.seconds(call, repeats[name]))
+    return {name: _spread(taken) for name, taken in samples.items()}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a plain copy, read and written, far larger than any cache."""
+    count = (1 << 28) if device.type == "cuda" else (1 << 24)
+    source = torch.rand(count, device=device)
+    target = torch.empty_like(source)
+    taken = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=1.0)["copy"]
+    return 2 * source.nbytes / taken.median
+
+
+class _CpuTimer:
+    def repeats(self, call: Call) -> int:
+        return max(1, round(1e-3 / max(self.seconds(call, 1), 1e-7)))
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - started) / repeats
+
+
+class _GpuTimer:
+    def __init__(self, device: torch.device) -> None:
+        self._flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def repeats(self, _call: Call) -> int:
+        return 1
+
+    def seconds(self, call: Call, _repeats: int) -> float:
+        first, last = self._events
+        self._flush.zero_()
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+
+def _spread(samples: list[float]) -> Spread:
+    tenths = statistics.quantiles(samples, n=10)
+    return Spread(statistics.median(samples), tenths[0], tenths[-1])
