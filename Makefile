@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 # Named by content: a fresh checkout of the same files has nothing to install.
-STAMP := .venv/.installed-$(shell cat pyproject.toml setup.py constraints.txt | sha256sum | cut -c1-16)
+SOURCES := pyproject.toml setup.py constraints.txt $(sort $(shell find csrc -type f))
+STAMP := .venv/.installed-$(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 RANKS ?= 2
 RUN ?= runs/shapes
 DEMO_ARGS ?=

@@ -37,7 +37,7 @@ _PROTOTYPES: Array = np.array(  # in the order of SHAPES; measured on renders, w
         [0.193, 0.0, 0.520, 0.0],
     ]
 )
-_SPREAD: Array = np.array([0.015, 0.1, 0.1, 0.1])
+_SPREAD: Array = np.array([0.015, 0.25, 0.1, 0.1])  # a somewhat elongated shape is still that shape
 
 
 @dataclass(frozen=True)
