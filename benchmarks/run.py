@@ -48,9 +48,8 @@ def measure(
     calls = candidates(case, device)
     require_equal(case, calls)
     taken = interleaved(calls, device, seconds=seconds)
-    print(
-        f"\n{case.name}\n{'':12} {'ms':>9} {'p10':>9} {'p90':>9} {'GB/s':>8} {'of copy':>8} {'x eager':>8} {'x inductor':>11}"
-    )
+    columns = "".join(f"{c:>10}" for c in ("ms", "p10", "p90", "GB/s", "of copy", "x eager", "x inductor"))
+    print(f"\n{case.name}\n{'':12}{columns}")
     return [row(case, name, taken, threads, bandwidth) for name in calls]
 
 

@@ -1,7 +1,7 @@
 """What the demo achieves: held-out scores before and after, over seeds, beside as much CPU time of more pretraining.
 
-`python -m benchmarks.shapes_demo --seeds 0 1 2 --pretraining` writes `benchmarks/results/shapes_demo.json`. A seed is one
-run of `configs/shapes.yaml` through the launcher; all start from the bundled base.
+`python -m benchmarks.shapes_demo --seeds 0 1 2 --pretraining` writes `benchmarks/results/shapes_demo.json`. A seed is
+one run of `configs/shapes.yaml` through the launcher; all start from the bundled base.
 """
 
 from __future__ import annotations

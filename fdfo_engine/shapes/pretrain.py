@@ -89,6 +89,7 @@ def continue_pretraining(
     flow = FlowSettings(steps=steps, learning_rate=learning_rate, decay=False, pictures=pictures)
     log.write("settings", seed=seed, threads=torch.get_num_threads(), base=base.name, flow=asdict(flow))
     cache = build_cache(pipe, pictures, seed)
+    log.write("cache", pictures=len(cache.tokens))
     train_flow(pipe, cache, flow, seed, log.stage("flow", steps, pipe))
     log.finish(pipe)
 
