@@ -29,6 +29,7 @@ Wrap = Callable[[Call], Call]
 class Case(NamedTuple):
     """One comparison: plain code and `op(backend)`, and the bytes that the op has to move once.
 
+    `check(backend)` is the op where it leaves its inputs alone: backends are compared before anything is timed.
     `plain(wrap)` gives the call, with its arithmetic wrapped: by nothing, or by torch.compile. `comparable` says that
     it computes the same numbers, and not with noise of its own.
     """
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     name: str
     plain: Callable[[Wrap], Call]
     op: Callable[[str], Any]
+    check: Callable[[str], Tensor]
     num_bytes: int
     comparable: bool
 
@@ -56,10 +58,15 @@ def cases(device: torch.device, *, pairs: int, rows: int) -> list[Case]:
 
 def _normal(device: torch.device, count: int) -> Case:
     ids = torch.arange(count, device=device)
+
+    def op(backend: str) -> Tensor:
+        return ops.philox_normal(SHAPE, seed=SEED, pair_ids=ids, stream=0, device=device, backend=backend)
+
     return Case(
         f"philox_normal, {count} latents",
         lambda wrap: wrap(lambda: torch.randn(count, *SHAPE, device=device)),
-        lambda backend: ops.philox_normal(SHAPE, seed=SEED, pair_ids=ids, stream=0, device=device, backend=backend),
+        op,
+        op,
         4 * count * SIZE,
         comparable=False,
     )
@@ -73,10 +80,14 @@ def _noise(device: torch.device, pairs: int) -> Case:
         eps = torch.randn(pairs, 2, *SHAPE, device=device)
         return (n + math.sqrt((1 + GAMMA) ** 2 - 1) * eps) / (1 + GAMMA)
 
+    def op(backend: str) -> Tensor:
+        return ops.paired_noise(ids, SHAPE, seed=SEED, gamma=GAMMA, device=device, backend=backend)
+
     return Case(
         f"paired_noise, {2 * pairs} latents",
         lambda wrap: wrap(plain),
-        lambda backend: ops.paired_noise(ids, SHAPE, seed=SEED, gamma=GAMMA, device=device, backend=backend),
+        op,
+        op,
         8 * pairs * SIZE,
         comparable=False,
     )
@@ -94,18 +105,22 @@ def _step(device: torch.device, pairs: int, *, guided: bool) -> Case:
         if guided:
             used = (uncond.float() + 4.5 * (v.float() - uncond.float())).bfloat16()
         velocities[:, :, 1].copy_(used)
-        overshot = x + (r - SIGMA) * used.float()
-        spread = r * math.sqrt((1 + GAMMA) ** 2 - 1)
-        return (overshot + spread * torch.randn_like(x)) / (1 + GAMMA * r)
+        x.add_(used.float(), alpha=r - SIGMA)
+        x.add_(torch.randn_like(x), alpha=r * math.sqrt((1 + GAMMA) ** 2 - 1))
+        return x.div_(1 + GAMMA * r)
 
-    def op(backend: str) -> Tensor:
+    start = x.clone()
+
+    def op(backend: str, *, inplace: bool = True) -> Tensor:
         return ops.paired_step(
-            x, v, sigma=SIGMA, sigma_next=SIGMA_NEXT, gamma=GAMMA, seed=SEED, pair_ids=ids, step=3, backend=backend,
-            v_uncond=uncond if guided else None, guidance_scale=4.5, v_out=velocities[:, :, 1],
+            x if inplace else start, v, sigma=SIGMA, sigma_next=SIGMA_NEXT, gamma=GAMMA, seed=SEED, pair_ids=ids,
+            step=3, backend=backend,
+            v_uncond=uncond if guided else None, guidance_scale=4.5, v_out=velocities[:, :, 1], inplace=inplace,
         )  # fmt: skip
 
     name = f"paired_step{', guided' if guided else ''}, {2 * pairs} latents"
-    return Case(name, lambda wrap: wrap(plain), op, 2 * pairs * SIZE * (4 + 4 + 2 + 2 + 2 * guided), comparable=False)
+    num_bytes = 2 * pairs * SIZE * (4 + 4 + 2 + 2 + 2 * guided)
+    return Case(name, lambda wrap: wrap(plain), op, lambda b: op(b, inplace=False), num_bytes, comparable=False)
 
 
 def _replay(device: torch.device, rows: int) -> Case:
@@ -121,16 +136,21 @@ def _replay(device: torch.device, rows: int) -> Case:
     last = torch.zeros(pairs, 2, dtype=torch.int64).index_put_((pair, branch), step)
     for p, b, s in zip(pair.tolist(), branch.tolist(), step.tolist(), strict=True):
         last[p, b] = max(int(last[p, b]), s)
+
+    def op(backend: str) -> Tensor:
+        return ops.replay(
+            velocities, pair_ids=range(pairs), pair=pair, branch=branch, step=step, sigmas=sigmas, gammas=GAMMA,
+            seed=SEED, backend=backend,
+        )  # fmt: skip
+
     return Case(
         f"replay, {rows} items of {STEPS} steps",
         lambda wrap: wrap(lambda: stored[index]),
-        lambda backend: ops.replay(
-            velocities, pair_ids=range(pairs), pair=pair, branch=branch, step=step, sigmas=sigmas, gammas=GAMMA,
-            seed=SEED, backend=backend,
-        ),
+        op,
+        op,
         SIZE * (2 * int(last.sum()) + 4 * rows),
         comparable=False,
-    )  # fmt: skip
+    )
 
 
 def _direction(device: torch.device, pairs: int) -> Case:
@@ -140,10 +160,14 @@ def _direction(device: torch.device, pairs: int) -> Case:
         d = (x[:, 0] - x[:, 1]) / 2
         return d / (d.square().mean((1, 2, 3), keepdim=True) + 1e-6)
 
+    def op(backend: str) -> Tensor:
+        return ops.pair_direction(x, backend=backend)
+
     return Case(
         f"pair_direction, {pairs} pairs",
         lambda wrap: wrap(plain),
-        lambda backend: ops.pair_direction(x, backend=backend),
+        op,
+        op,
         pairs * SIZE * (8 + 4),
         comparable=True,
     )
@@ -174,4 +198,4 @@ def _loss(device: torch.device, rows: int, dtype: torch.dtype) -> Case:
 
     bytes_v = v.element_size()
     name = f"fdfo_loss forward + backward, {str(dtype).removeprefix('torch.')}, {rows} items"
-    return Case(name, plain, op, rows * SIZE * (2 * (2 * bytes_v + 4) + bytes_v), comparable=True)
+    return Case(name, plain, op, op, rows * SIZE * (2 * (2 * bytes_v + 4) + bytes_v), comparable=True)
