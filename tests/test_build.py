@@ -1,0 +1,61 @@
+"""What `setup.py` does about the CUDA part, in a machine with and without nvcc."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Builds the extension into `tmp_path / "out"`, on a PATH of g++ and its tools alone, with one setting."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("g++", "as", "ld"):
+        (tools / name).symlink_to(shutil.which(name))
+
+    def build(cuda):
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "out")]
+        command += ["--build-temp", str(tmp_path / "temp")]
+        env = {**os.environ, "PATH": str(tools), "FDFO_BUILD_CUDA": cuda}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
+    return build
+
+
+def test_require_fails_without_nvcc(build):
+    done = build("require")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "error: FDFO_BUILD_CUDA = require, but there is no nvcc on PATH: install the CUDA toolkit, or unset it"
+    )
+
+
+def test_refuses_another_word(build):
+    done = build("yes")
+    assert done.returncode == 1
+    assert "error: FDFO_BUILD_CUDA = 'yes': takes auto, require or off" in done.stderr
+
+
+@pytest.mark.slow
+def test_auto_without_nvcc_builds_the_cpu_part(build, tmp_path):
+    done = build("auto")
+    assert done.returncode == 0, done.stderr
+    made = next((tmp_path / "out/fdfo_engine").glob("_native*.so"))
+    load = f"""
+import importlib.util, fdfo_engine.ops._compiled as compiled, torch
+spec = importlib.util.spec_from_file_location("_native", {str(made)!r})
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+compiled.extension = lambda: native
+print(compiled.refusals("cpp", torch.device("cpu")), compiled.refusals("cuda", torch.device("cuda")))
+"""
+    found = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == (
+        "[] ['built without CUDA: there was no nvcc (FDFO_BUILD_CUDA=require makes that an error)']"
+    )
