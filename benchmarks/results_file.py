@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fdfo_engine.runtime.environment import describe_environment
 
@@ -24,8 +27,15 @@ def header(module: str) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": changes.splitlines(),
-        "environment": describe_environment(),
+        "environment": {key: value for key, value in describe_environment().items() if key != "host"},
     }
+
+
+def machine(device: torch.device) -> str:
+    """Folder of this kind of machine's results: the GPU's name, or the processor's architecture."""
+    if device.type == "cpu":
+        return f"cpu_{platform.machine()}"
+    return torch.cuda.get_device_name(device).lower().replace("nvidia", "").strip().replace(" ", "_")
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -7,14 +7,13 @@ every fast backend that can run here. `--out` defaults to `benchmarks/results/<m
 from __future__ import annotations
 
 import argparse
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import pair_ops
-from benchmarks.results_file import RESULTS, header, write
+from benchmarks.results_file import RESULTS, header, machine, write
 from benchmarks.timing import Spread, copy_bandwidth, interleaved
 from fdfo_engine import ops
 
@@ -84,13 +83,6 @@ def row(case: pair_ops.Case, name: str, taken: dict[str, Spread], threads: int, 
         "bytes": case.num_bytes, "bytes_per_s": rate, "copy_bytes_per_s": bandwidth,
         "times_eager": versus["eager"], "times_inductor": versus["inductor"],
     }  # fmt: skip
-
-
-def machine(device: torch.device) -> str:
-    """Folder of this kind of machine's results: the GPU's name, or the processor's architecture."""
-    if device.type == "cpu":
-        return f"cpu_{platform.machine()}"
-    return torch.cuda.get_device_name(device).lower().replace("nvidia", "").strip().replace(" ", "_")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the demo achieves: held-out scores before and after, over seeds, beside as much CPU time of more pretraining.
 
-`python -m benchmarks.shapes_demo --seeds 0 1 2 --pretraining` writes `benchmarks/results/shapes_demo.json`. A seed is
-one run of `configs/shapes.yaml` through the launcher; all start from the bundled base.
+`python -m benchmarks.shapes_demo --seeds 0 1 2 --pretraining` writes `benchmarks/results/<machine>/shapes_demo.json`.
+A seed is one run of `configs/shapes.yaml` through the launcher; all start from the bundled base.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results_file import RESULTS, ROOT, header, write
+from benchmarks.results_file import RESULTS, ROOT, header, machine, write
 from fdfo_engine.runtime.run_folder import read_log
 
 CONFIG = ROOT / "configs" / "shapes.yaml"
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pretraining", action="store_true", help="also train the base further for as much CPU time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bench", help="where the runs go")
-    parser.add_argument("--out", type=Path, default=RESULTS / "shapes_demo.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / machine(torch.device("cpu")) / "shapes_demo.json")
     parser.add_argument("overrides", nargs="*", help="section.key=value of the config")
     arguments = parser.parse_intermixed_args()
     runs = [train(seed, arguments.ranks, arguments.runs, arguments.overrides) for seed in arguments.seeds]

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -72,7 +71,7 @@ def test_diffusers_call_gives_an_image(base):
 def test_sampling_follows_the_diffusers_loop(base):
     base.set_progress_bar_config(disable=True)
     texts = ["a red circle", "two blue circles"]
-    noise = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(9))
     theirs = base(
         texts, max_sequence_length=0, num_inference_steps=4, guidance_scale=1.0, latents=noise, output_type="pt"
     ).images
@@ -87,5 +86,5 @@ def test_base_is_small_and_safe():
 
 def test_base_draws_captions(base):
     quality = evaluate(base, captions("heldout", 64, seed=21), steps=8, seed=22)
-    assert quality.score >= 0.33  # TODO: 0.55 with the base of the whole pretraining
-    assert np.isfinite(quality.strict)
+    assert quality.score >= 0.75
+    assert quality.strict >= 0.35
