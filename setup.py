@@ -35,12 +35,22 @@ def nvcc() -> str | None:
     wanted = os.environ.get("FDFO_BUILD_CUDA", "auto")
     if wanted not in ("auto", "require", "off"):
         sys.exit(f"error: FDFO_BUILD_CUDA = {wanted!r}: takes auto, require or off")
-    found = None if wanted == "off" else shutil.which("nvcc")
-    if wanted == "require" and found is None:
-        sys.exit(
-            "error: FDFO_BUILD_CUDA = require, but there is no nvcc on PATH: install the CUDA toolkit, or unset it"
-        )
-    return found
+    found = shutil.which("nvcc")
+    problem = _problem(found)
+    if wanted == "require" and problem:
+        sys.exit(f"error: FDFO_BUILD_CUDA = require, but {problem}, or unset it")
+    if wanted == "auto" and problem:
+        sys.stderr.write(f"fdfo_engine: without CUDA kernels: {problem}\n")
+    return None if problem or wanted == "off" else found
+
+
+def _problem(nvcc_path: str | None) -> str | None:
+    """Why the CUDA part can't be built, and what would help."""
+    if nvcc_path is None:
+        return "there is no nvcc on PATH: install the CUDA toolkit"
+    listed = subprocess.run([nvcc_path, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    missing = [a for a in CUDA_ARCHITECTURES if f"compute_{a.rstrip('a')}" not in listed]
+    return f"{nvcc_path} can't compile for sm_{missing[0]}: install CUDA 12.8 or newer" if missing else None
 
 
 class BuildNative(build_ext):

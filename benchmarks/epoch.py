@@ -54,6 +54,7 @@ def main() -> None:
         agreements.append(agreement(*samples))
         for candidate in (plain, fast):
             candidate.train(samples[0]["rewards"])
+    assert max(a["latents"] for a in agreements) <= 1e-4, "the kernels sample other latents than plain torch"
     result = header("benchmarks.epoch") | {
         "threads": arguments.threads,
         "epochs": arguments.epochs,

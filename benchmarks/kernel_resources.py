@@ -50,6 +50,7 @@ def triton_cases() -> list[Case]:
 
     f32, bf16, f64, i64 = (POINTERS[name] for name in ("float32", "bfloat16", "float64", "int64"))
     key, size, stride, real = ["i64", "i64"], ["i32"], ["i32"], ["fp32"]
+    loss = importlib.import_module("fdfo_engine.ops.fdfo_loss")
     blocks = {name: importlib.import_module(f"fdfo_engine.ops.{name}").BLOCK for name in _OPS}
     return [
         Case(philox_normal.philox_normal_kernel, [i64, i64, f32, *size, *key], {"BLOCK": blocks["philox_normal"]}),
@@ -67,11 +68,14 @@ def triton_cases() -> list[Case]:
             pair_direction.pair_direction_kernel, [f32, f32, *size, *3 * stride, *real],
             {"BLOCK": blocks["pair_direction"]},
         ),
-        Case(
-            fdfo_loss.fdfo_loss_forward_kernel,
-            [bf16, bf16, f32, i64, i64, f32, f64, POINTERS["int32"], f64, f32, f32, "i32", *size, "i32", *3 * stride,
-             *2 * real],
-            {"ROWS": 16, "PARTS": 16, "BLOCK": blocks["fdfo_loss"]},
+        *(
+            Case(
+                fdfo_loss.fdfo_loss_forward_kernel,
+                [bf16, bf16, f32, i64, i64, f32, f64, POINTERS["int32"], f64, f32, f32, "i32", *size, "i32",
+                 *3 * stride, *2 * real],
+                {"ROWS": loss.ROWS, "PARTS": parts, "BLOCK": blocks["fdfo_loss"]},
+            )
+            for parts in (1, 16, loss.MAX_PARTS)
         ),
         Case(
             fdfo_loss.fdfo_loss_backward_kernel,

@@ -198,4 +198,4 @@ def _loss(device: torch.device, rows: int, dtype: torch.dtype) -> Case:
 
     bytes_v = v.element_size()
     name = f"fdfo_loss forward + backward, {str(dtype).removeprefix('torch.')}, {rows} items"
-    return Case(name, plain, op, op, rows * SIZE * (2 * (2 * bytes_v + 4) + bytes_v), comparable=True)
+    return Case(name, plain, op, op, SIZE * (3 * bytes_v * rows + 4 * len(u)), comparable=True)

@@ -172,6 +172,8 @@ void check(const char* error) {
 
 void bind_cuda(py::module_& m) {
   using Guard = py::call_guard<py::gil_scoped_release>;
+  m.attr("SUM_BLOCK") = cuda::kSumBlock;
+  m.def("probe", &cuda::probe, "What is wrong with this machine's CUDA, or None");
   m.def("philox_normal", [](const PhiloxNormal& a, Address s) { check(cuda::philox_normal(a, at<void>(s))); }, Guard());
   m.def("paired_noise", [](const PairedNoise& a, Address s) { check(cuda::paired_noise(a, at<void>(s))); }, Guard());
   m.def("paired_step", [](const PairedStep& a, Address s) { check(cuda::paired_step(a, at<void>(s))); }, Guard());
@@ -212,7 +214,6 @@ void bind_arguments(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of fdfo_engine.ops; call those instead";
-  m.attr("SUM_BLOCK") = cpu::kSumBlock;
   bind_arguments(m);
   py::module_ on_cpu = m.def_submodule("cpu", "On host memory; the last argument is the number of threads");
   bind_cpu(on_cpu);

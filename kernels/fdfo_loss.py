@@ -68,9 +68,10 @@ def fdfo_loss_backward_kernel(
     v_ptr, v_old_ptr, u_ptr, pair_ptr, branch_ptr, scale_ptr, upstream_ptr, grad_ptr,
     N, v_row, v_old_row, u_row, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # grid (B, cdiv(N, BLOCK))
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    # grid B * cdiv(N, BLOCK)
+    per_row = tl.cdiv(tl.cast(N, tl.int64), BLOCK)
+    row, chunk = tl.program_id(0) // per_row, tl.program_id(0) % per_row
+    offs = chunk * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offs < N
     scale = (tl.load(scale_ptr + row) * tl.load(upstream_ptr).to(tl.float64)).to(tl.float32)
     v = tl.load(v_ptr + row * v_row + offs, mask=mask, other=0.0).to(tl.float32)

@@ -7,9 +7,9 @@ from fdfo_engine.kernels.philox import normals
 
 @triton.jit(do_not_specialize=["key_lo", "key_hi"])
 def paired_noise_kernel(pair_ptr, coefficients_ptr, out_ptr, N, key_lo, key_hi, BLOCK: tl.constexpr):
-    # grid (P, cdiv(N, 4 * BLOCK)): a program makes the shared noise once and writes it into both branches
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1).to(tl.int64)
+    # grid P * cdiv(N, 4 * BLOCK): a program makes the shared noise once and writes it into both branches
+    per_row = tl.cdiv(tl.cast(N, tl.int64), 4 * BLOCK)
+    row, block = tl.program_id(0) // per_row, tl.program_id(0) % per_row
     pair = tl.load(pair_ptr + row)
     keep, noise = tl.load(coefficients_ptr + 3 * row + 1), tl.load(coefficients_ptr + 3 * row + 2)
     counter = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]

@@ -12,10 +12,10 @@ def paired_step_kernel(
     guidance_scale, stream, key_lo, key_hi,
     GUIDED: tl.constexpr, KEEP_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # grid (2P, cdiv(N, 4 * BLOCK)): row 2 * pair + branch; `stream` is branch 0's
-    pair = tl.program_id(0).to(tl.int64) // 2
-    branch = tl.program_id(0).to(tl.int64) % 2
-    block = tl.program_id(1).to(tl.int64)
+    # grid 2P * cdiv(N, 4 * BLOCK): row 2 * pair + branch; `stream` is branch 0's
+    per_row = tl.cdiv(tl.cast(N, tl.int64), 4 * BLOCK)
+    row, block = tl.program_id(0) // per_row, tl.program_id(0) % per_row
+    pair, branch = row // 2, row % 2
     offs = block * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     mask = offs < N
     v = tl.load(v_ptr + pair * v_pair + branch * v_branch + offs, mask=mask, other=0.0).to(tl.float32)

@@ -10,9 +10,9 @@ def replay_kernel(
     v_ptr, out_ptr, index_ptr, branch_ptr, pair_ptr, last_ptr, wanted_ptr, coefficients_ptr,
     N, T, v_pair, v_branch, v_step, key_lo, key_hi, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # grid (R, cdiv(N, 4 * BLOCK)): x stays in registers from the noise to the last step that is wanted
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1).to(tl.int64)
+    # grid R * cdiv(N, 4 * BLOCK): x stays in registers from the noise to the last step that is wanted
+    per_row = tl.cdiv(tl.cast(N, tl.int64), 4 * BLOCK)
+    row, block = tl.program_id(0) // per_row, tl.program_id(0) % per_row
     pair, branch = tl.load(pair_ptr + row), tl.load(branch_ptr + row)
     counter = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     offs = block * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]

@@ -36,6 +36,18 @@ def test_require_fails_without_nvcc(build):
     )
 
 
+@pytest.mark.parametrize("cuda", ["require", "auto"])
+def test_an_nvcc_too_old_is_named(build, tmp_path, cuda, monkeypatch):
+    old = tmp_path / "bin/nvcc"
+    old.write_text("#!/bin/sh\necho compute_80 compute_90\n")
+    old.chmod(0o755)
+    if cuda == "auto":  # stops before the compiling: there is no g++ to find either
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    done = build(cuda)
+    assert "nvcc can't compile for sm_100: install CUDA 12.8 or newer" in done.stderr
+    assert ("without CUDA kernels" in done.stderr) == (cuda == "auto")
+
+
 def test_refuses_another_word(build):
     done = build("yes")
     assert done.returncode == 1

@@ -6,6 +6,9 @@
 
 namespace fdfo::cuda {
 
+// What the CUDA runtime linked here says against this machine (a driver too old for it, no device), or null.
+const char* probe();
+
 const char* philox_normal(const PhiloxNormal&, void* stream);
 const char* paired_noise(const PairedNoise&, void* stream);
 const char* paired_step(const PairedStep&, void* stream);

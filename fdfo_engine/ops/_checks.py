@@ -119,8 +119,8 @@ def churn(op: str, name: str, value: Any, shape: Sequence[int]) -> Tensor:
 
 
 def moved(value: Tensor, target: torch.device) -> Tensor:
-    """`value`, contiguous, on `target`, without waiting for it."""
-    return value.to(target, non_blocking=True).contiguous()
+    """`value`, contiguous, on `target`; a copy to a GPU is not waited for, one from it has arrived."""
+    return value.to(target, non_blocking=target.type == "cuda").contiguous()
 
 
 def number(op: str, name: str, value: Any) -> float:

@@ -20,7 +20,11 @@ T = TypeVar("T", Tensor, Tensor | None)
 
 @functools.cache
 def extension() -> Any | None:
-    """The extension module, or None where it was not built."""
+    """The extension module, or None where it was not built.
+
+    Raises:
+        ImportError: it is there and does not load: a library that it needs is missing.
+    """
     try:
         return importlib.import_module("fdfo_engine._native")
     except ModuleNotFoundError as error:
@@ -31,7 +35,10 @@ def extension() -> Any | None:
 
 def refusals(backend: str, device: torch.device) -> list[str]:
     """Reasons why the compiled `backend`, "cpp" or "cuda", can't take tensors on `device`."""
-    module = extension()
+    try:
+        module = extension()
+    except ImportError as error:
+        return [f"does not load: {error}"]
     if module is None:
         return ["not built: install fdfo-engine with a C++ compiler at hand (pip install -e .)"]
     if backend == "cpp":
@@ -40,7 +47,10 @@ def refusals(backend: str, device: torch.device) -> list[str]:
         return [WITHOUT_CUDA]
     if not torch.cuda.is_available():
         return ["torch sees no CUDA device"]
-    return [] if device.type == "cuda" else [f"it takes tensors on a CUDA device; got {device}"]
+    if device.type != "cuda":
+        return [f"it takes tensors on a CUDA device; got {device}"]
+    error = module.cuda.probe()
+    return [f"the CUDA runtime built in says: {error}"] if error else []
 
 
 def call(name: str, device: torch.device, arguments: Any, *more: Any) -> Any:

@@ -39,7 +39,7 @@ def backend_for(device: torch.device, forced: str | None = None) -> str:
 def refusals(backend: str, device: torch.device) -> list[str]:
     """Reasons why `backend` can't take tensors on `device`; an empty list means it can."""
     if backend in ("cpp", "cuda"):
-        return _compiled.refusals(backend, device)
+        return _compiled.refusals(backend, device) or _old_gpu(device)
     if backend == "triton":
         return _triton_refusals(device)
     reasons = []
@@ -82,9 +82,15 @@ def _triton_refusals(device: torch.device) -> list[str]:
         reasons.append(f"it needs a tensor on a CUDA device, or {INTERPRETER}=1 in the environment; got {device}")
     elif not torch.cuda.is_available():
         reasons.append("torch sees no CUDA device")
-    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        reasons.append(f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below 8.0")
+    else:
+        reasons += _old_gpu(device)
     return reasons
+
+
+def _old_gpu(device: torch.device) -> list[str]:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:
+        return []
+    return [f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below 8.0"]
 
 
 @functools.cache

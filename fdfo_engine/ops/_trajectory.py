@@ -7,12 +7,14 @@ of its batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fdfo_engine.ops import _checks
 from fdfo_engine.ops.philox import SHARED_STREAM, churn_stream
 from fdfo_engine.ops.philox_normal import philox_normal
 
@@ -23,11 +25,38 @@ def prior_coefficients(gamma: Tensor) -> Tensor:
     return _rounded(torch.zeros_like(gamma), keep, _spread(gamma) * keep)
 
 
-def step_coefficients(sigma: float | Tensor, sigma_next: float | Tensor, gamma: Tensor) -> Tensor:
-    """`(move, keep, noise)` of `keep * (x + move * v) + noise * eps`, float32 `[..., 3]`: overshoot to r, renoise."""
+def step_coefficients(sigma: Tensor, sigma_next: Tensor, gamma: Tensor) -> Tensor:
+    """`(move, keep, noise)` of `keep * (x + move * v) + noise * eps`, float32 `[..., 3]`: overshoot to r, renoise.
+
+    All float64 tensors: a Python number over a tensor is not one division, and replay would differ from sampling.
+    """
     r = sigma_next / (1 + gamma - gamma * sigma_next)
     keep = 1 / (1 + gamma * r)
     return _rounded(r - sigma, keep, r * _spread(gamma) * keep)
+
+
+def prior_table(gamma: Tensor, device: torch.device) -> Tensor:
+    """`prior_coefficients` of every pair on `device`, `[P, 3]`."""
+    return prior_coefficients(gamma) if gamma.is_cuda else _prior_table(tuple(gamma.tolist()), device)
+
+
+def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.device) -> Tensor:
+    """`step_coefficients` of every pair on `device`, `[P, 3]`."""
+    if gamma.is_cuda:
+        return step_coefficients(*gamma.new_tensor([sigma, sigma_next]), gamma)
+    return _step_table(sigma, sigma_next, tuple(gamma.tolist()), device)
+
+
+# A run asks for the same few tables at every block: kept, they cost no copy to the device, and a graph may hold them.
+@functools.lru_cache(maxsize=1024)
+def _prior_table(gamma: tuple[float, ...], device: torch.device) -> Tensor:
+    return _checks.moved(prior_coefficients(torch.tensor(gamma, dtype=torch.float64)), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _step_table(sigma: float, sigma_next: float, gamma: tuple[float, ...], device: torch.device) -> Tensor:
+    numbers = (torch.tensor(value, dtype=torch.float64) for value in (sigma, sigma_next, gamma))
+    return _checks.moved(step_coefficients(*numbers), device)
 
 
 @dataclass(frozen=True)

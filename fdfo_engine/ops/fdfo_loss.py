@@ -14,7 +14,7 @@ from fdfo_engine.ops import _checks, _compiled, _dispatch
 
 OFFERED = ("triton", "cuda", "cpp", "torch")
 BLOCK = 4096  # elements a Triton program; not tuned on a GPU yet
-ROWS, MAX_PARTS = 16, 64  # tile in which the last program adds up partial sums
+ROWS, MAX_PARTS = 16, 32  # tile in which the last program adds up partial sums
 
 
 def fdfo_loss(
@@ -126,10 +126,12 @@ class _FdfoLoss(torch.autograd.Function):
         v, v_old, u = (_compiled.inner_contiguous(t.detach(), 1) for t in (v, v_old, u))
         batch = _Batch(v, v_old, u, pair, branch)
         out = _Outputs(
-            torch.zeros((), dtype=torch.float32, device=v.device),
+            (torch.empty if len(v) else torch.zeros)((), dtype=torch.float32, device=v.device),
             torch.empty(len(v), dtype=torch.float32, device=v.device),
             torch.empty(len(v), dtype=torch.float64, device=v.device),
-            v.new_empty(v.shape) if backend == "cpp" and ctx.needs_input_grad[0] else None,
+            torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            if backend == "cpp" and ctx.needs_input_grad[0]
+            else None,
         )
         if len(v):
             _FORWARD[backend](batch, advantage.contiguous(), clip_range, normalizer, out)
@@ -168,7 +170,7 @@ def _forward_cpp(batch: _Batch, advantage: Tensor, clip_range: float, normalizer
 
 
 def _forward_cuda(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
-    partial = _partial_sums(batch, _compiled.extension().SUM_BLOCK)  # type: ignore[union-attr]
+    partial = _partial_sums(batch, _compiled.extension().cuda.SUM_BLOCK)  # type: ignore[union-attr]
     _compiled.call(
         "fdfo_loss_forward", batch.v.device, _arguments(batch), advantage.data_ptr(), advantage.dtype == torch.float64,
         clip_range, normalizer, partial.data_ptr(), _ticket(batch.v).data_ptr(), out.scale.data_ptr(),
@@ -180,7 +182,7 @@ def _forward_triton(batch: _Batch, advantage: Tensor, clip_range: float, normali
     from fdfo_engine.kernels.fdfo_loss import fdfo_loss_forward_kernel  # triton: only where it runs
 
     chunks, partial = -(-batch.size // BLOCK), _partial_sums(batch, BLOCK)
-    parts = min(MAX_PARTS, 1 << (chunks - 1).bit_length())
+    parts = parts_of(chunks)
     with torch.cuda.device_of(batch.v):  # triton launches on the current device, not on the tensor's
         fdfo_loss_forward_kernel[(len(batch.v) * chunks,)](
             *batch, advantage, partial, _ticket(batch.v), out.scale, out.loss, out.log_ratio,
@@ -203,7 +205,7 @@ def _backward_triton(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tenso
     from fdfo_engine.kernels.fdfo_loss import fdfo_loss_backward_kernel  # triton: only where it runs
 
     with torch.cuda.device_of(grad):
-        fdfo_loss_backward_kernel[(len(grad), -(-batch.size // BLOCK))](
+        fdfo_loss_backward_kernel[(len(grad) * -(-batch.size // BLOCK),)](
             *batch, scale, upstream, grad, batch.size, *batch.strides, BLOCK=BLOCK, enable_fp_fusion=False
         )
 
@@ -212,15 +214,23 @@ _FORWARD = {"cpp": _forward_cpp, "cuda": _forward_cuda, "triton": _forward_trito
 _BACKWARD = {"cpp": _backward_cpp, "cuda": _backward_cuda, "triton": _backward_triton}
 
 
+def parts_of(chunks: int) -> int:
+    """Partial sums of a row that the last Triton program adds at once: a power of two that fits its registers."""
+    return min(MAX_PARTS, 1 << (chunks - 1).bit_length())
+
+
 def _partial_sums(batch: _Batch, block: int) -> Tensor:
     count = 2 * len(batch.v) * -(-batch.size // block)
     return torch.empty(count, dtype=torch.float64, device=batch.v.device)
 
 
 def _ticket(like: Tensor) -> Tensor:
-    """The counter by which a kernel knows its last program; 0 between calls, so one for each stream is enough."""
-    if not like.is_cuda:
-        return torch.zeros(1, dtype=torch.int32)
+    """The counter by which a kernel knows its last program; 0 between calls, so one for each stream is enough.
+
+    Not where a graph is captured: it may be replayed on any stream, so it gets a counter of its own.
+    """
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=like.device)
     return _stream_ticket(like.device, torch.cuda.current_stream(like.device).cuda_stream)
 
 

@@ -34,7 +34,7 @@ def pair_direction(x: Tensor, *, inplace: bool = False, backend: str | None = No
     _checks.paired(op, "x", x, _checks.LATENT_DTYPES)
     run = _RUNS[_dispatch.choose(op, OFFERED, x.device, forced=backend)]
     inner = _compiled.inner_contiguous(x, 2)
-    out = inner[:, 0] if inplace else x.new_empty(len(x), *x.shape[2:])
+    out = inner[:, 0] if inplace else torch.empty(len(x), *x.shape[2:], device=x.device)
     if x.numel():
         run(inner, out)
     return x[:, 0].copy_(out) if inplace and inner is not x else out

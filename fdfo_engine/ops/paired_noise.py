@@ -84,7 +84,7 @@ def _paired_noise_triton(
         block, size = BLOCK if x.is_cuda else INTERPRETED_BLOCK, _compiled.latent_size(x, 2)
         tables = _checks.moved(pair_P, device), _checks.moved(coefficients, device)
         with torch.cuda.device_of(x):
-            paired_noise_kernel[(len(pair_P), -(-size // (4 * block)))](
+            paired_noise_kernel[(len(pair_P) * -(-size // (4 * block)),)](
                 *tables, x, size, *key_of(seed), BLOCK=block, enable_fp_fusion=False
             )
     return x

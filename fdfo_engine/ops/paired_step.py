@@ -76,8 +76,9 @@ def paired_step(
     scale = _checks.number(op, "guidance_scale", guidance_scale)
     run = _RUNS[_dispatch.choose(op, OFFERED, x.device, forced=backend)]
     move = _Move(
-        x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else x.new_empty(x.shape), scale=scale,
-        coefficients=_trajectory.step_coefficients(t, s, gamma_P), pair_ids=pairs, step=_checks.step(op, step),
+        x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else torch.empty(x.shape, device=x.device),
+        scale=scale,
+        coefficients=_trajectory.step_table(t, s, gamma_P, x.device), pair_ids=pairs, step=_checks.step(op, step),
         seed=_checks.seed(op, seed),
     )  # fmt: skip
     run(move)
@@ -123,7 +124,6 @@ def _by_kernel(launch: Callable[[_Move], None]) -> Callable[[_Move], None]:
             v_uncond=_compiled.inner_contiguous(given.v_uncond, 2),
             v_out=_compiled.inner_contiguous(given.v_out, 2),
             out=_compiled.inner_contiguous(given.out, 2),
-            coefficients=_checks.moved(given.coefficients, given.x.device),
             pair_ids=_checks.moved(given.pair_ids, given.x.device),
         )
         launch(inner)
@@ -157,7 +157,7 @@ def _paired_step_triton(m: _Move) -> None:
     tensors = (m.x, m.v, uncond, v_out, m.out)
     strides = (stride for tensor in tensors for stride in tensor.stride()[:2])
     with torch.cuda.device_of(m.x):  # triton launches on the current device, not on the tensor's
-        paired_step_kernel[(2 * len(m.x), -(-size // (4 * block)))](
+        paired_step_kernel[(2 * len(m.x) * -(-size // (4 * block)),)](
             *tensors, m.pair_ids, m.coefficients, size, *strides, m.scale, churn_stream(m.step + 1, 0), *key_of(m.seed),
             GUIDED=m.v_uncond is not None, KEEP_V=m.v_out is not None, BLOCK=block, enable_fp_fusion=False,
         )  # fmt: skip

@@ -97,7 +97,7 @@ def _philox_normal_triton(count: int, key: tuple[int, int], pair_P: Tensor, stre
     if out.numel():
         block = BLOCK if out.is_cuda else INTERPRETED_BLOCK
         with torch.cuda.device_of(out):  # triton launches on the current device, not on the tensor's
-            philox_normal_kernel[(len(pair_P), -(-count // (4 * block)))](
+            philox_normal_kernel[(len(pair_P) * -(-count // (4 * block)),)](
                 pair_P, stream_P, out, count, *key, BLOCK=block, enable_fp_fusion=False
             )
     return out

@@ -123,7 +123,7 @@ def _replay_triton(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tenso
         block, size = BLOCK if v.is_cuda else INTERPRETED_BLOCK, _compiled.latent_size(v, 3)
         tables = [_checks.moved(t, v.device) for t in (walk.index, walk.branch, walk.pair, walk.last, wanted)]
         with torch.cuda.device_of(v):  # triton launches on the current device, not on the tensor's
-            replay_kernel[(len(walk.index), -(-size // (4 * block)))](
+            replay_kernel[(len(walk.index) * -(-size // (4 * block)),)](
                 v, out, *tables, _checks.moved(walk.coefficients, v.device), size, v.shape[2], *v.stride()[:3],
                 *key_of(walk.seed), BLOCK=block, enable_fp_fusion=False,
             )  # fmt: skip

@@ -86,7 +86,7 @@ def test_normalizer_makes_micro_batches_add_up(fdfo_loss, device):
         row = slice(i, i + 1)
         items = {"pair": [i // 2], "branch": [i % 2], "normalizer": 4.0}
         fdfo_loss(parts[row], v_old[row], u, A4[row], clip_range=CLIP, **items)[0].backward()
-    check(parts.grad, v.grad.double(), "dv")
+    check(parts.grad, v.grad.double().cpu(), "dv")
 
 
 def test_upstream_factor_and_a_second_use_of_v(fdfo_loss, device):
@@ -125,7 +125,7 @@ def test_on_policy_it_is_zero_and_pulls_by_the_advantage(fdfo_loss, device):
     value, log_ratio = fdfo_loss(v, v_old, u, A4, clip_range=CLIP)
     value.backward()
     assert value == 0
-    assert torch.equal(log_ratio, torch.zeros(4))
+    assert torch.equal(log_ratio, torch.zeros_like(log_ratio))
     pull = 2 * wide(A4) / (4 * v[0].numel())
     check(v.grad, signed(u) * pull.reshape(-1, 1, 1, 1), "dv")
 
@@ -142,7 +142,7 @@ def test_a_gradient_step_moves_toward_the_better_image(fdfo_loss, device):
 def test_the_clip_pulls_back_beyond_its_range(fdfo_loss, device):
     """Along -u the log-ratio grows; past rho = 1 + c the loss of a good branch rises again."""
     _, v_old, u = inputs(drift=0.0, device=device)
-    directions = torch.from_numpy(signed(u)).float()
+    directions = torch.from_numpy(signed(u)).float().to(device)
     scale = (2 * directions.square().flatten(1).mean(1)).view(-1, 1, 1, 1)
 
     def at(growth):
@@ -179,7 +179,7 @@ def test_a_far_off_velocity_is_finite_and_gets_no_gradient(size, fdfo_loss, devi
 def test_an_overflowing_ratio_spares_rows_without_advantage(fdfo_loss, device):
     _, v_old, u = inputs(drift=0.0, device=device)
     u = 200 * u  # images that nearly agree: mean(u^2) is in the ten thousands
-    v = (v_old - torch.from_numpy(signed(u)).float()).requires_grad_()
+    v = (v_old - torch.from_numpy(signed(u)).float().to(device)).requires_grad_()
     fdfo_loss(v, v_old, u, torch.zeros(4), clip_range=CLIP)[0].backward()
     assert (v.grad == 0).all()
     value, log_ratio = fdfo_loss(v, v_old, u, A4, clip_range=CLIP)
@@ -188,13 +188,13 @@ def test_an_overflowing_ratio_spares_rows_without_advantage(fdfo_loss, device):
 
 
 def test_no_rows(fdfo_loss, device):
-    v = torch.zeros(0, 3, requires_grad=True)
-    value, log_ratio = fdfo_loss(v, v, torch.zeros(0, 3), torch.zeros(0), clip_range=CLIP, normalizer=8)
+    v, u = torch.zeros(0, 3, device=device, requires_grad=True), torch.zeros(0, 3, device=device)
+    value, log_ratio = fdfo_loss(v, v, u, torch.zeros(0), clip_range=CLIP, normalizer=8)
     value.backward()
     assert value == 0
     assert (log_ratio.shape, v.grad.shape) == ((0,), (0, 3))
     with pytest.raises(ValueError, match="fdfo_loss: normalizer is None"):
-        fdfo_loss(v, v, torch.zeros(0, 3), torch.zeros(0), clip_range=CLIP)
+        fdfo_loss(v, v, u, torch.zeros(0), clip_range=CLIP)
 
 
 ONE = torch.zeros(4, 3)

@@ -30,6 +30,32 @@ def test_a_missing_extension_is_said_and_torch_runs(not_built):
         ops.philox_normal((4,), seed=0, pair_ids=[0], stream=0, device="cpu", backend="cpp")
 
 
+class WithCuda:
+    """An extension as nvcc makes it, on a machine whose driver it accepts."""
+
+    CUDA_ARCHITECTURES = "80 90a 100"
+
+    class cuda:  # noqa: N801
+        @staticmethod
+        def probe():
+            return None
+
+
+def test_a_driver_too_old_for_the_extension_is_said(monkeypatch):
+    monkeypatch.setattr(WithCuda.cuda, "probe", lambda: "CUDA driver version is insufficient")
+    monkeypatch.setattr(_compiled, "extension", WithCuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _dispatch.refusals("cuda", CUDA) == ["the CUDA runtime built in says: CUDA driver version is insufficient"]
+
+
+def test_an_extension_that_does_not_load_says_why(monkeypatch):
+    def broken():
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(_compiled, "extension", broken)
+    assert _dispatch.refusals("cpp", CPU) == ["does not load: libgomp.so.1: cannot open shared object file"]
+
+
 def test_an_extension_without_cuda_says_so(monkeypatch):
     class OnlyCpu:
         CUDA_ARCHITECTURES = ""
@@ -59,7 +85,10 @@ def test_triton_refuses_an_old_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(_compiled, "extension", WithCuda)
     assert "below 8.0" in _dispatch.refusals("triton", CUDA)[0]
+    assert "below 8.0" in _dispatch.refusals("cuda", CUDA)[0]
+    assert _dispatch.choose("op", ("triton", "cuda", "torch"), CUDA) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert _dispatch.choose("op", ("triton", "torch"), CUDA) == "triton"
 

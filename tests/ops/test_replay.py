@@ -61,6 +61,20 @@ def test_is_sampling_bit_for_bit(name, dtype, device, run, backend):
     assert torch.equal(run(velocities, gammas, pair, branch, step_), latents[pair, branch, step_])
 
 
+def test_a_churn_whose_coefficients_round_by_a_hair(run, backend, device):
+    """Here `s / (1 + g - g*s)` and `s * (1 / (1 + g - g*s))` differ enough to round to other float32 coefficients."""
+    k, gamma, grid = 17, 0.004200614217197468, torch.linspace(1, 0, 41, dtype=torch.float64)
+    sigmas = (3 * grid / (1 + 2 * grid)).float()
+    velocities = torch.zeros(1, 2, 40, 4096, device=device)
+    velocities[:, :, k] = draw(1, 2, 4096, device=device)
+    before, after = (run(velocities, gamma, [0, 0], [0, 1], [i, i], pair_ids=[5], sigmas=sigmas) for i in (k, k + 1))
+    sampled = paired_step(
+        before[None], velocities[:, :, k], sigma=float(sigmas[k]), sigma_next=float(sigmas[k + 1]), gamma=gamma, step=k,
+        seed=SEED, pair_ids=[5], backend=backend,
+    )  # fmt: skip
+    assert torch.equal(after, sampled[0])
+
+
 def test_value(run, device):
     gammas = schedules()["interval"]
     velocities = draw(4, 2, STEPS, 3, 7, device=device)

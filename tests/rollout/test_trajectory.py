@@ -1,21 +1,22 @@
-"""What a rollout keeps, and that it is enough: on every backend of the CPU, by the real engine."""
+"""What a rollout keeps, and that it is enough: on every backend that an engine can use here."""
 
 import pytest
 import torch
 from tiny_sd3 import PROMPTS, tiny_config
 
-from fdfo_engine import Engine
+from fdfo_engine import Engine, ops
 from fdfo_engine.runtime.errors import NumericsError
 from fdfo_engine.trajectory import Rollout
 
 STEPS = 4
+FAST = [name for name in ("triton", "cuda") if torch.cuda.is_available() and not ops.backends()[name]] or ["cpp"]
 
 
 def make_engine(folder, run_dir, backend, **model):
     return Engine(tiny_config(folder, run_dir, kernels={"backend": backend}, model=model))
 
 
-@pytest.fixture(params=["torch", "cpp"])
+@pytest.fixture(params=["torch", *FAST])
 def backend(request):
     return request.param
 
@@ -59,8 +60,9 @@ def test_replay_gives_what_the_network_saw(tiny_sd3, tmp_path, backend, dtype, m
     assert torch.equal(replayed[:, :, :STEPS], sampled)
 
 
-def test_backends_sample_the_same_images(tiny_sd3, tmp_path):
-    plain, fast = (make_engine(tiny_sd3, tmp_path / name, name).rollout(PROMPTS) for name in ("torch", "cpp"))
+@pytest.mark.parametrize("name", FAST)
+def test_backends_sample_the_same_images(tiny_sd3, tmp_path, name):
+    plain, fast = (make_engine(tiny_sd3, tmp_path / b, b).rollout(PROMPTS) for b in ("torch", name))
     items = every_item()
     torch.testing.assert_close(fast.latents(*items), plain.latents(*items), rtol=0, atol=1e-4)
     torch.testing.assert_close(fast.images, plain.images, rtol=0, atol=1e-4)
