@@ -49,8 +49,8 @@ def refusals(backend: str, device: torch.device) -> list[str]:
         return ["torch sees no CUDA device"]
     if device.type != "cuda":
         return [f"it takes tensors on a CUDA device; got {device}"]
-    error = module.cuda.probe()
-    return [f"the CUDA runtime built in says: {error}"] if error else []
+    problem = module.cuda.probe()
+    return [f"the CUDA runtime built in says: {problem}"] if problem else []
 
 
 def call(name: str, device: torch.device, arguments: Any, *more: Any) -> Any:

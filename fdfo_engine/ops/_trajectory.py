@@ -43,7 +43,7 @@ def prior_table(gamma: Tensor, device: torch.device) -> Tensor:
 def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.device) -> Tensor:
     """`step_coefficients` of every pair on `device`, `[P, 3]`."""
     if gamma.is_cuda:
-        return step_coefficients(*gamma.new_tensor([sigma, sigma_next]), gamma)
+        return step_coefficients(gamma.new_tensor(sigma), gamma.new_tensor(sigma_next), gamma)
     return _step_table(sigma, sigma_next, tuple(gamma.tolist()), device)
 
 
@@ -55,8 +55,8 @@ def _prior_table(gamma: tuple[float, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _step_table(sigma: float, sigma_next: float, gamma: tuple[float, ...], device: torch.device) -> Tensor:
-    numbers = (torch.tensor(value, dtype=torch.float64) for value in (sigma, sigma_next, gamma))
-    return _checks.moved(step_coefficients(*numbers), device)
+    t, s, gamma_P = (torch.tensor(value, dtype=torch.float64) for value in (sigma, sigma_next, gamma))
+    return _checks.moved(step_coefficients(t, s, gamma_P), device)
 
 
 @dataclass(frozen=True)
