@@ -23,7 +23,7 @@ from fdfo_engine.runtime.run_folder import read_log
 
 CONFIG = ROOT / "configs" / "shapes.yaml"
 METRICS = ("shapes", "shapes_strict")
-PROBE_STEPS = 60
+PROBE_STEPS = 120
 
 
 def main() -> None:
@@ -81,21 +81,23 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def further_pretraining(cpu_seconds: float, folder: Path) -> dict[str, Any]:
     """Held-out scores of the base after `cpu_seconds` on one thread of continued pretraining."""
     from fdfo_engine.shapes.pipeline import shapes_base
-    from fdfo_engine.shapes.pretrain import continue_pretraining
+    from fdfo_engine.shapes.pretrain import Reporting, continue_pretraining
 
     torch.set_num_threads(1)
-    continue_pretraining(shapes_base(), folder / "pretraining_probe", steps=PROBE_STEPS)
-    steps = max(1, int(PROBE_STEPS * cpu_seconds / flow_seconds(folder / "pretraining_probe")))
-    continue_pretraining(shapes_base(), folder / "pretraining", steps=steps)
-    taken = flow_seconds(folder / "pretraining")
+    reporting = Reporting(log_every=20, evaluate_every=10**9)
+    continue_pretraining(shapes_base(), folder / "pretraining_probe", steps=PROBE_STEPS, reporting=reporting)
+    steps = max(1, int(cpu_seconds / seconds_a_step(folder / "pretraining_probe")))
+    continue_pretraining(shapes_base(), folder / "pretraining", steps=steps, reporting=reporting)
+    taken = steps * seconds_a_step(folder / "pretraining")
     return {"cpu_seconds": taken, "steps": steps, **evaluate_pipeline(folder / "pretraining", folder)}
 
 
-def flow_seconds(pipeline: Path) -> float:
-    """Seconds of the training alone: drawing and encoding its pictures is left out, in its favour."""
+def seconds_a_step(pipeline: Path) -> float:
+    """Of the training alone: without drawing and encoding its pictures, and without the evaluation after the last."""
     lines = [json.loads(line) for line in (pipeline / "pretraining.jsonl").read_text().splitlines()]
-    at = {stage: [line["seconds"] for line in lines if line["stage"] == stage] for stage in ("cache", "flow")}
-    return max(at["flow"]) - max(at["cache"])
+    start = next(line["seconds"] for line in lines if line["stage"] == "cache")
+    last = [line for line in lines if line["stage"] == "flow" and "score_8" not in line][-1]
+    return float((last["seconds"] - start) / last["step"])
 
 
 def evaluate_pipeline(pipeline: Path, folder: Path) -> dict[str, Any]:

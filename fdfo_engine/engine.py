@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import BatchPlan, Config, dump_config
+from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import backend_for, backends, pair_direction
@@ -28,12 +29,13 @@ from fdfo_engine.runtime.distributed import (
     world_size,
 )
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
-from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, stored_config
+from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, differing_settings, record_config, run_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 
 Weights = Literal["auto", "ema", "raw"]
+WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "lora")
 
 
 class Engine:
@@ -68,6 +70,7 @@ class Engine:
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
         self.next_pair = 0
+        self._owns_checkpoints = False
         self.ema: dict[str, Tensor] | None = None
         if config.update.ema is not None:
             self.ema = self.trainer.weights()
@@ -94,9 +97,10 @@ class Engine:
             UsageError: no prompts, or fewer blocks than ranks.
             NumericsError: a velocity was not finite.
         """
+        _refuse_text(prompts)
         first, count = self.next_pair, len(prompts)
         own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
-        blocks = [self._block(prompts, number) for number in self._in_step(own)][: len(own)]
+        blocks = [together(partial(self._block, prompts, number)) for number in self._in_step(own)][: len(own)]
         self.next_pair += count
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
         grid = self.sampler.grid
@@ -163,6 +167,7 @@ class Engine:
         Raises:
             UsageError: no prompts, or `weights="ema"` in a run without `update.ema`.
         """
+        _refuse_text(prompts)
         grid = self.sampler.grid if steps is None else self.model.grid(steps)
         guidance = self.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
         size, count = self.config.evaluation.batch, len(prompts)
@@ -185,10 +190,12 @@ class Engine:
         return self.ema if self._averages(weights) and self.ema is not None else self.trainer.weights()
 
     def save(self) -> Path:
-        """Commits a checkpoint under `run.dir`; returns its folder.
+        """Commits a checkpoint under `run.dir`, with the settings beside it for `resume`; returns its folder.
 
         Raises:
-            CheckpointError: no room, or the storage refuses; earlier checkpoints are untouched.
+            UsageError: the folder holds a run with other settings.
+            CheckpointError: it holds checkpoints that this engine neither loaded nor saved; no room; the storage
+                refuses. Earlier checkpoints are untouched.
         """
         tensors = {"weights": self.trainer.weights(), "optimizer": self.trainer.state()}
         if self.ema is not None:
@@ -200,7 +207,8 @@ class Engine:
             "settings": dump_config(self.config),
         }
         name = f"epoch_{self.epoch:06d}"
-        on_main(lambda: self._store().save(name, tensors, state))
+        on_main(lambda: self._commit(name, tensors, state))
+        self._owns_checkpoints = True
         return self._store().folder / name
 
     def load(self, name: str | None = None, *, strict: bool = False) -> bool:
@@ -219,6 +227,7 @@ class Engine:
         self.next_pair = int(checkpoint.state["next_pair"])
         if self.ema is not None:
             self.ema = checkpoint.tensors["ema"]
+        self._owns_checkpoints = True
         return True
 
     @classmethod
@@ -227,22 +236,22 @@ class Engine:
 
         Raises:
             CheckpointError: no run there, or no whole checkpoint.
+            ConfigError: its `config.yaml` was edited into something that is not valid.
         """
-        text = stored_config(run_dir)
-        if text is None:
-            raise CheckpointError(f"{run_dir}: no run there (no config.yaml)")
-        config = Config.model_validate(_parsed(text) | {"run": _parsed(text)["run"] | {"dir": str(run_dir)}})
-        engine = cls(config)
+        engine = cls(run_config(run_dir))
         if not engine.load(name):
             raise CheckpointError(f"{run_dir}: no checkpoint in {engine._store().folder}")
         return engine
 
-    def export(self, folder: str | Path, *, weights: Weights = "auto") -> Path:
+    def export(self, folder: str | Path, *, weights: Weights = "auto", overwrite: bool = False) -> Path:
         """A LoRA for `load_lora_weights`, or after full training a pipeline folder; verified by loading it back.
 
         Raises:
+            UsageError: `folder` is not empty, without `overwrite`, which writes over the files of these names.
             CheckpointError: loaded back, it does not give the same velocity.
         """
+        if not overwrite and Path(folder).is_dir() and any(Path(folder).iterdir()):
+            raise UsageError(f"export: {folder} is not empty; choose another folder or pass overwrite=True")
         trained = self.trained_weights(weights)
         # a fresh model: under ZeRO-3 the live one holds only pieces of its weights
         on_main(lambda: load_model(self.config, self.device).export(Path(folder), trained))
@@ -276,10 +285,30 @@ class Engine:
         for name, weight in self.trainer.weights().items():
             self.ema[name].lerp_(weight, 1 - self.config.update.ema)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one checkpoint takes: weights, both moments and the average, all float32."""
+        count = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in self.model.trained_parameters())
+        return 4 * count * (3 if self.ema is None else 4)
+
+    def _commit(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        store, folder = self._store(), Path(self.config.run.dir)
+        if not self._owns_checkpoints and store.names():
+            raise CheckpointError(
+                f"run.dir = {folder}: holds {store.names()[-1]}, which this engine neither loaded nor saved; "
+                "take Engine.resume, or another folder"
+            )
+        record_config(folder, dump_config(self.config), may_change=RESUMABLE_KEYS)
+        store.save(name, tensors, state)
+
     def _store(self) -> CheckpointStore:
         return CheckpointStore(Path(self.config.run.dir) / CHECKPOINTS_NAME, self.config.checkpoint.keep)
 
     def _refuse_foreign(self, checkpoint: Checkpoint) -> None:
+        settings = differing_settings(checkpoint.state["settings"], dump_config(self.config), WHAT_WEIGHTS_BELONG_TO)
+        if settings:
+            lines = [f"  {key}: {change}" for key, change in settings.items()]
+            raise CheckpointError("\n".join([f"{checkpoint.folder}: of another model", *lines]))
         own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.trained_parameters()}
         theirs = {name: tuple(w.shape) for name, w in checkpoint.tensors.get("weights", {}).items()}
         differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
@@ -323,8 +352,6 @@ def _refuse_stale(rollout: Rollout, version: int) -> None:
         )
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    import yaml
-
-    parsed: dict[str, Any] = yaml.safe_load(text)
-    return parsed
+def _refuse_text(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise UsageError(f"prompts: the text {prompts!r}; takes a list of texts")

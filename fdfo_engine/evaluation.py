@@ -11,7 +11,7 @@ from fdfo_engine.config import Config, RewardConfig
 from fdfo_engine.engine import Engine, Weights
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rollout.prompts import load_prompts
-from fdfo_engine.runtime.distributed import all_gather_rows, rank, world_size
+from fdfo_engine.runtime.distributed import all_gather_rows, rank, together, world_size
 
 
 @dataclass(frozen=True)
@@ -59,5 +59,5 @@ def evaluate(
     images = engine.generate(prompts, seed=seed, weights=weights)
     count, ranks = len(prompts), world_size()
     own = slice(rank() * count // ranks, (rank() + 1) * count // ranks)
-    parts = metrics(prompts[own], images[own]).parts
+    parts = together(lambda: metrics(prompts[own], images[own])).parts
     return Evaluation(prompts, images, {name: all_gather_rows(score) for name, score in parts.items()})

@@ -22,9 +22,17 @@ from fdfo_engine.runtime.distributed import (
     barrier,
     on_main,
     setup_distributed,
+    together,
     world_size,
 )
-from fdfo_engine.runtime.errors import CheckpointError, RewardError, Stopped, error_message, exit_code
+from fdfo_engine.runtime.errors import (
+    CheckpointError,
+    NumericsError,
+    RewardError,
+    Stopped,
+    error_message,
+    exit_code,
+)
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_config
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
 from fdfo_engine.runtime.stop import StopRequest
@@ -32,6 +40,7 @@ from fdfo_engine.runtime.timing import PhaseTimer
 from fdfo_engine.trajectory import Rollout
 
 MAX_TIED_EPOCHS = 3
+ROOM_FOR_CHECKPOINTS = 3  # those that are kept, and the one that is written before the oldest goes
 
 
 def run(config: Config, *, resume: bool = False) -> None:
@@ -59,6 +68,7 @@ def run(config: Config, *, resume: bool = False) -> None:
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=RESUMABLE_KEYS))
     try:
+        together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
         with StopRequest() as stop:
             _Run(config, prompts, rewards, folder, stop).train()
     except BaseException as error:
@@ -87,7 +97,10 @@ class _Run:
             self._status(last_checkpoint=f"epoch_{self._engine.epoch:06d}")
         if folder is not None:
             folder.truncate_logs(self._engine.epoch if resumed else -1)
+            folder.require_room(ROOM_FOR_CHECKPOINTS * self._engine.checkpoint_bytes)
         self._resumed = resumed
+        self._kept_epoch = self._engine.epoch
+        self._is_updating = False
         self._log: SilentLog = open_run_log(
             Path(config.run.dir), epochs=config.run.epochs, first_epoch=self._engine.epoch,
             tensorboard=config.log.tensorboard, wandb=config.log.wandb, settings=config.model_dump(),
@@ -103,16 +116,20 @@ class _Run:
             self._evaluate()
         self._status("running")
         while engine.epoch < epochs:
-            self._train_epoch()
-            every = self._config.evaluation.every
-            if every and (engine.epoch % every == 0 or engine.epoch == epochs):
-                self._evaluate()
+            try:
+                self._train_epoch()
+                every = self._config.evaluation.every
+                if every and (engine.epoch % every == 0 or engine.epoch == epochs):
+                    self._evaluate()
+            except (RewardError, NumericsError):
+                self._keep_whole_epochs()
+                raise
             if engine.epoch % self._config.checkpoint.every == 0 or engine.epoch == epochs:
                 self._save()
             if any_rank(self._stop.poll()):
                 self._stop_here()
         self._log.close()
-        self._status("finished", exit_code=0)
+        self._status("finished", phase=None, exit_code=0)
         barrier("the end")  # a rank that leaves first takes its connections down under the others
 
     def _train_epoch(self) -> None:
@@ -120,19 +137,24 @@ class _Run:
         timer.take()
         engine.poll = self._stop_before_update
         pair_ids = range(engine.next_pair, engine.next_pair + self._config.sampling.pairs_per_epoch)
+        self._status(phase="rollout")
         with timer.phase("rollout"):
             rollout = engine.rollout(self._prompts.of_pairs(pair_ids))
+        self._status(phase="reward")
         with timer.phase("reward"):
-            scores = self._score(rollout)
+            scores = together(lambda: self._score(rollout))
         total_PK = all_gather_rows(_by_pair(scores.total))
         parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
         self._draw(rollout, total_PK)
-        self._guard_failures(total_PK)
+        self._guard_failures(rollout, total_PK, parts_PK)
         engine.poll = self._beat
+        self._is_updating = True
+        self._status(phase="update")
         with timer.phase("update"):
             metrics = engine.update(rollout, total_PK)
+        self._is_updating = False
         self._log.epoch(self._record(rollout, total_PK, parts_PK, metrics))
-        self._status("running")
+        self._status("running", phase=None)
         self._guard_ties(metrics)
 
     def _score(self, rollout: Rollout) -> Scores:
@@ -169,30 +191,49 @@ class _Run:
         self._log.evaluation(result.record(self._engine, "auto", settings.seed))
         scores = {name: values.tolist() for name, values in result.scores.items()}
         self._log.evaluation_images(self._engine.epoch, result.prompts, result.images, scores)
+        self._status(phase=None)
 
     def _save(self) -> None:
         path = self._engine.save()
+        self._kept_epoch = self._engine.epoch
         self._status(last_checkpoint=path.name)
 
-    def _draw(self, rollout: Rollout, total_PK: Tensor) -> None:
+    def _keep_whole_epochs(self) -> None:
+        """What was trained is not lost with the epoch that fails. Amid an update the weights are of no epoch."""
+        if self._is_updating:
+            say(f"the weights are amid an epoch; the last checkpoint is epoch {self._kept_epoch}")
+        elif self._engine.epoch > self._kept_epoch:
+            self._save()
+            say(f"saved epoch {self._engine.epoch}; the same command goes on from there")
+
+    def _draw(self, rollout: Rollout, total_PK: Tensor, *, always: bool = False) -> None:
         epoch, every = self._engine.epoch + 1, self._config.log.images_every
-        if not every or epoch % every:
+        if not always and (not every or epoch % every):
             return
         shown = min(8, len(rollout.prompts))
         rewards = total_PK[rollout.local_rows][:shown].flatten().tolist()
         captions = [f"{rollout.prompts[i // 2]} {reward:.2f}" for i, reward in enumerate(rewards)]
         self._log.images(f"pairs_epoch_{epoch:06d}", rollout.images[:shown].flatten(0, 1), captions)
 
-    def _guard_failures(self, total_PK: Tensor) -> None:
+    def _guard_failures(self, rollout: Rollout, total_PK: Tensor, parts_PK: dict[str, Tensor]) -> None:
         lost = int((~torch.isfinite(total_PK)).any(1).sum())
         limit = self._config.update.max_bad_pairs
         if lost:
             warn(f"{lost} of {len(total_PK)} pairs have no reward and pull at nothing")
         if lost > limit * len(total_PK):
+            self._draw(rollout, total_PK, always=True)
             raise RewardError(
                 f"{lost} of {len(total_PK)} pairs have no reward (update.max_bad_pairs = {limit}); "
-                f"the run stops before epoch {self._engine.epoch + 1} changes anything"
+                f"the run stops before epoch {self._engine.epoch + 1} changes anything\n"
+                f"the first: {self._first_lost(rollout, parts_PK)}"
             )
+
+    def _first_lost(self, rollout: Rollout, parts_PK: dict[str, Tensor]) -> str:
+        name, part = next((n, p) for n, p in parts_PK.items() if not torch.isfinite(p).all())
+        pair, branch = (~torch.isfinite(part)).nonzero()[0].tolist()
+        pair_id = rollout.first_pair + pair
+        (prompt,) = self._prompts.of_pairs([pair_id])
+        return f"reward {name!r} gave {part[pair, branch]:g} to pair {pair_id}, branch {branch}, prompt {prompt!r}"
 
     def _guard_ties(self, metrics: dict[str, float]) -> None:
         if metrics["optimizer_steps"] or metrics["skipped_steps"]:
@@ -211,7 +252,7 @@ class _Run:
 
     def _stop_here(self) -> None:
         """Weights are those of the last whole epoch: a checkpoint of it is exact."""
-        if self._engine.epoch:
+        if self._engine.epoch > self._kept_epoch:
             self._save()
         raise Stopped(f"{self._stop.reason or 'asked on another rank'}: stopped after epoch {self._engine.epoch}")
 

@@ -40,9 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.runtime.console import say
 
     engine = Engine.resume(arguments.run_dir, arguments.checkpoint)
-    folder = engine.export(arguments.out, weights=arguments.weights)
+    folder = engine.export(arguments.out, weights=arguments.weights, overwrite=arguments.overwrite)
     say(f"epoch {engine.epoch} written to {folder}, loaded back and compared")
     return 0
+
+
+def refuse_outside(arguments: argparse.Namespace, name: str, least: float, most: float) -> None:
+    """An option that was given takes a number in a range."""
+    value = getattr(arguments, name)
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: takes a number from {least} to {most}")
 
 
 def refuse_filled(folder: Path, overwrite: bool) -> None:

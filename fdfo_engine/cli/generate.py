@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.export import add_weights, refuse_filled
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.cli.export import add_weights, refuse_filled, refuse_outside
+from fdfo_engine.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,25 +62,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("steps", 1), ("count", 1), ("seed", 0), ("guidance_scale", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: takes {least} or more")
+    bounds = {"steps": (1, 10_000), "count": (1, 10**9), "seed": (0, 2**64 - 1), "guidance_scale": (0, 1e6)}
+    for name, (least, most) in bounds.items():
+        refuse_outside(arguments, name, least, most)
     refuse_filled(arguments.out, arguments.overwrite)
 
 
 def _config(source: str) -> Config:
-    """The settings of a run folder, as it is named here even if it was moved, or of a config file."""
+    """The settings of a run folder, or of a config file."""
     from fdfo_engine.config import load_config
-    from fdfo_engine.runtime.run_folder import CONFIG_NAME
+    from fdfo_engine.runtime.run_folder import run_config
 
-    folder = Path(source)
-    if not folder.is_dir():
-        return load_config(source)
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{folder}: no run there (no {CONFIG_NAME})")
-    config = load_config(folder / CONFIG_NAME)
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+    return run_config(source) if Path(source).is_dir() else load_config(source)
 
 
 def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:

@@ -30,11 +30,12 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pretrains; prints each line of its log."""
-    from fdfo_engine.cli.export import refuse_filled
+    from fdfo_engine.cli.export import refuse_filled, refuse_outside
 
     refuse_filled(arguments.out, arguments.overwrite)
-    if arguments.steps is not None and arguments.steps < 1:
-        raise UsageError(f"--steps {arguments.steps}: takes 1 or more")
+    bounds = {"steps": (1, 10**9), "autoencoder_steps": (1, 10**9), "threads": (1, 1024), "seed": (0, 2**63 - 1)}
+    for name, (least, most) in bounds.items():
+        refuse_outside(arguments, name, least, most)
     if arguments.continue_from is not None and not (arguments.continue_from / "model_index.json").is_file():
         raise EnvironmentProblem(f"--continue-from {arguments.continue_from}: no diffusers pipeline folder")
     import torch

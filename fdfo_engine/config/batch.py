@@ -85,14 +85,6 @@ class BatchPlan:
             raise ValueError(f"rank = {rank}: takes 0 to {self.world_size - 1}")
         return range(rank * self.num_blocks // self.world_size, (rank + 1) * self.num_blocks // self.world_size)
 
-    def pairs_of_block(self, epoch_start_pair: int, block: int) -> range:
-        """Global pair indices of a block; the last one of an epoch may be shorter than `block_pairs`."""
-        if not 0 <= block < self.num_blocks:
-            raise ValueError(f"block = {block}: takes 0 to {self.num_blocks - 1}")
-        start = block * self.block_pairs
-        end = min(start + self.block_pairs, self.pairs_per_epoch)
-        return range(epoch_start_pair + start, epoch_start_pair + end)
-
     def describe(self) -> str:
         """The arithmetic with its numbers, for `--dry-run`."""
         shares = sorted({len(self.blocks_of_rank(rank)) for rank in range(self.world_size)})

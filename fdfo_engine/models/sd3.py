@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -149,7 +150,10 @@ class SD3Model:
             else:
                 exported = self._export_lora(aside, weights, self._lora_scale)
             self._verify(exported, weights, folder)
-            shutil.copytree(aside, folder, dirs_exist_ok=True)
+            if folder.is_dir() and any(folder.iterdir()):
+                shutil.copytree(aside, folder, dirs_exist_ok=True)
+            else:
+                os.replace(aside, folder)
 
     def _export_lora(self, folder: Path, weights: dict[str, Tensor], scale: float) -> nn.Module:
         folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ class WeightedRewards:
 
     rewards: dict[str, tuple[float, Reward]]
     log_folder: Path | None = None
-    failures: int = field(default=0, init=False)
 
     @classmethod
     def from_config(cls, settings: Sequence[RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
@@ -62,7 +61,6 @@ class WeightedRewards:
                 self._report(name, error, attempt)
                 continue
             return _checked(name, scores, len(images))
-        self.failures += 1
         return torch.full((len(images),), torch.nan)
 
     def _report(self, name: str, error: Exception, attempt: int) -> None:

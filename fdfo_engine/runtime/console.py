@@ -22,8 +22,10 @@ def warn(line: str) -> None:
     _write(sys.stderr, f"warning: {line}")
 
 
-def complain(block: str) -> None:
-    """Writes a block of lines to stderr, on rank 0 only."""
+def complain(block: str, *, everywhere: bool = False) -> None:
+    """Writes a block of lines to stderr, on rank 0 only, or `everywhere` with the rank's number in front."""
+    if everywhere and not is_printing_rank():
+        sys.stderr.write(f"rank {os.environ['RANK']}: {block}\n")
     _write(sys.stderr, block)
 
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fdfo_engine.runtime.console import visible
-from fdfo_engine.runtime.errors import DistributedError, UsageError
+from fdfo_engine.runtime.errors import DistributedError, UsageError, error_message, exit_code, of_exit_code
 
 T = TypeVar("T")
 
 MAX_DIFF_BYTES = 1 << 20
 MAX_DIFF_LINES = 8
+_CHOSEN_PORT = "FDFO_CHOSEN_PORT"
 
 
 def setup_distributed(
@@ -63,6 +64,8 @@ def close_distributed() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    if os.environ.get(_CHOSEN_PORT) == os.environ.get("MASTER_PORT"):  # ours, and our store may hold it for a while
+        os.environ.pop("MASTER_PORT", None)
 
 
 def rank() -> int:
@@ -105,19 +108,14 @@ def max_over_ranks(value: int, what: str = "a maximum") -> int:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Runs `action` on rank 0 alone; the others wait and get None. Collective.
-
-    Raises:
-        DistributedError: on the other ranks, if it failed on rank 0, which raises what went wrong.
-    """
+    """Runs `action` on rank 0 alone; the others wait and get None. Collective; errors as in `together`."""
     return together(action if is_main() else lambda: None)
 
 
 def together(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; collective: if it fails on one, all raise, and none is left waiting.
 
-    Raises:
-        DistributedError: on ranks where it went well, if it failed on another, which raises what went wrong.
+    A rank where it went well raises the error of the first rank where it did not: same exit code, same words.
     """
     error: Exception | None = None
     try:
@@ -125,8 +123,17 @@ def together(action: Callable[[], T]) -> T:
     except Exception as caught:  # noqa: BLE001 - raised again below, once the other ranks know
         error = caught
     if any_rank(error is not None, "work that may fail"):
-        raise error or DistributedError("another rank stopped; its message says why")
+        told = "" if error is None else f"{exit_code(error)}\n{error_message(error)}"
+        texts = _texts_of_ranks(told)
+        raise error or _first_error(texts)
     return result
+
+
+def _first_error(texts: list[str]) -> Exception:
+    """Of texts that hold an exit code and a message where a rank failed, and nothing where it did not."""
+    number, text = next((number, text) for number, text in enumerate(texts) if text)
+    code, message = text.split("\n", 1)
+    return of_exit_code(int(code), f"rank {number}: {message}")
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -190,7 +197,7 @@ def _default_environment() -> None:
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+            os.environ["MASTER_PORT"] = os.environ[_CHOSEN_PORT] = str(probe.getsockname()[1])
 
 
 def _join(backend: str, timeout_s: float, join_timeout_s: float) -> None:
@@ -258,6 +265,8 @@ def _unpadded(pieces: list[Tensor], rows: list[int], device: torch.device) -> Te
 
 
 def _texts_of_ranks(text: str) -> list[str]:
+    if _alone():
+        return [text]
     payload = text.encode()[:MAX_DIFF_BYTES]
     padded = torch.zeros(MAX_DIFF_BYTES, dtype=torch.uint8, device=_group_device())
     padded[: len(payload)] = torch.tensor(list(payload), dtype=torch.uint8)

@@ -75,6 +75,12 @@ class Stopped(FdfoError):  # noqa: N818 - a request that was followed, not an er
     exit_code = 75
 
 
+def of_exit_code(code: int, message: str) -> FdfoError:
+    """An error that another process told of: of the class that has `code`."""
+    classes: dict[int, type[FdfoError]] = {c.exit_code: c for c in FdfoError.__subclasses__()}
+    return classes.get(code, FdfoError)(message)
+
+
 def exit_code(error: BaseException) -> int:
     """Exit status for `error`: its own `exit_code`, 3 for memory, 7 for a full disk, 75 for Ctrl-C, else 1."""
     own = getattr(error, "exit_code", None)
@@ -100,15 +106,18 @@ def error_message(error: BaseException) -> str:
 
 
 def report_and_exit_code(error: BaseException) -> int:
-    """Prints one block about `error` to stderr, on rank 0 only, and returns the exit status.
+    """Prints one block about `error` to stderr and returns the exit status.
 
-    The traceback is printed for a bug of ours (status 1), and for every error if `FDFO_DEBUG=1`.
+    The traceback is printed for a bug of ours (status 1), and for every error if `FDFO_DEBUG=1`. Rank 0 speaks for all,
+    but for a bug and for memory, which can meet one rank alone.
     """
-    code = exit_code(error)
+    code, everywhere = exit_code(error), exit_code(error) == 1 or _is_out_of_memory(error)
+    lines = []
     if code == 1 or os.environ.get("FDFO_DEBUG") == "1":
-        complain("".join(traceback.format_exception(error)).rstrip())
+        lines.append("".join(traceback.format_exception(error)).rstrip())
     label = "stopped" if code == Stopped.exit_code else "error"
-    complain(f"{label}: {error_message(error)}" + (f"\n{_ISSUE_HINT}" if code == 1 else ""))
+    lines.append(f"{label}: {error_message(error)}" + (f"\n{_ISSUE_HINT}" if code == 1 else ""))
+    complain("\n".join(lines), everywhere=everywhere)
     return code
 
 

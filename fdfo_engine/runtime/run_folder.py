@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from fdfo_engine.config import Config, load_config
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
 from fdfo_engine.runtime.environment import describe_environment
-from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
 from fdfo_engine.runtime.run_lock import RunLock
 from fdfo_engine.runtime.run_status import RunStatus
 
@@ -21,6 +22,7 @@ CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
 ENVIRONMENT_NAME = "environment.json"
+PROMPTS_NAME = "prompts.sha256"
 CHECKPOINTS_NAME = "checkpoints"
 _TRACES = (METRICS_NAME, CHECKPOINTS_NAME)
 
@@ -30,13 +32,11 @@ class RunFolder:
 
     Attributes:
         path: the folder. checkpoints: the folder of its checkpoints.
-        is_new: whether `open` wrote its `config.yaml`.
         status: what frontends read, `status.json`.
     """
 
-    def __init__(self, path: Path, lock: RunLock, *, is_new: bool) -> None:
+    def __init__(self, path: Path, lock: RunLock) -> None:
         self.path = path
-        self.is_new = is_new
         self.checkpoints = path / CHECKPOINTS_NAME
         self.status = RunStatus(path)
         self._lock = lock
@@ -55,7 +55,7 @@ class RunFolder:
         Raises:
             UsageError: another process has the folder (names it), it was made with other settings (names the keys),
                 or it holds a run without settings. Nothing in it was changed.
-            CheckpointError: the storage cannot be written.
+            CheckpointError: its settings are damaged, or the storage cannot be written.
         """
         path = Path(path)
         _make(path)
@@ -63,20 +63,35 @@ class RunFolder:
         lock.take()
         try:
             probe_storage(path)
-            is_new = _write_config(path, config_text, tuple(may_change))
+            record_config(path, config_text, may_change=may_change)
             replace_file(path / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=1).encode())
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, is_new=is_new)
+        return cls(path, lock)
 
     def truncate_logs(self, epoch: int) -> None:
         """Drops records after `epoch`, and a half-written last line, from the metrics and the evaluations."""
         for name in (METRICS_NAME, EVALUATIONS_NAME):
             truncate_log(self.path / name, epoch)
 
+    def require_prompts(self, sha256: str) -> None:
+        """Keeps the hash of a new run's prompt list, and holds that of an old run against it.
+
+        Raises:
+            PromptError: the run began with other prompts.
+        """
+        file = self.path / PROMPTS_NAME
+        if not file.is_file():
+            replace_file(file, sha256.encode())
+        elif file.read_text() != sha256:
+            raise PromptError(
+                f"prompts.source: not the prompts that the run in {self.path} began with; restore them, or choose "
+                "another run.dir"
+            )
+
     def require_room(self, num_bytes: int) -> None:
-        """Checks that the storage has `num_bytes` left, for example for three checkpoints.
+        """Checks that the storage has `num_bytes` left.
 
         Raises:
             CheckpointError: it has less; says how much of both.
@@ -102,11 +117,55 @@ def stored_config(path: Path | str) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-def differing_settings(stored: str, given: str) -> dict[str, str]:
-    """Dotted keys whose values differ between two settings texts, each with both values as text."""
+def run_config(path: Path | str) -> Config:
+    """The settings of the run in `path`, as the folder is named here even if it was moved.
+
+    Raises:
+        CheckpointError: no run there.
+        ConfigError: `config.yaml` is not valid any more; names file and line.
+    """
+    file = Path(path) / CONFIG_NAME
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no run there (no {CONFIG_NAME})")
+    config = load_config(file)
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
+
+
+def record_config(path: Path, given: str, *, may_change: Iterable[str] = ()) -> None:
+    """Writes the settings of a new run, or holds those of an old one against them; see `RunFolder.open`."""
+    stored = stored_config(path)
+    if stored is None:
+        if traces := [name for name in _TRACES if (path / name).exists()]:
+            raise UsageError(f"run.dir = {path}: holds {', '.join(traces)} but no {CONFIG_NAME}; choose another folder")
+        _make(path)
+        replace_file(path / CONFIG_NAME, given.encode())
+        return
+    try:
+        changes = differing_settings(stored, given)
+    except yaml.YAMLError as error:
+        what = str(error).replace("\n", " ")
+        raise CheckpointError(f"{path / CONFIG_NAME}: damaged: {what}; restore it or choose another folder") from error
+    allowed = tuple(may_change)
+    if refused := {k: v for k, v in changes.items() if not _is_under(k, allowed)}:
+        lines = [f"  {key}: {change}" for key, change in refused.items()]
+        raise UsageError("\n".join([f"run.dir = {path}: made with other settings; choose another folder", *lines]))
+    if changes:
+        say("settings changed for the rest of the run: " + "; ".join(f"{k}: {v}" for k, v in changes.items()))
+        replace_file(path / CONFIG_NAME, given.encode())
+
+
+def differing_settings(stored: str, given: str, under: tuple[str, ...] | None = None) -> dict[str, str]:
+    """Dotted keys whose values differ between two settings texts, each with both values as text.
+
+    `under` looks at these keys and sections only.
+    """
     old, new = _leaves(yaml.safe_load(stored)), _leaves(yaml.safe_load(given))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key, ...) != new.get(key, ...))
-    return {key: f"{_shown(old, key)} there, {_shown(new, key)} given" for key in keys}
+    return {
+        key: f"{_shown(old, key)} there, {_shown(new, key)} given"
+        for key in keys
+        if under is None or _is_under(key, under)
+    }
 
 
 def probe_storage(folder: Path) -> None:
@@ -170,23 +229,6 @@ def _make(path: Path) -> None:
         raise UsageError(f"run.dir = {path}: is a file") from error
     except OSError as error:
         raise storage_error(path, error) from error
-
-
-def _write_config(path: Path, given: str, may_change: tuple[str, ...]) -> bool:
-    stored = stored_config(path)
-    if stored is None:
-        if traces := [name for name in _TRACES if (path / name).exists()]:
-            raise UsageError(f"run.dir = {path}: holds {', '.join(traces)} but no {CONFIG_NAME}; choose another folder")
-        replace_file(path / CONFIG_NAME, given.encode())
-        return True
-    changes = differing_settings(stored, given)
-    if refused := {k: v for k, v in changes.items() if not _is_under(k, may_change)}:
-        lines = [f"  {key}: {change}" for key, change in refused.items()]
-        raise UsageError("\n".join([f"run.dir = {path}: made with other settings; choose another folder", *lines]))
-    if changes:
-        say("settings changed for the rest of the run: " + "; ".join(f"{k}: {v}" for k, v in changes.items()))
-        replace_file(path / CONFIG_NAME, given.encode())
-    return False
 
 
 def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:

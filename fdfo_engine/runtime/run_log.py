@@ -40,9 +40,6 @@ class SilentLog:
     ) -> None:
         """Keeps the first 24 images of an evaluation, one file each, with prompts and scores by metric."""
 
-    def say(self, line: str) -> None:
-        """Prints a line."""
-
     def close(self) -> None:
         """Writes out what is buffered."""
 
@@ -116,10 +113,6 @@ class RunLog(SilentLog):
             items.append({"file": file, "prompt": prompts[n], "scores": own})
         text = json.dumps(plain_json({"epoch": epoch, "items": items}), indent=1)
         replace_file(self._folder / IMAGES_NAME / f"{stem}.json", text.encode())
-
-    def say(self, line: str) -> None:
-        """Prints a line."""
-        say(line)
 
     def close(self) -> None:
         """Writes out and closes the trackers."""

@@ -37,8 +37,6 @@ class Reporting:
     evaluate_every: int = 1000
     eval_captions: int = 128
     eval_seed: int = 1234
-    save_every: int = 1000
-    """Steps between intermediate pipeline folders, `<out>-step<N>`; 0 writes none."""
     progress: Callable[[Line], None] | None = None
     """Called with each line of the log."""
 
@@ -132,7 +130,7 @@ class _Log:
             self.reporting.progress(line)
 
     def stage(self, name: str, steps: int, pipe: Any = None) -> Callable[[int, float], None]:
-        """Returns a callback for a training stage; with `pipe` it also evaluates and saves on the way."""
+        """Returns a callback for a training stage; with `pipe` it also evaluates on the way."""
         losses: list[float] = []
 
         def log(step: int, loss: float) -> None:
@@ -142,9 +140,6 @@ class _Log:
                 quality = self.quality(pipe) if due else {}
                 self.write(name, step=step, loss=round(sum(losses) / len(losses), 5), **quality)
                 losses.clear()
-            every = self.reporting.save_every if pipe is not None else 0
-            if every and step % every == 0 and step < steps:
-                replace_folder(pipe, self.out.with_name(f"{self.out.name}-step{step}"), self.lines)
 
         return log
 

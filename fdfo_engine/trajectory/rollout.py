@@ -15,7 +15,8 @@ from fdfo_engine.ops import replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
 from fdfo_engine.runtime.errors import CheckpointError
 
-_TENSORS = ("images", "velocities", "direction", "gammas", "sigmas", "timesteps")
+_ON_DEVICE = ("images", "velocities", "direction")
+_TENSORS = (*_ON_DEVICE, "gammas", "sigmas", "timesteps")
 
 
 @dataclass
@@ -87,8 +88,8 @@ class Rollout:
         (folder / f"{stem}.json").write_text(json.dumps(fields, indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Rollout:
-        """Reads what `save` wrote, this rank's part of it.
+    def load(cls, folder: str | Path, device: torch.device | str | None = None) -> Rollout:
+        """Reads what `save` wrote, this rank's part of it, to `device`: by default this rank's GPU where there is one.
 
         Raises:
             CheckpointError: `folder` holds no rollout, or one of another number of ranks.
@@ -100,5 +101,8 @@ class Rollout:
         ranks = fields.pop("world_size")
         if ranks != world_size():
             raise CheckpointError(f"{folder}: a rollout of {ranks} ranks, loaded on {world_size()}")
-        with safe_open(folder / f"{stem}.safetensors", framework="pt", device=str(device)) as file:
-            return cls(**{name: file.get_tensor(name) for name in _TENSORS}, **fields)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        tensors |= {name: tensors[name].to(device) for name in _ON_DEVICE}
+        return cls(**tensors, **fields)

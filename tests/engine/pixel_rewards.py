@@ -30,6 +30,11 @@ def blank_one_pair(prompts, images):
     return scores
 
 
+def blind_from_third_call(prompts, images):
+    scores = left_bright(prompts, images)
+    return scores if calls < 3 else torch.full_like(scores, torch.nan)
+
+
 def never(prompts, images):
     raise RuntimeError("the server is on fire")
 

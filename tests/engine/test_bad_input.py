@@ -1,16 +1,17 @@
 """What a user can get wrong, and the exit status and words it ends in; nothing is changed by it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from engine import pixel_rewards
 from safetensors.torch import load, load_file
-from tiny_sd3 import PROMPTS, tiny_config, tiny_tree
+from tiny_sd3 import PROMPTS, build_tiny_sd3, tiny_config, tiny_tree
 
 from fdfo_engine import Engine
-from fdfo_engine.config import load_config
+from fdfo_engine.config import ConfigError, load_config
 from fdfo_engine.loop import run
 from fdfo_engine.runtime.errors import CheckpointError, UsageError, exit_code
 from fdfo_engine.trajectory import Rollout
@@ -147,12 +148,52 @@ def test_all_checkpoints_damaged_is_no_fresh_start(attempt, tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused_before_anything_changes(tiny_sd3, tmp_path):
-    Engine(tiny_config(tiny_sd3, tmp_path, lora={"rank": 8, "alpha": 8.0})).save()
+    Engine(tiny_config(tiny_sd3, tmp_path, lora={"rank": 4, "alpha": 64.0})).save()
     engine = Engine(tiny_config(tiny_sd3, tmp_path))
     before = engine.trainer.weights()
-    with pytest.raises(CheckpointError, match=r"of another model: 30 weights differ[\s\S]*\(8, 16\) there, \(4, 16\)"):
+    with pytest.raises(CheckpointError, match=r"of another model\n  lora.alpha: 64.0 there, 8.0 given"):
         engine.load()
     assert all(torch.equal(w, before[n]) for n, w in engine.trainer.weights().items())
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
+    """The model's folder was replaced by another architecture since."""
+    build_tiny_sd3(tmp_path / "model")
+    Engine(tiny_config(tmp_path / "model", tmp_path / "run", model={"train": "full"})).save()
+    shutil.rmtree(tmp_path / "model")
+    build_tiny_sd3(tmp_path / "model", dual_attention_layers=())
+    engine = Engine(tiny_config(tmp_path / "model", tmp_path / "run", model={"train": "full"}))
+    with pytest.raises(CheckpointError, match=r"of another model: \d+ weights differ\n  .*there, absent here"):
+        engine.load()
+
+
+def test_the_library_saves_and_resumes(tiny_sd3, tmp_path):
+    config = tiny_config(tiny_sd3, tmp_path / "run", update={"ema": 0.9})
+    engine = Engine(config)
+    for _ in range(2):
+        engine.update(engine.rollout(PROMPTS), REWARDS)
+    engine.save()
+    resumed = Engine.resume(tmp_path / "run")
+    assert (resumed.config, resumed.epoch, resumed.next_pair) == (config, 2, 8)
+    for which in (engine, resumed):
+        which.update(which.rollout(PROMPTS), REWARDS)
+    for name in ("weights", "state"):
+        one, other = (getattr(which.trainer, name)() for which in (engine, resumed))
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+    assert all(torch.equal(engine.ema[key], resumed.ema[key]) for key in engine.ema)
+
+
+def test_a_fresh_engine_does_not_save_over_a_run(tiny_sd3, tmp_path):
+    config = tiny_config(tiny_sd3, tmp_path / "run")
+    trained = Engine(config)
+    trained.update(trained.rollout(PROMPTS), REWARDS)
+    kept = trained.save()
+    fresh = Engine(config)
+    with pytest.raises(CheckpointError, match="holds epoch_000001, which this engine neither loaded nor saved"):
+        fresh.save()
+    assert [path.name for path in kept.parent.iterdir()] == ["epoch_000001"]
+    fresh.load()
+    fresh.save()
 
 
 def test_resuming_a_folder_without_a_run_is_refused(tmp_path):
@@ -201,7 +242,47 @@ def test_a_used_rollout_stays_used_when_stored(tiny_sd3, tmp_path):
         engine.update(Rollout.load(tmp_path / "rollout"), REWARDS)
 
 
-def test_the_rewards_module_counts_its_calls(monkeypatch):
+def test_a_text_is_no_list_of_prompts(tiny_sd3, tmp_path):
+    engine = Engine(tiny_config(tiny_sd3, tmp_path))
+    for call in (engine.rollout, engine.generate):
+        with pytest.raises(UsageError, match="prompts: the text 'a red dog'; takes a list"):
+            call("a red dog")
+
+
+def test_other_prompts_in_the_same_folder_are_refused(attempt, tmp_path):
+    source = tmp_path / "mine.txt"
+    source.write_text("one\ntwo\nthree\nfour")
+    overrides = [f"prompts.source={source}"]
+    assert attempt(*overrides, reward="left_bright", run={"epochs": 1})[0] == 0
+    source.write_text("one\ntwo\nthree\nfive")
+    status, message = attempt(*overrides, reward="left_bright", run={"epochs": 2})
+    assert (status, len(metrics(tmp_path))) == (4, 1)
+    assert "not the prompts that the run in" in message
+
+
+def test_a_reward_that_fails_later_is_named_and_costs_no_whole_epoch(attempt, tmp_path, monkeypatch):
     monkeypatch.setattr(pixel_rewards, "calls", 0)
-    pixel_rewards.left_bright(["a"], torch.zeros(1, 3, 4, 4))
-    assert pixel_rewards.calls == 1
+    settings = {"run": {"epochs": 5}, "checkpoint": {"every": 10}}
+    status, message = attempt(reward="blind_from_third_call", **settings)
+    assert status == 5
+    assert (
+        "the first: reward 'engine.pixel_rewards:blind_from_third_call' gave nan to pair 8, branch 0, prompt" in message
+    )
+    assert [row["epoch"] for row in metrics(tmp_path)] == [1, 2]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["epoch_000002"]
+    assert (tmp_path / "run/images/pairs_epoch_000003.png").is_file()
+    found = json.loads((tmp_path / "run/status.json").read_text())
+    assert (found["state"], found["phase"], found["last_checkpoint"]) == ("failed", "reward", "epoch_000002")
+
+
+def test_damaged_settings_of_a_run_are_named(attempt, tmp_path):
+    assert attempt(run={"epochs": 1})[0] == 0
+    file = tmp_path / "run/config.yaml"
+    whole = file.read_text()
+    file.write_text(whole[: whole.index("sampling:")] + "sampling: {steps: [")
+    status, message = attempt(run={"epochs": 1})
+    assert status == 7
+    assert f"{file}: damaged" in message
+    file.write_text(whole.replace("epochs:", "epochz:"))
+    with pytest.raises(ConfigError, match=r"config.yaml:\d+\s+run.epochz: unknown key"):
+        Engine.resume(tmp_path / "run")

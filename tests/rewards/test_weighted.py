@@ -73,7 +73,7 @@ def test_a_second_failure_is_no_opinion_and_never_a_number(tmp_path, capsys):
     scores = rewards(PROMPTS, IMAGES)
     assert all(math.isnan(s) for s in scores.total.tolist())
     assert scores.parts["other"].tolist() == [1.0] * 3
-    assert (reward.calls, rewards.failures) == (2, 1)
+    assert reward.calls == 2
     assert (tmp_path / "logs" / "reward_flaky.log").read_text().count("OSError: server away") == 2
     assert rewards(PROMPTS, IMAGES).total.tolist() == [2.0, 3.0, 4.0]  # the next batch has a fresh chance
 

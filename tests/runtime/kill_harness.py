@@ -70,13 +70,23 @@ def one_kill(make, epoch, delay_s):
         return [int(line) for line in pipe.read().split()]
 
 
+def seconds_of_a_save(make):
+    """As this machine is busy now: kills must fall among saves, not before the first."""
+    started = time.monotonic()
+    child_epochs = 0
+    while child_epochs == 0:
+        child_epochs = len(one_kill(make, 0, time.monotonic() - started + 0.01))
+    return time.monotonic() - started
+
+
 def run(folder, kills, kind):
     random.seed(0)
     make = (lambda: CheckpointStore(folder)) if kind == "store" else (lambda: NaiveStore(folder))
+    longest_s = max(0.08, 4 * seconds_of_a_save(lambda: type(make())(f"{folder}-timed")))
     counts = {"kills": kills, "saves": 0, "unloadable": 0, "torn": 0, "lost": 0}
     newest = -1
     for _ in range(kills):
-        acknowledged = one_kill(make, newest + 1, random.uniform(0.0, 0.08))
+        acknowledged = one_kill(make, newest + 1, random.uniform(0.0, longest_s))
         counts["saves"] += len(acknowledged)
         newest = max([newest, *acknowledged])
         try:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS = """
 import torch
 from fdfo_engine.runtime import distributed as d
-from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.errors import FdfoError, RewardError, UsageError, exit_code
 
 device = d.setup_distributed("cpu", timeout_s=60, join_timeout_s=60)
 d.setup_distributed("cpu")
@@ -44,6 +44,25 @@ except UsageError as error:
                      "  line 3:  | x: 1"], lines
 else:
     raise SystemExit("a difference went unnoticed")
+
+def fail_on_two():
+    if me == 2:
+        raise RewardError("the judge is asleep")
+    return me
+
+assert d.together(lambda: me) == me
+try:
+    d.together(fail_on_two)
+except RewardError as error:
+    assert str(error) == ("" if me == 2 else "rank 2: ") + "the judge is asleep", error
+else:
+    raise SystemExit("a failure went unnoticed")
+try:
+    d.on_main(lambda: 1 / 0)
+except ZeroDivisionError:
+    assert me == 0
+except FdfoError as error:
+    assert me > 0 and exit_code(error) == 1 and "rank 0: ZeroDivisionError" in str(error), error
 d.close_distributed()
 """
 

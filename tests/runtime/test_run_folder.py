@@ -48,12 +48,10 @@ def kill(process):
 
 def test_open_writes_the_settings_once(tmp_path):
     path = tmp_path / "runs" / "x"
-    with RunFolder.open(path, CONFIG) as folder:
-        assert folder.is_new
+    with RunFolder.open(path, CONFIG):
         assert stored_config(path) == CONFIG
         assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "environment.json", "run.lock"]
-    with RunFolder.open(path, CONFIG.replace("{seed: 0, epochs: 3}", "{epochs: 3, seed: 0}")) as folder:
-        assert not folder.is_new
+    RunFolder.open(path, CONFIG.replace("{seed: 0, epochs: 3}", "{epochs: 3, seed: 0}")).close()
     assert stored_config(path) == CONFIG
 
 
@@ -71,8 +69,7 @@ def test_other_settings_are_refused_by_key(tmp_path):
 def test_some_settings_may_change(tmp_path, capsys):
     RunFolder.open(tmp_path, CONFIG).close()
     longer = CONFIG.replace("epochs: 3", "epochs: 30")
-    with RunFolder.open(tmp_path, longer, may_change=["run.epochs"]) as folder:
-        assert not folder.is_new
+    RunFolder.open(tmp_path, longer, may_change=["run.epochs"]).close()
     assert stored_config(tmp_path) == longer
     assert "run.epochs: 3 there, 30 given" in capsys.readouterr().out
     with RunFolder.open(tmp_path, CONFIG, may_change=["run"]):

@@ -166,7 +166,6 @@ def test_other_ranks_keep_silent(tmp_path, monkeypatch, capsys, no_group):
     log.evaluation({})
     log.images("a", torch.zeros(1, 3, 8, 8), ["x"])
     log.evaluation_images(0, ["x"], torch.zeros(1, 3, 8, 8), {})
-    log.say("quiet")
     log.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
