@@ -15,7 +15,7 @@ def add_parser(verbs: Any) -> None:
     parse = verbs.add_parser(
         "pretrain-shapes",
         help="make the bundled miniature's base model again",
-        description="Trains the shapes autoencoder and flow model from nothing, half an hour on two cores, and writes "
+        description="Trains the shapes autoencoder and flow model from nothing, about 50 minutes on two cores, and writes "
         "a diffusers pipeline folder with its log. Equal arguments give equal weights.",
     )
     parse.add_argument("out", type=Path, help="the pipeline folder to write; an existing one is replaced at the end")

@@ -19,7 +19,7 @@ from fdfo_engine.shapes.scene import captions
 class FlowSettings:
     """How the flow model is trained; the defaults made the shipped base."""
 
-    steps: int = 6_000
+    steps: int = 10_000
     batch: int = 32
     pictures: int = 40_000
     learning_rate: float = 3e-3
