@@ -24,6 +24,7 @@ from fdfo_engine.runtime.run_folder import read_log
 CONFIG = ROOT / "configs" / "shapes.yaml"
 METRICS = ("shapes", "shapes_strict")
 PROBE_STEPS = 120
+PICTURES = 20_000  # of another seed than the base's own
 
 
 def main() -> None:
@@ -85,11 +86,12 @@ def further_pretraining(cpu_seconds: float, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     reporting = Reporting(log_every=20, evaluate_every=10**9)
-    continue_pretraining(shapes_base(), folder / "pretraining_probe", steps=PROBE_STEPS, reporting=reporting)
-    steps = max(1, int(cpu_seconds / seconds_a_step(folder / "pretraining_probe")))
-    continue_pretraining(shapes_base(), folder / "pretraining", steps=steps, reporting=reporting)
-    taken = steps * seconds_a_step(folder / "pretraining")
-    return {"cpu_seconds": taken, "steps": steps, **evaluate_pipeline(folder / "pretraining", folder)}
+    probe, longer = folder / "pretraining_probe", folder / "pretraining"
+    continue_pretraining(shapes_base(), probe, steps=PROBE_STEPS, pictures=1000, reporting=reporting)
+    steps = max(1, int(cpu_seconds / seconds_a_step(probe)))
+    continue_pretraining(shapes_base(), longer, steps=steps, pictures=PICTURES, reporting=reporting)
+    taken = steps * seconds_a_step(longer)
+    return {"cpu_seconds": taken, "steps": steps, "pictures": PICTURES, **evaluate_pipeline(longer, folder)}
 
 
 def seconds_a_step(pipeline: Path) -> float:

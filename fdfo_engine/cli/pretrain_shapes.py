@@ -15,8 +15,8 @@ def add_parser(verbs: Any) -> None:
     parse = verbs.add_parser(
         "pretrain-shapes",
         help="make the bundled miniature's base model again",
-        description="Trains the shapes autoencoder and flow model from nothing, about 50 minutes on two cores, and writes "
-        "a diffusers pipeline folder with its log. Equal arguments give equal weights.",
+        description="Trains the shapes autoencoder and flow model from nothing, about 50 minutes on two cores, and "
+        "writes a diffusers pipeline folder with its log. Equal arguments give equal weights.",
     )
     parse.add_argument("out", type=Path, help="the pipeline folder to write; an existing one is replaced at the end")
     parse.add_argument("--seed", type=int, default=0, help="default 0")
