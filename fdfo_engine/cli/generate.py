@@ -124,7 +124,7 @@ def _write(out: Path, prompts: list[str], sets: dict[str, Tensor]) -> None:
     (out / "images.jsonl").write_text("".join(records), encoding="utf-8")
     rows = torch.stack(list(sets.values()), 1).flatten(0, 1)
     captions = [f"{name}: {prompt}" if len(sets) > 1 else prompt for prompt in prompts for name in sets]
-    save_png(draw_grid(rows, captions, len(sets) if len(sets) > 1 else min(_COLUMNS, len(prompts))), out / "grid.png")
+    save_png(draw_grid(rows, captions, min(_COLUMNS, len(rows))), out / "grid.png")
 
 
 def _slug(prompt: str) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fdfo_engine.runtime.console import visible
 
-_LABEL_HEIGHT = 16
+_LABEL_LINES, _LINE_HEIGHT = 2, 15
+_LABEL_HEIGHT = _LABEL_LINES * _LINE_HEIGHT + 2
 _GAP = 4
-_MAX_CELL = 320
+_MIN_CELL, _MAX_CELL = 192, 320  # room for a caption
 _BACKGROUND = (24, 24, 27)
 _INK = (228, 228, 231)
 
@@ -25,9 +26,9 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """Images `[N, 3, H, W]` in rows of `columns`, each over its caption, which is cut to its width."""
+    """Images `[N, 3, H, W]` in rows of `columns`, each over its caption, which is cut to two lines."""
     pictures = [_fit(to_picture(image)) for image in images]
-    width, height = max(64, pictures[0].width), pictures[0].height
+    width, height = max(_MIN_CELL, pictures[0].width), pictures[0].height
     rows = -(-len(pictures) // columns)
     cell_height = height + _LABEL_HEIGHT + _GAP
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * cell_height + _GAP), _BACKGROUND)
@@ -35,7 +36,7 @@ def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Im
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = _GAP + n % columns * (width + _GAP), _GAP + n // columns * cell_height
         sheet.paste(picture, (x, y))
-        pen.text((x, y + height + 2), _cut(visible(caption), width), fill=_INK, font=_font())
+        pen.text((x, y + height + 1), "\n".join(_lines(visible(caption), width)), fill=_INK, font=_font(), spacing=2)
     return sheet
 
 
@@ -50,14 +51,26 @@ def _fit(picture: Image.Image) -> Image.Image:
     side = max(picture.size)
     if side > _MAX_CELL:
         picture.thumbnail((_MAX_CELL, _MAX_CELL))
-    elif side < 64:
-        factor = -(-64 // side)
+    elif side < _MIN_CELL:
+        factor = -(-_MIN_CELL // side)
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     return picture
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(10)
+    return ImageFont.load_default(12)
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """`text` broken at words into lines of at most `width` pixels, two at most; the rest is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font().getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, width) for line in lines[:_LABEL_LINES]]
 
 
 def _cut(text: str, width: int) -> str:

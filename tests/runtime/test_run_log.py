@@ -81,8 +81,8 @@ def test_grid_puts_pairs_side_by_side():
     images[1] = 1.0
     sheet = draw_grid(images, ["0.1", "0.9", "0.2", "0.3"], columns=2)
     assert sheet.getpixel((4 + 32, 4 + 32)) == (0, 0, 0)
-    assert sheet.getpixel((4 + 64 + 4 + 32, 4 + 32)) == (255, 255, 255)
-    assert sheet.getpixel((4 + 64 + 4 + 32, 4 + 84 + 32)) == (0, 0, 0)
+    assert sheet.getpixel((4 + 192 + 4 + 32, 4 + 32)) == (255, 255, 255)
+    assert sheet.getpixel((4 + 192 + 4 + 32, 4 + 228 + 32)) == (0, 0, 0)
 
 
 def test_large_images_are_scaled_down():
