@@ -65,8 +65,8 @@ def group_is_empty(leader):
 def test_a_stop_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(tiny_sd3, tmp_path, number):
     config = write_config(tiny_sd3, tmp_path / "stopped", epochs=40)
     command = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--ranks", "2", "--config", str(config)]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 120
     log_file = tmp_path / "stopped/run/metrics.jsonl"
     while time.monotonic() < deadline and not (log_file.exists() and log_file.read_text().count("\n") >= 3):
