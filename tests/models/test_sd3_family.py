@@ -130,8 +130,13 @@ def test_export_leaves_foreign_files_alone(config, tmp_path, monkeypatch):
     engine = Engine(config)
     moved(engine)
     monkeypatch.setattr("fdfo_engine.models.sd3.fold_alpha", lambda weights, scale: weights)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(UsageError, match="is not empty; choose another folder or pass overwrite=True"):
         engine.export(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="loaded back"):
+        engine.export(tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    monkeypatch.undo()
+    engine.export(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
