@@ -148,13 +148,13 @@ void bind_cpu(py::module_& m) {
       Guard());
   m.def(
       "fdfo_loss_forward",
-      [](const FdfoLoss& a, Address advantage, double clip_range, double normalizer, Address log_ratio, Address scale,
-         Address grad, int threads) {
-        std::vector<double> loss(a.rows);
-        const cpu::LossOutputs outputs{at<const double>(advantage), clip_range,        normalizer,    loss.data(),
+      [](const FdfoLoss& a, Address advantage, double clip_range, double normalizer, Address scale, Address loss,
+         Address log_ratio, Address grad, int threads) {
+        std::vector<double> terms(a.rows);
+        const cpu::LossOutputs outputs{at<const double>(advantage), clip_range,        normalizer,    terms.data(),
                                        at<float>(log_ratio),        at<double>(scale), at<void>(grad)};
         table->fdfo_loss_forward(a, outputs, threads);
-        return std::accumulate(loss.begin(), loss.end(), 0.0);
+        *at<float>(loss) = static_cast<float>(std::accumulate(terms.begin(), terms.end(), 0.0));
       },
       Guard());
   m.def(

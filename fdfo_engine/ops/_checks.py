@@ -86,7 +86,7 @@ def integers(op: str, name: str, value: Any, *, length: int | None, limit: int) 
         if value.ndim != 1 or value.is_meta:
             refuse(op, name, f"{list(value.shape)} on {value.device}", "one axis, and values")
         out = value.detach()
-        numbers = [] if out.numel() == 0 or out.is_cuda else [int(end) for end in torch.aminmax(out)]
+        numbers = [] if out.is_cuda else out.tolist()
     else:
         numbers = _ints(op, name, value)
         out = None

@@ -69,7 +69,7 @@ def arguments(name: str, *values: Any) -> Any:
 
 def inner_contiguous(tensor: T, lead: int) -> T:
     """`tensor`, or a copy of it, whose axes after the first `lead` are contiguous; None stays None."""
-    if tensor is None:
+    if tensor is None or tensor.is_contiguous():
         return tensor
     expected = 1
     for size, stride in zip(reversed(tensor.shape[lead:]), reversed(tensor.stride()[lead:]), strict=True):
