@@ -4,7 +4,10 @@ import sys
 
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
+from fdfo_engine.ops.gated_residual import gated_residual
+from fdfo_engine.ops.gated_residual_norm import gated_residual_norm
 from fdfo_engine.ops.guided_velocity import guided_velocity
+from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -21,7 +24,10 @@ from fdfo_engine.ops.philox import (
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
 from fdfo_engine.ops.replay import replay
 
-_OPS = (philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss)
+_OPS = (
+    philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss,
+    layer_norm_modulate, gated_residual, gated_residual_norm,
+)  # fmt: skip
 
 
 def implementations() -> dict[str, tuple[str, ...]]:
@@ -41,8 +47,11 @@ __all__ = [
     "churn_stream",
     "deal_stream",
     "fdfo_loss",
+    "gated_residual",
+    "gated_residual_norm",
     "guided_velocity",
     "implementations",
+    "layer_norm_modulate",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",
