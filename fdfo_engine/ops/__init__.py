@@ -19,9 +19,10 @@ from fdfo_engine.ops.philox import (
     philox_words,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
+from fdfo_engine.ops.qk_rms_norm import QKV, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
-_OPS = (philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss)
+_OPS = (philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss, qk_rms_norm)
 
 
 def implementations() -> dict[str, tuple[str, ...]]:
@@ -33,6 +34,7 @@ __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
     "PROMPT_ORDER_STREAM",
+    "QKV",
     "SCALAR_STREAM",
     "SHARED_STREAM",
     "BackendUnavailableError",
@@ -49,5 +51,6 @@ __all__ = [
     "paired_step",
     "philox_normal",
     "philox_words",
+    "qk_rms_norm",
     "replay",
 ]
