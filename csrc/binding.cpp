@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
@@ -103,6 +104,37 @@ FdfoLoss fdfo_loss(Address v, Address v_old, int number, int number_old, std::in
           size};
 }
 
+QkRmsNorm qk_rms_norm(int number, int weight_number, Address cos, Address sin, std::int64_t batch, std::int64_t heads,
+                      std::int64_t size, float eps) {
+  return {static_cast<Number>(number),
+          static_cast<Number>(weight_number),
+          at<const float>(cos),
+          at<const float>(sin),
+          batch,
+          heads,
+          size,
+          eps};
+}
+
+// `packed`: address, strides of batch, token and head.
+HeadRows head_rows(Strided x, std::tuple<Address, std::int64_t, std::int64_t, std::int64_t> packed, Address weight,
+                   bool rotary, std::int64_t tokens, std::int64_t first, Address grad, Address weight_grad) {
+  const auto [packed_address, packed_batch, packed_token, packed_head] = packed;
+  return {at<const void>(std::get<0>(x)),
+          std::get<1>(x),
+          std::get<2>(x),
+          at<void>(packed_address),
+          packed_batch,
+          packed_token,
+          packed_head,
+          at<const void>(weight),
+          rotary,
+          tokens,
+          first,
+          at<void>(grad),
+          at<void>(weight_grad)};
+}
+
 std::vector<const cpu::Table*> supported_tables() {
   std::vector<const cpu::Table*> found{&cpu::kGeneric};
 #if defined(FDFO_X86)
@@ -163,6 +195,21 @@ void bind_cpu(py::module_& m) {
         table->fdfo_loss_backward(a, at<const double>(scale), at<void>(grad), threads);
       },
       Guard());
+  m.def(
+      "qk_rms_norm_forward",
+      [](const QkRmsNorm& a, const std::vector<HeadRows>& rows, int threads) {
+        table->qk_rms_norm_forward(a, rows.data(), static_cast<int>(rows.size()), threads);
+      },
+      Guard());
+  m.def(
+      "qk_rms_norm_backward",
+      [](const QkRmsNorm& a, const std::vector<HeadRows>& rows, int threads) {
+        std::int64_t most = 0;
+        for (const HeadRows& r : rows) most = r.weight_grad != nullptr ? std::max(most, r.tokens) : most;
+        std::vector<double> partial(cpu::blocks(a.batch * most, cpu::kTokenBlock) * a.size);
+        table->qk_rms_norm_backward(a, rows.data(), static_cast<int>(rows.size()), partial.data(), threads);
+      },
+      Guard());
 }
 
 #if defined(FDFO_WITH_CUDA)
@@ -208,6 +255,8 @@ void bind_arguments(py::module_& m) {
   py::class_<Replay>(m, "Replay").def(py::init(&replay));
   py::class_<PairDirection>(m, "PairDirection").def(py::init(&pair_direction));
   py::class_<FdfoLoss>(m, "FdfoLoss").def(py::init(&fdfo_loss));
+  py::class_<QkRmsNorm>(m, "QkRmsNorm").def(py::init(&qk_rms_norm));
+  py::class_<HeadRows>(m, "HeadRows").def(py::init(&head_rows));
 }
 
 }  // namespace

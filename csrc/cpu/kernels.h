@@ -28,11 +28,15 @@ struct Table {
   void (*fdfo_loss_forward)(const FdfoLoss&, const LossOutputs&, int threads);
   // grad [rows, size] of v's type: scale[row] * (e + u), exactly 0 where the scale is.
   void (*fdfo_loss_backward)(const FdfoLoss&, const double* scale, void* grad, int threads);
+  void (*qk_rms_norm_forward)(const QkRmsNorm&, const HeadRows* rows, int count, int threads);
+  // partial: [blocks(batch * tokens, kTokenBlock), size] for the longest of `rows`, scratch.
+  void (*qk_rms_norm_backward)(const QkRmsNorm&, const HeadRows* rows, int count, double* partial, int threads);
 };
 
 extern const Table kGeneric, kAvx2, kAvx512;
 
 constexpr int64_t kSumBlock = 4096;  // elements a partial sum
+constexpr int64_t kTokenBlock = 16;  // tokens of one, for the gradient of a norm's weight
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 

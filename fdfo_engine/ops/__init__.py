@@ -22,11 +22,11 @@ from fdfo_engine.ops.philox import (
     philox_words,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
+from fdfo_engine.ops.qk_rms_norm import QKV, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
 _OPS = (
-    philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss,
-    layer_norm_modulate, gated_residual, gated_residual_norm,
+    philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss, layer_norm_modulate, gated_residual, gated_residual_norm, qk_rms_norm,
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
     "PROMPT_ORDER_STREAM",
+    "QKV",
     "SCALAR_STREAM",
     "SHARED_STREAM",
     "BackendUnavailableError",
@@ -58,5 +59,6 @@ __all__ = [
     "paired_step",
     "philox_normal",
     "philox_words",
+    "qk_rms_norm",
     "replay",
 ]

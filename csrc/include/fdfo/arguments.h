@@ -84,4 +84,26 @@ struct FdfoLoss {
   int64_t rows, size;
 };
 
+constexpr int kMaxHeadSize = 256;
+
+struct QkRmsNorm {
+  Number number, weight_number;  // weight_number: as `number`, or float32
+  const float *cos, *sin;        // [packed tokens, size], or null
+  int64_t batch, heads, size;    // size: of one head
+  float eps;
+};
+
+// q, k or v of one stream and its place in the tensor that packs the streams along the tokens.
+struct HeadRows {
+  const void* x;  // [batch, tokens, heads * size]
+  int64_t x_batch, x_token;
+  void* packed;  // from the stream's first token on: the output of the forward, its gradient in the backward
+  int64_t packed_batch, packed_token, packed_head;
+  const void* weight;     // [size], or null: it is not normed
+  bool rotary;
+  int64_t tokens, first;  // `first` of the packed tokens
+  void* grad;             // backward: of x, [batch, tokens, heads * size] without gaps
+  void* weight_grad;      // backward: [size], or null
+};
+
 }  // namespace fdfo
