@@ -4,7 +4,9 @@ import sys
 
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
+from fdfo_engine.ops.feed_forward import feed_forward
 from fdfo_engine.ops.guided_velocity import guided_velocity
+from fdfo_engine.ops.lora_linear import lora_linear, lora_linear_group
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -21,7 +23,17 @@ from fdfo_engine.ops.philox import (
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
 from fdfo_engine.ops.replay import replay
 
-_OPS = (philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss)
+_OPS = (
+    philox_normal,
+    paired_noise,
+    paired_step,
+    guided_velocity,
+    replay,
+    pair_direction,
+    fdfo_loss,
+    lora_linear,
+    feed_forward,
+)
 
 
 def implementations() -> dict[str, tuple[str, ...]]:
@@ -41,8 +53,11 @@ __all__ = [
     "churn_stream",
     "deal_stream",
     "fdfo_loss",
+    "feed_forward",
     "guided_velocity",
     "implementations",
+    "lora_linear",
+    "lora_linear_group",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",
