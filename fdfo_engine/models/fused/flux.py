@@ -100,7 +100,7 @@ class FusedFlux:
         self.model = model
         double = [FusedDoubleBlock(block, settings) for block in model.transformer_blocks]
         single = [FusedSingleBlock(block, settings) for block in model.single_transformer_blocks]
-        self.blocks = [*double, *single]
+        self.blocks: list[FusedDoubleBlock | FusedSingleBlock] = [*double, *single]
         norms = [norm for block in self.blocks for norm in block.norms]
         self.modulations = Modulations([*norms, model.norm_out], rehome=settings.rehome)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from torch import nn
 
 from fdfo_engine.models.fused.attention import attention_backends
 from fdfo_engine.models.fused.flux import FusedFlux
@@ -16,7 +17,7 @@ from fdfo_engine.models.fused.streams import Settings
 from fdfo_engine.ops import BackendUnavailableError
 
 RECOMPUTE = ("none", "fc1", "block")
-_FAMILIES = {SD3Transformer2DModel: FusedSD3, FluxTransformer2DModel: FusedFlux}
+_FAMILIES: dict[type, Any] = {SD3Transformer2DModel: FusedSD3, FluxTransformer2DModel: FusedFlux}
 _PLAN = "_fused"
 
 
@@ -76,6 +77,11 @@ def unfuse(transformer: Any) -> None:
 def is_fused(transformer: Any) -> bool:
     """Whether `fuse` is in force."""
     return _PLAN in vars(transformer)
+
+
+def fused_blocks(transformer: Any) -> list[nn.Module]:
+    """The blocks that run fused: what shards weights (ZeRO-3) has to gather each of them whole."""
+    return [block.block for block in getattr(transformer, _PLAN).blocks] if is_fused(transformer) else []
 
 
 def _joints(plan: Any) -> Iterator[JointWeights]:

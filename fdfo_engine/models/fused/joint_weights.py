@@ -30,7 +30,7 @@ class JointWeights:
         """Whether `layers` can't share a buffer: not all plain frozen linear layers of one input, dtype and device."""
         if not all(type(layer) is nn.Linear for layer in layers):
             return True
-        kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in layers}  # type: ignore[union-attr]
+        kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in layers}
         return len(kinds) > 1 or any(p.requires_grad for layer in layers for p in layer.parameters())
 
     def intact(self) -> bool:
@@ -41,7 +41,7 @@ class JointWeights:
     def together(self, x: Tensor) -> tuple[Tensor, ...]:
         """Every layer's output for `x` `[..., K]`, views of one tensor; differentiable in `x`, once."""
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return linear(x, self.weight, self.bias).split(self.sizes, -1)
+            return _split_linear(x, self.weight, self.bias, self.sizes)
         found: tuple[Tensor, ...] = _Together.apply(x, self.weight, self.bias, self.sizes)
         return found
 
@@ -51,7 +51,7 @@ class JointWeights:
             if parameter.data_ptr() == place:
                 parameter.data = parameter.data.clone()
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[Tensor]:
         return [p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None]
 
 
@@ -62,7 +62,7 @@ class _Together(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight)
         ctx.sizes = sizes
-        return linear(x, weight, bias).split(sizes, -1)
+        return _split_linear(x, weight, bias, sizes)
 
     @staticmethod
     @once_differentiable
@@ -74,7 +74,12 @@ class _Together(torch.autograd.Function):
         return grad.view(*upstream[0].shape[:-1], -1), None, None, None
 
 
-def _gather(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = linear(x, weight, bias).split(sizes, -1)
+    return found
+
+
+def _gather(parameters: Sequence[Tensor]) -> Tensor:
     rows = sum(len(p) for p in parameters)
     buffer = torch.empty(rows, *parameters[0].shape[1:], dtype=parameters[0].dtype, device=parameters[0].device)
     start = 0

@@ -124,4 +124,5 @@ def final_layer(model: Any, x: Tensor, temb: Tensor, row: Tensor | None) -> Tens
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
     """`[B, height * width, patch * patch * C]` to `[B, C, height * patch, width * patch]`."""
     grid = tokens.unflatten(1, (height, width)).unflatten(3, (patch, patch, -1))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return image
