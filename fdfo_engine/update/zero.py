@@ -46,8 +46,6 @@ class ZeroTrainer:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
-        if self.stage == 3:
-            _gather_fused_blocks_whole(network)
         self.engine: Any = deepspeed.initialize(
             model=network, optimizer=adamw, config=deepspeed_config(optimizer, zero), dist_init_required=False
         )[0]
@@ -241,16 +239,6 @@ class ZeroTrainer:
                 optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
         if self.stage == 3:
             optimizer.averaged_gradients = {}
-
-
-def _gather_fused_blocks_whole(network: nn.Module) -> None:
-    """A fused block reads its layers' weights without calling the layers, whose hooks would have gathered them."""
-    from deepspeed.utils import set_z3_leaf_module
-
-    from fdfo_engine.models.fused import fused_blocks  # imports diffusers
-
-    for block in fused_blocks(network):
-        set_z3_leaf_module(block, True)
 
 
 def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig) -> dict[str, Any]:
