@@ -112,7 +112,9 @@ def triton_resources(case: Case, architecture: int) -> Resources:
 
     names = case.kernel.arg_names
     signature = dict(zip(names, [*case.types, *["constexpr"] * len(case.constants)], strict=True))
-    multiples = [i for i, kind in enumerate(case.types) if kind.startswith("*") or (kind == "i32" and names[i] not in _ODD_SIZES)]
+    multiples = [
+        i for i, kind in enumerate(case.types) if kind.startswith("*") or (kind == "i32" and names[i] not in _ODD_SIZES)
+    ]
     source = ASTSource(
         case.kernel, signature, constexprs=case.constants, attrs={(i,): [["tt.divisibility", 16]] for i in multiples}
     )

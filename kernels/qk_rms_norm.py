@@ -115,7 +115,7 @@ def qk_rms_norm_backward_kernel(
         n = x * r
         if WEIGHT_GRADS:
             at = (kind.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * E + e
-            tl.store(partial_ptr + at, tl.sum(g * rounded(n, weight_ptr.dtype.element_ty), axis=0), mask=e < E)
+            tl.store(partial_ptr + at, tl.sum(g * n, axis=0), mask=e < E)
         d = g * weight
         dx = r * (d - n * (tl.sum(d * n, axis=1) / E)[:, None])
         tl.store(dx_ptr + dx_at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)

@@ -214,8 +214,7 @@ FDFO_INLINE void backward_heads(const Known& known, const T* __restrict from, co
       const Chunk n = load(from + h * known.size() + c * kChunk, known.count(c)) * r;
       Chunk by = d[h][c];
       if (sums != nullptr) {
-        const Chunk used = known.round() ? rounded<Known::kAnyNan, T>(n) : n;
-        sums[c] = {sums[c].even + by.even * used.even, sums[c].odd + by.odd * used.odd};
+        sums[c] = {sums[c].even + by.even * n.even, sums[c].odd + by.odd * n.odd};
         by = by * t.weight[c];
       }
       store<Known::kAnyNan>(to + h * known.size() + c * kChunk, (by - n * mean) * r, known.count(c));
@@ -223,11 +222,11 @@ FDFO_INLINE void backward_heads(const Known& known, const T* __restrict from, co
   }
 }
 
-// Calls `run(known)` for a token: with its size, where there is code for that, its norm as models have it.
 template <int kSize, class Run>
 FDFO_INLINE void with_known(const Token& t, const Run& run) {
-  if (kSize == 0 || !t.normed || !t.round) return run(Known<0, false>{t});
-  if (t.rotary) return run(Known<kSize, true>{t});
+  if constexpr (kSize != 0) {
+    if (t.rotary) return run(Known<kSize, true>{t});
+  }
   run(Known<kSize, false>{t});
 }
 
@@ -322,33 +321,30 @@ FDFO_INLINE void backward_task(const QkRmsNorm& a, const HeadRows& rows, int64_t
   if (partial != nullptr) memcpy(partial + task * a.size, weight_grad, sizeof(double) * static_cast<size_t>(a.size));
 }
 
-// Calls `run<T, kSize>()` with the activations' type and the head's size, where there is code for it.
+// Calls `run<T, kSize>()` with the activations' type and, where there is code for it, the head's size: for the sizes and
+// the weights that models have.
 template <class Run>
-FDFO_INLINE void with_type_and_size(const QkRmsNorm& a, const Run& run) {
+FDFO_INLINE void with_type_and_size(const QkRmsNorm& a, const HeadRows& rows, const Run& run) {
+  const bool is_usual = rows.weight != nullptr && a.weight_number == a.number;
   with_type(a.number, [&]<class T>() {
-    switch (a.size) {
-      case 32:
-        return run.template operator()<T, 32>();
-      case 64:
-        return run.template operator()<T, 64>();
-      case 128:
-        return run.template operator()<T, 128>();
-      default:
-        return run.template operator()<T, 0>();
+    if constexpr (!std::is_same_v<T, Float16>) {
+      if (is_usual && a.size == 32) return run.template operator()<T, 32>();
+      if (is_usual && a.size == 64) return run.template operator()<T, 64>();
+      if (is_usual && a.size == 128) return run.template operator()<T, 128>();
     }
+    run.template operator()<T, 0>();
   });
 }
 
 void qk_rms_norm_forward(const QkRmsNorm& a, const HeadRows* rows, int count, int threads) {
-  with_type_and_size(a, [&]<class T, int kSize>() {
-#pragma omp parallel num_threads(threads)
-    for (int i = 0; i < count; ++i) {
-#pragma omp for schedule(static) nowait
+  for (int i = 0; i < count; ++i) {
+    with_type_and_size(a, rows[i], [&]<class T, int kSize>() {
+#pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t task = 0; task < blocks(a.batch * rows[i].tokens, kTokenBlock); ++task) {
         forward_task<T, kSize>(a, rows[i], task);
       }
-    }
-  });
+    });
+  }
 }
 
 template <class T>
@@ -361,20 +357,20 @@ FDFO_INLINE void add_partials(void* to, const double* partial, int64_t count, in
 }
 
 void qk_rms_norm_backward(const QkRmsNorm& a, const HeadRows* rows, int count, double* partial, int threads) {
-  with_type_and_size(a, [&]<class T, int kSize>() {
-    for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count; ++i) {
+    with_type_and_size(a, rows[i], [&]<class T, int kSize>() {
       const int64_t tasks = blocks(a.batch * rows[i].tokens, kTokenBlock);
       double* sums = rows[i].weight_grad != nullptr ? partial : nullptr;
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t task = 0; task < tasks; ++task) backward_task<T, kSize>(a, rows[i], task, sums);
-      if (sums == nullptr) continue;
+      if (sums == nullptr) return;
       if (a.weight_number == a.number) {
         add_partials<T>(rows[i].weight_grad, sums, tasks, a.size);
       } else {
         add_partials<float>(rows[i].weight_grad, sums, tasks, a.size);
       }
-    }
-  });
+    });
+  }
 }
 
 }  // namespace fdfo::cpu::FDFO_ISA
