@@ -81,9 +81,26 @@ def triton_cases() -> list[Case]:
             fdfo_loss.fdfo_loss_backward_kernel,
             [bf16, bf16, f32, i64, i64, f64, f32, bf16, *size, *3 * stride], {"BLOCK": blocks["fdfo_loss"]},
         ),
+        *_qk_rms_norm_cases(),
     ]  # fmt: skip
 
 
+def _qk_rms_norm_cases() -> Iterator[Case]:
+    """As SD3.5 has it, heads of 64 without rotary embedding; as FLUX has it, 128 with one, and gradients of weights."""
+    from fdfo_engine.kernels import qk_rms_norm as kernels
+
+    op = importlib.import_module("fdfo_engine.ops.qk_rms_norm")
+    f32, bf16, sizes = POINTERS["float32"], POINTERS["bfloat16"], [*8 * ["i32"]]
+    for head_size, rotary in ((64, False), (128, True)):
+        rows, columns = op.tile(head_size)
+        known, tile = {"NORMED": 15, "ROTARY": rotary}, {"E": head_size, "ROWS": rows, "BLOCK_E": columns}
+        types = [*13 * [bf16], f32, f32, *sizes, "fp32"]
+        yield Case(kernels.qk_rms_norm_forward_kernel, types, known | tile)
+        types = [*17 * [bf16], f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
+        yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": rotary} | tile)
+
+
+_ODD_SIZES = ("B", "TOKENS0", "TOKENS1", "HEADS")
 _OPS = ("philox_normal", "paired_noise", "paired_step", "replay", "pair_direction", "fdfo_loss")
 
 
@@ -95,7 +112,9 @@ def triton_resources(case: Case, architecture: int) -> Resources:
 
     names = case.kernel.arg_names
     signature = dict(zip(names, [*case.types, *["constexpr"] * len(case.constants)], strict=True))
-    multiples = [i for i, kind in enumerate(case.types) if kind.startswith("*") or (kind == "i32" and names[i] != "B")]
+    multiples = [
+        i for i, kind in enumerate(case.types) if kind.startswith("*") or (kind == "i32" and names[i] not in _ODD_SIZES)
+    ]
     source = ASTSource(
         case.kernel, signature, constexprs=case.constants, attrs={(i,): [["tt.divisibility", 16]] for i in multiples}
     )

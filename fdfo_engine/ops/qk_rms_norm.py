@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _checks, _compiled, _dispatch
 
-OFFERED = ("cpp", "torch")
+OFFERED = ("triton", "cpp", "torch")
 MAX_HEAD_SIZE = 256
 MAX_STREAMS = 2
+TILE = 2048  # elements a Triton program; not tuned on a GPU yet
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -204,8 +205,100 @@ def _backward_cpp(
     _compiled.call("qk_rms_norm_backward", rows[0].x.device, _arguments(settings, rows), parts)
 
 
-_FORWARD = {"cpp": _forward_cpp}
-_BACKWARD = {"cpp": _backward_cpp}
+class _Tiles(NamedTuple):
+    """What both Triton kernels are launched with."""
+
+    grid: tuple[int, int]
+    blocks: int
+    """Programs of the first stream, along the grid's first axis."""
+    sizes: tuple[int, ...]
+    constants: dict[str, int]
+
+
+def tile(head_size: int) -> tuple[int, int]:
+    """Rows and columns of a Triton program's tile."""
+    columns = 1 << (head_size - 1).bit_length()
+    return max(1, TILE // columns), columns
+
+
+def _tiles(settings: _Settings, rows: list[_Rows], kinds: int) -> _Tiles:
+    x, E = rows[0].x, settings.head_size
+    tokens = [row.x.shape[1] for row in rows[::kinds]] + [0] * (MAX_STREAMS - len(rows) // kinds)
+    strides = [row.x.stride()[:2] for row in (rows[0], rows[-kinds])]
+    heads, (height, width) = x.shape[2] // E, tile(E)
+    blocks = [-(-x.shape[0] * n * heads // height) for n in tokens]
+    normed = sum(1 << (2 * (i // kinds) + row.kind) for i, row in enumerate(rows) if row.weight is not None)
+    constants = {"NORMED": normed, "ROTARY": settings.cos is not None, "E": E, "ROWS": height, "BLOCK_E": width}
+    return _Tiles((sum(blocks), kinds), blocks[0], (x.shape[0], *tokens, heads, *strides[0], *strides[1]), constants)
+
+
+def _by_kind(tensors: Sequence[Tensor | None], kinds: int) -> list[Tensor]:
+    """One tensor for q, k and v of both streams, the first one in the place of each that is not there."""
+    streams = [tensors[:kinds], tensors[-kinds:]]
+    return [s[i] if i < kinds and s[i] is not None else tensors[0] for s in streams for i in range(3)]  # type: ignore[misc]
+
+
+def _weights(rows: list[_Rows], kinds: int) -> list[Tensor]:
+    """Of q and k of both streams; any tensor of their dtype where there is none."""
+    some = next((row.weight for row in rows if row.weight is not None), rows[0].x)
+    both = [row.weight if row.weight is not None else some for row in rows if row.kind < 2]
+    return both[:2] + both[-2:]
+
+
+def _forward_triton(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor | None]) -> None:
+    from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_forward_kernel  # triton: only where it runs
+
+    kinds = 2 if packed[2] is None else 3
+    rows = _evenly_strided(rows, kinds)
+    tiles = _tiles(settings, rows, kinds)
+    outputs = [packed[0] if out is None else out for out in packed]
+    tables = [outputs[0] if table is None else table for table in (settings.cos, settings.sin)]
+    with torch.cuda.device_of(outputs[0]):  # triton launches on the current device, not on the tensor's
+        qk_rms_norm_forward_kernel[tiles.grid](
+            *_by_kind([row.x for row in rows], kinds), *_weights(rows, kinds), *outputs, *tables, *tiles.sizes,
+            settings.eps, **tiles.constants, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _backward_triton(
+    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> None:
+    from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_backward_kernel  # triton: only where it runs
+
+    kinds = 2 if packed_grads[2] is None else 3
+    rows = _evenly_strided(rows, kinds)
+    tiles, dx = _tiles(settings, rows, kinds), [g for i, g in enumerate(grads) if i % 5 < kinds]
+    upstream = [packed_grads[0] if grad is None else grad for grad in packed_grads]
+    if len({grad.stride() for grad in upstream}) > 1:
+        upstream = [grad.contiguous() for grad in upstream]
+    like, wanted = upstream[0], [g for i, g in enumerate(grads) if i % 5 > 2]
+    tables = [like if table is None else table for table in (settings.cos, settings.sin)]
+    needed = any(grad is not None for grad in wanted)
+    partial = like.new_empty((2, tiles.grid[0] if needed else 0, settings.head_size), dtype=torch.float32)
+    x = _by_kind([row.x for row in rows], kinds)
+    with torch.cuda.device_of(like):
+        qk_rms_norm_backward_kernel[tiles.grid](
+            *x[:2], *x[3:5], *_weights(rows, kinds), *upstream, *_by_kind(dx, kinds), *tables, partial, *tiles.sizes,
+            *like.stride()[:3], settings.eps, **tiles.constants, WEIGHT_GRADS=needed, enable_fp_fusion=False,
+        )  # fmt: skip
+    for i, grad in enumerate(wanted):
+        if grad is not None:
+            of_stream = slice(tiles.blocks) if i < 2 else slice(tiles.blocks, None)
+            grad.copy_(partial[i % 2, of_stream].sum(0, dtype=torch.float64))
+
+
+def _evenly_strided(rows: list[_Rows], kinds: int) -> list[_Rows]:
+    """With one pair of strides for q, k and v of a stream: copied where they lie differently."""
+    out = []
+    for i in range(0, len(rows), kinds):
+        stream = rows[i : i + kinds]
+        even = len({row.x.stride() for row in stream}) == 1
+        out += stream if even else [row._replace(x=row.x.contiguous()) for row in stream]
+    return out
+
+
+_FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
+_BACKWARD = {"cpp": _backward_cpp, "triton": _backward_triton}
 
 
 def _check_sizes(op: str, streams: Sequence[QKV], head_size: int, eps: float) -> float:
