@@ -103,6 +103,12 @@ FdfoLoss fdfo_loss(Address v, Address v_old, int number, int number_old, std::in
           size};
 }
 
+Gelu gelu(Address h, Address bias, Address grad, Address out, Address activation, int number, std::int64_t count,
+          std::int64_t size) {
+  return {at<const void>(h), at<const void>(bias),        at<const void>(grad), at<void>(out),
+          at<void>(activation), static_cast<Number>(number), count,                size};
+}
+
 std::vector<const cpu::Table*> supported_tables() {
   std::vector<const cpu::Table*> found{&cpu::kGeneric};
 #if defined(FDFO_X86)
@@ -163,6 +169,8 @@ void bind_cpu(py::module_& m) {
         table->fdfo_loss_backward(a, at<const double>(scale), at<void>(grad), threads);
       },
       Guard());
+  m.def("gelu_forward", [](const Gelu& a, int threads) { table->gelu_forward(a, threads); }, Guard());
+  m.def("gelu_backward", [](const Gelu& a, int threads) { table->gelu_backward(a, threads); }, Guard());
 }
 
 #if defined(FDFO_WITH_CUDA)
@@ -208,6 +216,7 @@ void bind_arguments(py::module_& m) {
   py::class_<Replay>(m, "Replay").def(py::init(&replay));
   py::class_<PairDirection>(m, "PairDirection").def(py::init(&pair_direction));
   py::class_<FdfoLoss>(m, "FdfoLoss").def(py::init(&fdfo_loss));
+  py::class_<Gelu>(m, "Gelu").def(py::init(&gelu));
 }
 
 }  // namespace

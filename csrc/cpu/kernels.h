@@ -28,6 +28,8 @@ struct Table {
   void (*fdfo_loss_forward)(const FdfoLoss&, const LossOutputs&, int threads);
   // grad [rows, size] of v's type: scale[row] * (e + u), exactly 0 where the scale is.
   void (*fdfo_loss_backward)(const FdfoLoss&, const double* scale, void* grad, int threads);
+  void (*gelu_forward)(const Gelu&, int threads);
+  void (*gelu_backward)(const Gelu&, int threads);
 };
 
 extern const Table kGeneric, kAvx2, kAvx512;

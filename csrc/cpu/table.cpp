@@ -10,6 +10,8 @@ void replay(const Replay&, int threads);
 void pair_direction(const PairDirection&, double* partial, int threads);
 void fdfo_loss_forward(const FdfoLoss&, const LossOutputs&, int threads);
 void fdfo_loss_backward(const FdfoLoss&, const double* scale, void* grad, int threads);
+void gelu_forward(const Gelu&, int threads);
+void gelu_backward(const Gelu&, int threads);
 }  // namespace FDFO_ISA
 
 #define FDFO_STRING(name) FDFO_STRING_OF(name)
@@ -17,6 +19,7 @@ void fdfo_loss_backward(const FdfoLoss&, const double* scale, void* grad, int th
 
 extern const Table FDFO_TABLE{FDFO_STRING(FDFO_ISA),    FDFO_ISA::philox_normal, FDFO_ISA::paired_noise,
                               FDFO_ISA::paired_step,    FDFO_ISA::replay,        FDFO_ISA::pair_direction,
-                              FDFO_ISA::fdfo_loss_forward, FDFO_ISA::fdfo_loss_backward};
+                              FDFO_ISA::fdfo_loss_forward, FDFO_ISA::fdfo_loss_backward,
+                              FDFO_ISA::gelu_forward,   FDFO_ISA::gelu_backward};
 
 }  // namespace fdfo::cpu
