@@ -14,7 +14,7 @@ _aten: Any = torch.ops.aten
 
 
 def fuses_bias(backend: str, dtype: torch.dtype) -> bool:
-    """Whether `h` comes without its bias, which costs no pass of its own here; other products add it before rounding."""
+    """Whether `h` comes without its bias, which costs no pass of its own here; else the product adds it."""
     return backend == "cpp" and dtype == torch.float32
 
 

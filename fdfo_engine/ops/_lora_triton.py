@@ -24,12 +24,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Not tuned on a GPU yet. By what operands are and the major compute capability: float32 takes no tensor core.
+# Not tuned on a GPU yet: as large as registers allow. float32 takes no tensor core; others go by the GPU's major
+# compute capability and by whether GELU follows, which needs registers of its own.
+FLOAT32_TILE = Tile(64, 64, 32, 8, 8, 2)
 TILES = {
-    ("float32", 0): Tile(64, 64, 32, 8, 8, 2),
-    ("half", 8): Tile(128, 128, 32, 8, 8, 3),
-    ("half", 9): Tile(128, 256, 64, 8, 8, 3),
-    ("half", 10): Tile(128, 256, 64, 8, 8, 3),
+    (8, False): Tile(128, 128, 32, 8, 8, 3),
+    (8, True): Tile(128, 128, 32, 8, 8, 3),
+    (9, False): Tile(128, 256, 64, 8, 8, 3),
+    (9, True): Tile(128, 128, 64, 8, 8, 4),
+    (10, False): Tile(128, 128, 64, 8, 8, 4),
+    (10, True): Tile(128, 128, 64, 8, 8, 4),
 }
 THIN = Tile(64, 0, 64, 0, 4, 3)  # of the product with a thin factor; columns are the rank
 FACTORS = Tile(32, 128, 0, 0, 4, 3)  # of the factors' gradients: rows a step
@@ -38,10 +42,9 @@ SUM_BLOCK = 1024
 MAX_RANK = 64  # columns of the rank that a program takes
 
 
-def tile(dtype: torch.dtype, major: int) -> Tile:
-    """Tile of the large product; newer GPUs than those in the table take the last one."""
-    kind = ("float32", 0) if dtype == torch.float32 else ("half", min(max(major, 8), 10))
-    return TILES[kind]
+def tile(dtype: torch.dtype, major: int, *, gelu: bool) -> Tile:
+    """Tile of the large product; GPUs that are not in the table take the smallest, which fits any shared memory."""
+    return FLOAT32_TILE if dtype == torch.float32 else TILES.get((major, gelu), TILES[8, gelu])
 
 
 def rank_block(rank: int) -> int:
@@ -135,7 +138,7 @@ def product(
     factor = linear.lora_a if backward else linear.lora_b
     (M, K), N, R = x.shape, out.shape[1], thin.shape[1]
     major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    t = tile(x.dtype, major)
+    t = tile(x.dtype, major, gelu=gelu)
     with torch.cuda.device_of(x):
         lora_linear_kernel[(-(-M // t.rows) * -(-N // t.columns),)](
             x, linear.weight.contiguous(), None if backward else linear.bias, thin, factor.contiguous(),  # type: ignore[union-attr]
