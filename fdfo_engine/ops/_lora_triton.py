@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Not tuned on a GPU yet: as large as registers allow. float32 takes no tensor core; others go by the GPU's major
+# Not tuned on a GPU yet: as large as registers allow. float32 takes no tensor core; other dtypes go by the GPU's major
 # compute capability and by whether GELU follows, which needs registers of its own.
 FLOAT32_TILE = Tile(64, 64, 32, 8, 8, 2)
 TILES = {
