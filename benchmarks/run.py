@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import pair_ops
+from benchmarks import linear_ops, pair_ops
 from benchmarks.results_file import RESULTS, header, machine, write
 from benchmarks.timing import Spread, copy_bandwidth, interleaved
 from fdfo_engine import ops
 
+SUITES = {"linear_ops": linear_ops.cases, "pair_ops": pair_ops.cases}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest value; the tests are stricter
 
 
 def main() -> None:
     """Times the suite, prints a table and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=["pair_ops"], required=True)
+    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU; default 1 2")
     parser.add_argument("--pairs", type=int, help="pairs a sampling op works on; default 6, on a GPU 32")
     parser.add_argument("--rows", type=int, default=6, help="items of the loss; default 6")
@@ -37,7 +38,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         bandwidth = copy_bandwidth(device)
         print(f"{device}, {threads} threads, copy {bandwidth / 1e9:.1f} GB/s")
-        for case in pair_ops.cases(device, pairs=pairs, rows=arguments.rows):
+        for case in SUITES[arguments.suite](device, pairs=pairs, rows=arguments.rows):
             result["rows"] += measure(case, device, threads, bandwidth, arguments.seconds)
     write(arguments.out or RESULTS / machine(device) / f"{arguments.suite}.json", result)
 

@@ -135,6 +135,12 @@ HeadRows head_rows(Strided x, std::tuple<Address, std::int64_t, std::int64_t, st
           at<void>(weight_grad)};
 }
 
+Gelu gelu(Address h, Address bias, Address grad, Address out, Address activation, int number, std::int64_t count,
+          std::int64_t size) {
+  return {at<const void>(h), at<const void>(bias),        at<const void>(grad), at<void>(out),
+          at<void>(activation), static_cast<Number>(number), count,                size};
+}
+
 std::vector<const cpu::Table*> supported_tables() {
   std::vector<const cpu::Table*> found{&cpu::kGeneric};
 #if defined(FDFO_X86)
@@ -210,6 +216,8 @@ void bind_cpu(py::module_& m) {
         table->qk_rms_norm_backward(a, rows.data(), static_cast<int>(rows.size()), partial.data(), threads);
       },
       Guard());
+  m.def("gelu_forward", [](const Gelu& a, int threads) { table->gelu_forward(a, threads); }, Guard());
+  m.def("gelu_backward", [](const Gelu& a, int threads) { table->gelu_backward(a, threads); }, Guard());
 }
 
 #if defined(FDFO_WITH_CUDA)
@@ -257,6 +265,7 @@ void bind_arguments(py::module_& m) {
   py::class_<FdfoLoss>(m, "FdfoLoss").def(py::init(&fdfo_loss));
   py::class_<QkRmsNorm>(m, "QkRmsNorm").def(py::init(&qk_rms_norm));
   py::class_<HeadRows>(m, "HeadRows").def(py::init(&head_rows));
+  py::class_<Gelu>(m, "Gelu").def(py::init(&gelu));
 }
 
 }  // namespace

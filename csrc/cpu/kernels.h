@@ -31,6 +31,8 @@ struct Table {
   void (*qk_rms_norm_forward)(const QkRmsNorm&, const HeadRows* rows, int count, int threads);
   // partial: [blocks(batch * tokens, kTokenBlock), size] for the longest of `rows`, scratch.
   void (*qk_rms_norm_backward)(const QkRmsNorm&, const HeadRows* rows, int count, double* partial, int threads);
+  void (*gelu_forward)(const Gelu&, int threads);
+  void (*gelu_backward)(const Gelu&, int threads);
 };
 
 extern const Table kGeneric, kAvx2, kAvx512;

@@ -12,6 +12,8 @@ void fdfo_loss_forward(const FdfoLoss&, const LossOutputs&, int threads);
 void fdfo_loss_backward(const FdfoLoss&, const double* scale, void* grad, int threads);
 void qk_rms_norm_forward(const QkRmsNorm&, const HeadRows* rows, int count, int threads);
 void qk_rms_norm_backward(const QkRmsNorm&, const HeadRows* rows, int count, double* partial, int threads);
+void gelu_forward(const Gelu&, int threads);
+void gelu_backward(const Gelu&, int threads);
 }  // namespace FDFO_ISA
 
 #define FDFO_STRING(name) FDFO_STRING_OF(name)
@@ -20,6 +22,7 @@ void qk_rms_norm_backward(const QkRmsNorm&, const HeadRows* rows, int count, dou
 extern const Table FDFO_TABLE{FDFO_STRING(FDFO_ISA),    FDFO_ISA::philox_normal, FDFO_ISA::paired_noise,
                               FDFO_ISA::paired_step,    FDFO_ISA::replay,        FDFO_ISA::pair_direction,
                               FDFO_ISA::fdfo_loss_forward, FDFO_ISA::fdfo_loss_backward,
-                              FDFO_ISA::qk_rms_norm_forward, FDFO_ISA::qk_rms_norm_backward};
+                              FDFO_ISA::qk_rms_norm_forward, FDFO_ISA::qk_rms_norm_backward,
+                              FDFO_ISA::gelu_forward,   FDFO_ISA::gelu_backward};
 
 }  // namespace fdfo::cpu

@@ -62,7 +62,7 @@ def choose(op: str, offered: Sequence[str], device: torch.device, *, forced: str
         known = forced in BACKENDS
         why = "this op has no such implementation" if known else f"no such backend; they are {sorted(BACKENDS)}"
         raise BackendUnavailableError(f"{op}: backend is {forced!r}: {why}; it takes None or one of {sorted(offered)}")
-    candidates = [b for b in BACKENDS if b in offered and not (b == "triton" and _interpreted())]
+    candidates = [b for b in BACKENDS if b in offered and not (b == "triton" and interpreted())]
     notes = []
     for backend in candidates if forced is None else [forced]:
         reasons = refusals(backend, device)
@@ -76,7 +76,7 @@ def _triton_refusals(device: torch.device) -> list[str]:
     reasons = []
     if not _has_triton():
         reasons.append("triton is not installed")
-    if _interpreted() and device.type in ("cpu", "cuda"):
+    if interpreted() and device.type in ("cpu", "cuda"):
         return reasons
     if device.type != "cuda":
         reasons.append(f"it needs a tensor on a CUDA device, or {INTERPRETER}=1 in the environment; got {device}")
@@ -98,5 +98,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, a test tool."""
     return os.environ.get(INTERPRETER) == "1"

@@ -106,4 +106,12 @@ struct HeadRows {
   void* weight_grad;      // backward: [size], or null
 };
 
+// Contiguous [rows, size] tensors of one number type; out may be h or grad itself.
+struct Gelu {
+  const void *h, *bias, *grad;  // bias [size] may be null; grad is the backward's alone
+  void *out, *activation;       // activation, the forward's value once more from a backward, may be null
+  Number number;
+  int64_t rows, size;
+};
+
 }  // namespace fdfo
