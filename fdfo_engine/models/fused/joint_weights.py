@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 class JointWeights:
     """Moves the storage of `layers` into one buffer; their parameters stay the same objects, with the same values.
 
-    What moves a parameter elsewhere later (`.to`, a new `.data`) or unfreezes it is noticed by `intact`, and the
+    What moves a parameter elsewhere later (`.to`, a new `.data`) or unfreezes it is noticed by `runs`, and the
     layers then run one by one. `release` gives each parameter storage of its own again.
     """
 
@@ -25,16 +25,19 @@ class JointWeights:
         self.bias = None if layers[0].bias is None else _gather([layer.bias for layer in layers])
         self._places = [p.data_ptr() for p in self._parameters()]
 
-    @staticmethod
-    def refuses(layers: Sequence[nn.Module]) -> bool:
-        """Whether `layers` can't share a buffer: not all plain frozen linear layers of one input, dtype and device."""
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> JointWeights | None:
+        """None unless all `layers` are plain frozen linear layers of one input size, dtype and device."""
         if not all(type(layer) is nn.Linear for layer in layers):
-            return True
+            return None
         kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in layers}
-        return len(kinds) > 1 or any(p.requires_grad for layer in layers for p in layer.parameters())
+        trained = any(p.requires_grad for layer in layers for p in layer.parameters())
+        return None if trained or len(kinds) > 1 else cls(layers)
 
-    def intact(self) -> bool:
-        """Whether the buffer still holds the layers' frozen parameters."""
+    def runs(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether `together` is what `layers` compute now: no adapter wraps them, the buffer holds them, all frozen."""
+        if any(now is not then for now, then in zip(layers, self.layers, strict=True)):
+            return False
         places = zip(self._parameters(), self._places, strict=True)
         return all(p.data_ptr() == place and not p.requires_grad for p, place in places)
 

@@ -49,7 +49,7 @@ def project(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
 def project_all(layers: Sequence[nn.Module], x: Tensor, joint: JointWeights | None) -> tuple[Tensor, ...]:
     """`layer(x)` of each; in one product where their weights lie in one buffer and no adapter is on."""
     parts = [parts_of(layer) for layer in layers]
-    if joint is not None and all(p.lora_a is None for p in parts) and joint.intact():
+    if joint is not None and all(p.lora_a is None for p in parts) and joint.runs([base_of(layer) for layer in layers]):
         return joint.together(x)
     if len({p.scaling for p in parts}) > 1:
         return tuple(lora_linear(x, *p) for p in parts)

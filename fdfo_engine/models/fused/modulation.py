@@ -17,14 +17,13 @@ class Modulations:
     """The rows of scales, shifts and gates of all norms, by one product where their frozen weights lie together."""
 
     def __init__(self, norms: Sequence[Any], *, rehome: bool) -> None:
-        layers = [norm.linear for norm in norms]
-        self.joint = JointWeights(layers) if rehome and not JointWeights.refuses(layers) else None
-        self.count = len(norms)
+        self.norms = list(norms)
+        self.joint = JointWeights.of([norm.linear for norm in norms]) if rehome else None
 
     def __call__(self, temb: Tensor) -> list[Tensor | None]:
         """A row `[B, n * D]` a norm, in their order; None where each norm has to make its own."""
-        if self.joint is None or not self.joint.intact():
-            return [None] * self.count
+        if self.joint is None or not self.joint.runs([norm.linear for norm in self.norms]):
+            return [None] * len(self.norms)
         return list(self.joint.together(silu(temb)))
 
 
