@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import pair_ops
+from benchmarks import attention_ops, pair_ops
 from benchmarks.results_file import RESULTS, header, machine, write
 from benchmarks.timing import Spread, copy_bandwidth, interleaved
 from fdfo_engine import ops
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest value;
 def main() -> None:
     """Times the suite, prints a table and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=["pair_ops"], required=True)
+    parser.add_argument("--suite", choices=["pair_ops", "attention_ops"], required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU; default 1 2")
     parser.add_argument("--pairs", type=int, help="pairs a sampling op works on; default 6, on a GPU 32")
     parser.add_argument("--rows", type=int, default=6, help="items of the loss; default 6")
@@ -37,7 +37,11 @@ def main() -> None:
         torch.set_num_threads(threads)
         bandwidth = copy_bandwidth(device)
         print(f"{device}, {threads} threads, copy {bandwidth / 1e9:.1f} GB/s")
-        for case in pair_ops.cases(device, pairs=pairs, rows=arguments.rows):
+        if arguments.suite == "attention_ops":
+            cases = attention_ops.cases(device)
+        else:
+            cases = pair_ops.cases(device, pairs=pairs, rows=arguments.rows)
+        for case in cases:
             result["rows"] += measure(case, device, threads, bandwidth, arguments.seconds)
     write(arguments.out or RESULTS / machine(device) / f"{arguments.suite}.json", result)
 

@@ -127,7 +127,7 @@ class _QkRmsNorm(torch.autograd.Function):
         settings = _Settings(*settings[:3], *tables)
         rows = _rows(tensors)
         shape = rows[0].x.shape[0], _packed_tokens(rows), rows[0].x.shape[2] // settings.head_size, settings.head_size
-        packed = tuple(t.new_empty(shape) for t in tensors[:3] if t is not None)
+        packed = tuple(torch.empty(shape, dtype=t.dtype, device=t.device) for t in tensors[:3] if t is not None)
         if rows[0].x.shape[0] * shape[1]:
             _FORWARD[settings.backend](settings, rows, packed)
         ctx.save_for_backward(*(None if i % 5 == 2 else t for i, t in enumerate(tensors)))
@@ -142,10 +142,12 @@ class _QkRmsNorm(torch.autograd.Function):
             tensors[2::5] = tensors[::5]  # v isn't kept: its gradient has the shape of q's
         rows, wanted = _rows(tensors), ctx.needs_input_grad[1:]
         packed_grads = tuple(_compiled.inner_contiguous(grad, 3) for grad in packed_grads)
-        grads = [None if t is None or i % 5 > 2 else t.new_empty(t.shape) for i, t in enumerate(tensors)]
+        grads: list[Tensor | None] = [None] * len(tensors)
         for i, t in enumerate(tensors):
-            if t is not None and i % 5 > 2 and wanted[i]:
-                grads[i] = t.new_empty(t.shape)
+            if t is not None and i % 5 < 3:
+                grads[i] = torch.empty_like(t, memory_format=torch.contiguous_format)
+            elif t is not None and wanted[i]:
+                grads[i] = torch.zeros_like(t)
         if packed_grads[0].numel():
             _BACKWARD[ctx.settings.backend](ctx.settings, rows, packed_grads, grads)
         return None, *grads
