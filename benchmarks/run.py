@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import linear_ops, pair_ops
+from benchmarks import attention_ops, linear_ops, pair_ops
 from benchmarks.results_file import RESULTS, header, machine, write
 from benchmarks.timing import Spread, copy_bandwidth, interleaved
 from fdfo_engine import ops
 
-SUITES = {"linear_ops": linear_ops.cases, "pair_ops": pair_ops.cases}
+SUITES = {
+    "attention_ops": lambda device, **_: attention_ops.cases(device),
+    "linear_ops": linear_ops.cases,
+    "pair_ops": pair_ops.cases,
+}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest value; the tests are stricter
 
 

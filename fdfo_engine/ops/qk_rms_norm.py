@@ -69,12 +69,12 @@ def qk_rms_norm(
     implementation = _dispatch.choose(op, OFFERED, streams[0].q.device, forced=backend)
     only_v = streams[0].v if len(streams) == 1 and streams[0].v.is_contiguous() else None
     if implementation == "torch":
-        q, k, v = qk_rms_norm_reference(streams, head_size, rotary, eps)
+        packed = qk_rms_norm_reference(streams, head_size, rotary, eps)
     else:
         settings = _Settings(head_size, eps, implementation, *rotary or (None, None))
         flat = [t for s in streams for t in (s.q, s.k, s.v if only_v is None else None, s.q_weight, s.k_weight)]
-        q, k, v = _QkRmsNorm.apply(settings, *flat)
-    return q, k, v if only_v is None else only_v.unflatten(2, (-1, head_size))
+        packed = _QkRmsNorm.apply(settings, *flat)
+    return packed[0], packed[1], packed[2] if only_v is None else only_v.unflatten(2, (-1, head_size))
 
 
 def qk_rms_norm_reference(
@@ -121,31 +121,33 @@ class _QkRmsNorm(torch.autograd.Function):
     """`tensors`: q, k, v, q_weight and k_weight of each stream; v is None where it needs no packing."""
 
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         tensors = tuple(_compiled.inner_contiguous(t, 2 if i % 5 < 3 else 0) for i, t in enumerate(tensors))
         tables = [_compiled.inner_contiguous(t, 0) for t in (settings.cos, settings.sin)]
         settings = _Settings(*settings[:3], *tables)
         rows = _rows(tensors)
         shape = rows[0].x.shape[0], _packed_tokens(rows), rows[0].x.shape[2] // settings.head_size, settings.head_size
-        packed = [None if t is None else t.new_empty(shape) for t in tensors[:3]]
+        packed = tuple(torch.empty(shape, dtype=t.dtype, device=t.device) for t in tensors[:3] if t is not None)
         if rows[0].x.shape[0] * shape[1]:
             _FORWARD[settings.backend](settings, rows, packed)
         ctx.save_for_backward(*(None if i % 5 == 2 else t for i, t in enumerate(tensors)))
         ctx.settings = settings
-        return tuple(packed)
+        return packed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *packed_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *packed_grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = list(ctx.saved_tensors)
-        if packed_grads[2] is not None:
+        if len(packed_grads) == 3:
             tensors[2::5] = tensors[::5]  # v isn't kept: its gradient has the shape of q's
         rows, wanted = _rows(tensors), ctx.needs_input_grad[1:]
         packed_grads = tuple(_compiled.inner_contiguous(grad, 3) for grad in packed_grads)
-        grads = [None if t is None or i % 5 > 2 else t.new_empty(t.shape) for i, t in enumerate(tensors)]
+        grads: list[Tensor | None] = [None] * len(tensors)
         for i, t in enumerate(tensors):
-            if t is not None and i % 5 > 2 and wanted[i]:
-                grads[i] = t.new_empty(t.shape)
+            if t is not None and i % 5 < 3:
+                grads[i] = torch.empty_like(t, memory_format=torch.contiguous_format)
+            elif t is not None and wanted[i]:
+                grads[i] = torch.zeros_like(t)
         if packed_grads[0].numel():
             _BACKWARD[ctx.settings.backend](ctx.settings, rows, packed_grads, grads)
         return None, *grads
@@ -199,7 +201,8 @@ def _backward_cpp(
     settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> None:
     """`grads` of the inputs, in their order, to be filled; those of weights only where they are wanted."""
-    outputs = [pair for i in range(0, len(grads), 5) for pair in zip(grads[i : i + 3], (*grads[i + 3 : i + 5], None))]
+    streams = (grads[i : i + 5] for i in range(0, len(grads), 5))
+    outputs = [pair for dq, dk, dv, *dw in streams for pair in ((dq, dw[0]), (dk, dw[1]), (dv, None))]
     wanted = [pair for pair in outputs if pair[0] is not None]
     parts = [_head_rows(settings, row, packed_grads[row.kind], *pair) for row, pair in zip(rows, wanted, strict=True)]
     _compiled.call("qk_rms_norm_backward", rows[0].x.device, _arguments(settings, rows), parts)
@@ -245,15 +248,15 @@ def _weights(rows: list[_Rows], kinds: int) -> list[Tensor]:
     return both[:2] + both[-2:]
 
 
-def _forward_triton(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor | None]) -> None:
+def _forward_triton(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor]) -> None:
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_forward_kernel  # triton: only where it runs
 
-    kinds = 2 if packed[2] is None else 3
+    kinds = len(packed)
     rows = _evenly_strided(rows, kinds)
     tiles = _tiles(settings, rows, kinds)
-    outputs = [packed[0] if out is None else out for out in packed]
-    tables = [outputs[0] if table is None else table for table in (settings.cos, settings.sin)]
-    with torch.cuda.device_of(outputs[0]):  # triton launches on the current device, not on the tensor's
+    outputs = (*packed, packed[0])[:3]
+    tables = [packed[0] if table is None else table for table in (settings.cos, settings.sin)]
+    with torch.cuda.device_of(packed[0]):  # triton launches on the current device, not on the tensor's
         qk_rms_norm_forward_kernel[tiles.grid](
             *_by_kind([row.x for row in rows], kinds), *_weights(rows, kinds), *outputs, *tables, *tiles.sizes,
             settings.eps, **tiles.constants, enable_fp_fusion=False,
@@ -261,16 +264,16 @@ def _forward_triton(settings: _Settings, rows: list[_Rows], packed: Sequence[Ten
 
 
 def _backward_triton(
-    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> None:
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_backward_kernel  # triton: only where it runs
 
-    kinds = 2 if packed_grads[2] is None else 3
+    kinds = len(packed_grads)
     rows = _evenly_strided(rows, kinds)
     tiles, dx = _tiles(settings, rows, kinds), [g for i, g in enumerate(grads) if i % 5 < kinds]
-    upstream = [packed_grads[0] if grad is None else grad for grad in packed_grads]
-    if len({grad.stride() for grad in upstream}) > 1:
-        upstream = [grad.contiguous() for grad in upstream]
+    if len({grad.stride() for grad in packed_grads}) > 1:
+        packed_grads = [grad.contiguous() for grad in packed_grads]
+    upstream = (*packed_grads, packed_grads[0])[:3]
     like, wanted = upstream[0], [g for i, g in enumerate(grads) if i % 5 > 2]
     tables = [like if table is None else table for table in (settings.cos, settings.sin)]
     needed = any(grad is not None for grad in wanted)

@@ -256,7 +256,8 @@ def test_nothing_to_do(backend, device):
         outputs, grads = run(streams, backend)
         assert outputs[0].shape == (batch, sum(tokens), 3, 64)
         assert all(g.shape == t.shape for g, t in zip(grads, (t for s in streams for t in s), strict=True))
-        assert not torch.stack([g.isnan().any() for g in grads]).any()
+        for grad, stream in ((grads[5 * i + 3], s) for i, s in enumerate(streams)):
+            assert batch * stream.q.shape[1] or not grad.any()
     if backend != "torch":
         alone = make((3,), device=device)[0]
         packed = run([alone, make((0,), device=device)[0]], backend)
