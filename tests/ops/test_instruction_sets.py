@@ -5,7 +5,7 @@ import torch
 from ops.exact import draw
 
 from fdfo_engine import ops
-from fdfo_engine.ops import _compiled
+from fdfo_engine.ops import _compiled, _gelu
 
 CPU = _compiled.extension().cpu
 SHAPE = (3, 37, 41)
@@ -29,6 +29,9 @@ def results():
         current.requires_grad_()
         advantage, u = torch.tensor([0.5, -0.25]), 0.1 * draw(1, *SHAPE)
         loss, log_ratio = ops.fdfo_loss(current, old, u, advantage, clip_range=0.5, backend="cpp")
+        h, bias, grad = (draw(*shape, seed=4, dtype=dtype) for shape in ((7, 777), (777,), (7, 777)))
+        yield _gelu.forward(3 * h, bias, "cpp", inplace=False)
+        yield from _gelu.backward(3 * h, bias, grad, "cpp", inplace=False, activation=True)
         yield from (loss, log_ratio, *(torch.autograd.grad(f * loss, current, retain_graph=True)[0] for f in (1, -2)))
 
 

@@ -121,6 +121,19 @@ def test_only_what_is_trained_gets_a_gradient(trained, device, lora_linear):
             assert_as_good_as(t.grad, value, value, name=name)
 
 
+@pytest.mark.parametrize("rank", [2, 24, 70])
+def test_gradients_of_the_factors_beside_a_frozen_weight(rank, device, lora_linear):
+    """By g^T x where that is less work, by thin products else; on a GPU in one or two blocks of the rank."""
+    arguments = inputs((70,), 24, 20, rank, device=device)
+    upstream = draw(70, 20, device=device)
+    factors = arguments["lora_a"], arguments["lora_b"]
+    y = lora_linear(arguments["x"], arguments["weight"].detach(), None, *factors)
+    found = torch.autograd.grad(y, (arguments["x"], *factors), upstream)
+    want, other = exact(arguments, upstream), plain(arguments, upstream)
+    for name, actual, i in zip(("x", "lora_a", "lora_b"), found, (1, 4, 5), strict=True):
+        assert_as_good_as(actual, other[i], want[i], name=name)
+
+
 def test_saves_no_copy_of_a_weight_and_not_x_where_nobody_needs_it(device, lora_linear):
     x, weight, bias, a, b = (t.detach() for t in inputs((70,), 24, 20, 4, device=device).values())
     for parts in ((weight, bias, a, b), (weight, bias, None, None)):
