@@ -28,12 +28,30 @@ struct Table {
   void (*fdfo_loss_forward)(const FdfoLoss&, const LossOutputs&, int threads);
   // grad [rows, size] of v's type: scale[row] * (e + u), exactly 0 where the scale is.
   void (*fdfo_loss_backward)(const FdfoLoss&, const double* scale, void* grad, int threads);
+  void (*gated_residual_forward)(const GatedResidual&, void* out, int threads);
+  // dy and d_gate may be null. partial: `partial_sums(shape, 1)` floats of scratch where d_gate is not.
+  void (*gated_residual_backward)(const GatedResidual&, void* dy, void* d_gate, float* partial, int threads);
+  void (*layer_norm_modulate_forward)(const LayerNormModulate&, const NormOutputs&, int threads);
+  // partial: `partial_sums(shape, kinds)` floats of scratch, kinds as `gradient_kinds` tells.
+  void (*layer_norm_modulate_backward)(const LayerNormModulate&, const NormGradients&, float* partial, int threads);
 };
 
 extern const Table kGeneric, kAvx2, kAvx512;
 
 constexpr int64_t kSumBlock = 4096;  // elements a partial sum
 
+constexpr int64_t kTokenBlock = 32;  // tokens a partial sum
+
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// Floats that hold the partial sums over tokens of `kinds` rows a sample.
+inline int64_t partial_sums(const TokenShape& shape, int kinds) {
+  return shape.samples * blocks(shape.tokens, kTokenBlock) * kinds * shape.size;
+}
+
+// Rows a sample whose gradient is a sum over tokens.
+inline int gradient_kinds(const LayerNormModulate& a, const NormGradients& g) {
+  return (g.d_modulation == nullptr ? 0 : a.scale[1].data == nullptr ? 2 : 4) + (g.d_gate != nullptr);
+}
 
 }  // namespace fdfo::cpu

@@ -10,13 +10,28 @@ void replay(const Replay&, int threads);
 void pair_direction(const PairDirection&, double* partial, int threads);
 void fdfo_loss_forward(const FdfoLoss&, const LossOutputs&, int threads);
 void fdfo_loss_backward(const FdfoLoss&, const double* scale, void* grad, int threads);
+void gated_residual_forward(const GatedResidual&, void* out, int threads);
+void gated_residual_backward(const GatedResidual&, void* dy, void* d_gate, float* partial, int threads);
+void layer_norm_modulate_forward(const LayerNormModulate&, const NormOutputs&, int threads);
+void layer_norm_modulate_backward(const LayerNormModulate&, const NormGradients&, float* partial, int threads);
 }  // namespace FDFO_ISA
 
 #define FDFO_STRING(name) FDFO_STRING_OF(name)
 #define FDFO_STRING_OF(name) #name
 
-extern const Table FDFO_TABLE{FDFO_STRING(FDFO_ISA),    FDFO_ISA::philox_normal, FDFO_ISA::paired_noise,
-                              FDFO_ISA::paired_step,    FDFO_ISA::replay,        FDFO_ISA::pair_direction,
-                              FDFO_ISA::fdfo_loss_forward, FDFO_ISA::fdfo_loss_backward};
+extern const Table FDFO_TABLE{
+    FDFO_STRING(FDFO_ISA),
+    FDFO_ISA::philox_normal,
+    FDFO_ISA::paired_noise,
+    FDFO_ISA::paired_step,
+    FDFO_ISA::replay,
+    FDFO_ISA::pair_direction,
+    FDFO_ISA::fdfo_loss_forward,
+    FDFO_ISA::fdfo_loss_backward,
+    FDFO_ISA::gated_residual_forward,
+    FDFO_ISA::gated_residual_backward,
+    FDFO_ISA::layer_norm_modulate_forward,
+    FDFO_ISA::layer_norm_modulate_backward,
+};
 
 }  // namespace fdfo::cpu

@@ -6,9 +6,15 @@ from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
 from fdfo_engine.ops.gated_residual import check_residual, gated_residual_reference
-from fdfo_engine.ops.layer_norm_modulate import EPS, layer_norm_modulate_reference, modulations_of
+from fdfo_engine.ops.layer_norm_modulate import (
+    EPS,
+    OFFERED,
+    layer_norm_modulate_reference,
+    modulated_norm,
+    modulations_of,
+)
 
-OFFERED = ("torch",)
+__all__ = ["OFFERED", "gated_residual_norm"]
 
 
 def gated_residual_norm(
@@ -44,7 +50,9 @@ def gated_residual_norm(
     check_residual(op, x, y, gate)
     modulations = modulations_of(op, x, scale, shift, scale2, shift2)
     eps = _checks.not_negative(op, "eps", eps)
-    _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    if implementation != "torch":
+        return modulated_norm(x, y, gate, modulations, eps, implementation)
     return gated_residual_norm_reference(x, y, gate, modulations, eps)
 
 

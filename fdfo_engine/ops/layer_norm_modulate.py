@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm
 
-from fdfo_engine.ops import _checks, _dispatch
+from fdfo_engine.ops import _checks, _compiled, _dispatch
 
-OFFERED = ("torch",)
+OFFERED = ("triton", "cpp", "torch")
 EPS = 1e-6
+TOKENS = 32  # tokens of a partial sum of a Triton program; not tuned on a GPU yet
 
 
 @overload
@@ -62,8 +66,11 @@ def layer_norm_modulate(
     _checks.tokens(op, "x", x)
     modulations = modulations_of(op, x, scale, shift, scale2, shift2)
     eps = _checks.not_negative(op, "eps", eps)
-    _dispatch.choose(op, OFFERED, x.device, forced=backend)
-    found = layer_norm_modulate_reference(x, modulations, eps)
+    implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    if implementation == "torch":
+        found = layer_norm_modulate_reference(x, modulations, eps)
+    else:
+        found = modulated_norm(x, None, None, modulations, eps, implementation)
     return found[0] if scale2 is None else found
 
 
@@ -88,3 +95,142 @@ def modulations_of(
     _checks.per_sample(op, "scale2", scale2, x)
     _checks.per_sample(op, "shift2", shift2, x)
     return scale, shift, scale2, shift2
+
+
+def modulated_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, modulations: tuple[Tensor, ...], eps: float, backend: str
+) -> tuple[Tensor, ...]:
+    """On a fast backend: `layer_norm_modulate`, or with y and gate `gated_residual_norm`."""
+    tensors = x, y, gate, *modulations
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        found: tuple[Tensor, ...] = _ModulatedNorm.apply(eps, backend, *tensors)
+        return found
+    return _forward(_Inputs.of(*tensors), eps, None, backend)
+
+
+class _Inputs(NamedTuple):
+    """Tensors of a kernel: x, y `[B, S, D]`, the others `[B, D]`, with D contiguous."""
+
+    x: Tensor
+    y: Tensor | None
+    gate: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    scale2: Tensor | None = None
+    shift2: Tensor | None = None
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> _Inputs:
+        """`tensors`, copied where their last axis is not contiguous."""
+        return cls(*map(inner_contiguous, tensors))  # type: ignore[arg-type]
+
+
+class _Gradients(NamedTuple):
+    """What a backward kernel reads and writes. `sums`: gradients of gate and modulations have to be summed."""
+
+    upstream: Tensor
+    upstream2: Tensor | None
+    upstream_x: Tensor | None
+    dx: Tensor
+    dy: Tensor | None
+    sum_modulations: bool
+    sum_gate: bool
+
+    @property
+    def kinds(self) -> int:
+        """Rows a sample that are sums over tokens: of scale, shift, scale2, shift2 and gate, in this order."""
+        return self.sum_modulations * (2 if self.upstream2 is None else 4) + self.sum_gate
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, eps: float, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        inputs = _Inputs.of(*tensors)
+        x = inputs.x
+        statistics = torch.empty(*x.shape[:2], 2, dtype=torch.float32, device=x.device)
+        outputs = _forward(inputs, eps, statistics, backend)
+        normed = x if inputs.gate is None else outputs[0]
+        kept = inputs._replace(x=normed, y=inputs.y if ctx.needs_input_grad[4] else None)
+        ctx.save_for_backward(statistics, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        statistics, *tensors = ctx.saved_tensors
+        inputs, needed = _Inputs(*tensors), ctx.needs_input_grad[2:]
+        if all(u is None for u in upstream):
+            return None, None, *[None] * len(needed)
+        upstream_x = None
+        if inputs.gate is not None:
+            upstream_x, *upstream = map(inner_contiguous, upstream)  # type: ignore[assignment]
+        first, *second = (torch.zeros_like(inputs.x) if u is None else inner_contiguous(u) for u in upstream)
+        dy = None if inputs.gate is None else torch.empty(inputs.x.shape, dtype=first.dtype, device=first.device)
+        dx = torch.empty(inputs.x.shape, dtype=first.dtype, device=first.device)
+        g = _Gradients(first, *second or [None], upstream_x, dx, dy, any(needed[3:]), needed[2])
+        sums = list(_BACKWARD[ctx.backend](inputs, statistics, g))
+        d_gate = sums.pop() if g.sum_gate else None
+        return None, None, dx, dy, d_gate, *(sums or [None] * (len(needed) - 3))
+
+
+def _forward(inputs: _Inputs, eps: float, statistics: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    """The outputs, x_new first where there is a gate."""
+    x = inputs.x
+    count = (inputs.gate is not None) + 1 + (inputs.scale2 is not None)
+    outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(count))
+    if x.numel():
+        _FORWARD[backend](inputs, eps, statistics, outputs)
+    return outputs
+
+
+def _arguments(inputs: _Inputs, statistics: Tensor | None, eps: float) -> Any:
+    x, y, *rows = inputs
+    return _compiled.arguments(
+        "LayerNormModulate", _compiled.strided(x), _compiled.strided(y), *map(row_strided, rows),
+        0 if statistics is None else statistics.data_ptr(), eps, x.shape, _compiled.NUMBERS[x.dtype],
+    )  # fmt: skip
+
+
+def _forward_cpp(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs: Sequence[Tensor]) -> None:
+    addresses = [out.data_ptr() for out in outputs]
+    x_new = 0 if inputs.gate is None else addresses.pop(0)
+    out, out2 = addresses if len(addresses) == 2 else (addresses[0], 0)
+    arguments = _arguments(inputs, statistics, eps)
+    _compiled.call("layer_norm_modulate_forward", inputs.x.device, arguments, x_new, out, out2)
+
+
+def _backward_cpp(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
+    B, S, D = inputs.x.shape
+    sums = (torch.empty if S else torch.zeros)(g.kinds, B, D, dtype=g.dx.dtype, device=g.dx.device)
+    if g.dx.numel():
+        _compiled.call(
+            "layer_norm_modulate_backward", g.dx.device, _arguments(inputs, statistics, 0.0),
+            *map(_compiled.strided, g[:3]), g.dx.data_ptr(), 0 if g.dy is None else g.dy.data_ptr(),
+            sums.data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
+        )  # fmt: skip
+    return sums.unbind()
+
+
+def _forward_triton(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs: Sequence[Tensor]) -> None:
+    from fdfo_engine.kernels.layer_norm_modulate import layer_norm_modulate_forward_kernel  # triton: only where it runs
+
+    x_new, out, out2 = outputs if inputs.gate is not None and inputs.scale2 is not None else [None] * 3
+    B, S, D = inputs.x.shape
+    with torch.cuda.device_of(inputs.x):  # triton launches on the current device, not on the tensor's
+        layer_norm_modulate_forward_kernel[(B * S,)]()
+
+
+_FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
+_BACKWARD = {"cpp": _backward_cpp}
+
+
+def inner_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """`tensor`, or a copy of it, whose last axis is contiguous; None stays None."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def row_strided(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and stride of the first axis; nulls for None."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
