@@ -137,7 +137,7 @@ std::vector<const cpu::Table*> supported_tables() {
   std::vector<const cpu::Table*> found{&cpu::kGeneric};
 #if defined(FDFO_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) found.push_back(&cpu::kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back(&cpu::kAvx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     found.push_back(&cpu::kAvx512);

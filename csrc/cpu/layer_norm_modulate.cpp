@@ -15,8 +15,7 @@ FDFO_INLINE const T* joined(const LayerNormModulate& a, T* x_new, int64_t sample
     return x;
   }
   each(a.shape.size, [&]<class V>(int64_t i, int k) {
-    store(x_new + i, load<V>(x + i) + load<V>(gate + i) * load<V>(y + i));
-    sum.add(k, load<V>(x_new + i));
+    sum.add(k, store(x_new + i, load<V>(x + i) + load<V>(gate + i) * load<V>(y + i)));
   });
   return x_new;
 }

@@ -7,60 +7,127 @@ namespace fdfo::cpu::FDFO_ISA {
 
 constexpr int kSums = 4;  // vectors summed side by side, so that an addition need not wait for the one before
 
-using Lanes = float __attribute__((vector_size(4 * kLanes)));
-using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
-using HalfBits = uint16_t __attribute__((vector_size(2 * kLanes)));
+// Native vectors: what the compiler would make of wider ones goes through memory.
+template <int kCount>
+struct Vector {
+  using Floats __attribute__((vector_size(4 * kCount))) = float;
+  using Bits __attribute__((vector_size(4 * kCount))) = uint32_t;
+  using HalfBits __attribute__((vector_size(2 * kCount))) = uint16_t;
+};
+using Float4 = Vector<4>::Floats;
+using Float16x = Vector<16>::Floats;
 
-// `load<V>(from)` reads one float or kLanes of them; `store(to, v)` rounds to the type of `to`.
 template <class V>
-struct Access {
-  template <class T>
-  static FDFO_ALWAYS_INLINE V load(const T* from) {
-    return to_float(*from);
-  }
-  template <class T>
-  static FDFO_ALWAYS_INLINE void store(T* to, V value) {
-    *to = from_float<T>(value);
-  }
+struct Pair {
+  V low, high;
+
+  friend FDFO_ALWAYS_INLINE Pair operator+(Pair a, Pair b) { return {a.low + b.low, a.high + b.high}; }
+  friend FDFO_ALWAYS_INLINE Pair operator-(Pair a, Pair b) { return {a.low - b.low, a.high - b.high}; }
+  friend FDFO_ALWAYS_INLINE Pair operator*(Pair a, Pair b) { return {a.low * b.low, a.high * b.high}; }
+  friend FDFO_ALWAYS_INLINE Pair operator+(float a, Pair b) { return {a + b.low, a + b.high}; }
+  friend FDFO_ALWAYS_INLINE Pair operator-(Pair a, float b) { return {a.low - b, a.high - b}; }
+  friend FDFO_ALWAYS_INLINE Pair operator*(Pair a, float b) { return {a.low * b, a.high * b}; }
+  friend FDFO_ALWAYS_INLINE Pair operator*(float a, Pair b) { return {a * b.low, a * b.high}; }
+  FDFO_ALWAYS_INLINE Pair& operator+=(Pair b) { return *this = *this + b; }
 };
 
-template <>
-struct Access<Lanes> {
-  static FDFO_ALWAYS_INLINE Lanes load(const float* from) {
-    Lanes values;
+// kLanes floats.
+#if defined(__AVX512F__)
+using Lanes = Float16x;
+#elif defined(__AVX2__)
+using Lanes = Pair<Float8>;
+#else
+using Lanes = Pair<Pair<Float4>>;
+#endif
+
+template <class V>
+constexpr int kWidth = sizeof(V) / sizeof(float);
+
+// Reads and writes kWidth<V> elements. A store rounds to the type of `to`, and returns the values that it left there.
+// To bfloat16 it needs no care for NaN: one that comes from bfloat16 has no low bits, so rounding can't overflow it.
+template <class V>
+struct Access {
+  using Bits = typename Vector<kWidth<V>>::Bits;
+  using HalfBits = typename Vector<kWidth<V>>::HalfBits;
+
+  static FDFO_ALWAYS_INLINE V load(const float* from) {
+    V values;
     memcpy(&values, from, sizeof values);
     return values;
   }
-  static FDFO_ALWAYS_INLINE Lanes load(const BFloat16* from) {
+  static FDFO_ALWAYS_INLINE V store(float* to, V value) {
+    memcpy(to, &value, sizeof value);
+    return value;
+  }
+  static FDFO_ALWAYS_INLINE V load(const BFloat16* from) {
     HalfBits bits;
     memcpy(&bits, from, sizeof bits);
-    return (Lanes)(__builtin_convertvector(bits, Bits) << 16);
+    return (V)(__builtin_convertvector(bits, Bits) << 16);
   }
-  static FDFO_ALWAYS_INLINE Lanes load(const Float16* from) {
-#if defined(__AVX512F__)
-    __m256i bits;
-    memcpy(&bits, from, sizeof bits);
-    return (Lanes)_mm512_cvtph_ps(bits);
-#else
-    float values[kLanes];
-    for (int l = 0; l < kLanes; ++l) values[l] = to_float(from[l]);
-    return load(values);
-#endif
-  }
-  static FDFO_ALWAYS_INLINE void store(float* to, Lanes value) { memcpy(to, &value, sizeof value); }
-  static FDFO_ALWAYS_INLINE void store(BFloat16* to, Lanes value) {
-    const Bits bits = (Bits)value, rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-    const Bits kept = (bits & 0x7FFFFFFFu) > 0x7F800000u ? Bits{} + 0x7FC0u : rounded;
+  static FDFO_ALWAYS_INLINE V store(BFloat16* to, V value) {
+    const Bits bits = (Bits)value, kept = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
     const HalfBits half = __builtin_convertvector(kept, HalfBits);
     memcpy(to, &half, sizeof half);
+    return (V)(kept << 16);
   }
-  static FDFO_ALWAYS_INLINE void store(Float16* to, Lanes value) {
+  static FDFO_ALWAYS_INLINE V load(const Float16* from) {
+    float values[kWidth<V>];
+    for (int l = 0; l < kWidth<V>; ++l) values[l] = to_float(from[l]);
+    return load(values);
+  }
+  static FDFO_ALWAYS_INLINE V store(Float16* to, V value) {
+    float values[kWidth<V>];
+    store(values, value);
+    for (int l = 0; l < kWidth<V>; ++l) to[l] = from_float<Float16>(values[l]);
+    return load(to);
+  }
+};
+
 #if defined(__AVX512F__)
-    const __m256i bits = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    memcpy(to, &bits, sizeof bits);
-#else
-    for (int l = 0; l < kLanes; ++l) to[l] = from_float<Float16>(value[l]);
+template <>
+FDFO_ALWAYS_INLINE Float16x Access<Float16x>::load(const Float16* from) {
+  return (Float16x)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+template <>
+FDFO_ALWAYS_INLINE Float16x Access<Float16x>::store(Float16* to, Float16x value) {
+  const __m256i bits = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  return (Float16x)_mm512_cvtph_ps(bits);
+}
+#elif defined(__F16C__)
+template <>
+FDFO_ALWAYS_INLINE Float8 Access<Float8>::load(const Float16* from) {
+  return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+template <>
+FDFO_ALWAYS_INLINE Float8 Access<Float8>::store(Float16* to, Float8 value) {
+  const __m128i bits = _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+  return (Float8)_mm256_cvtph_ps(bits);
+}
 #endif
+
+template <>
+struct Access<float> {
+  template <class T>
+  static FDFO_ALWAYS_INLINE float load(const T* from) {
+    return to_float(*from);
+  }
+  template <class T>
+  static FDFO_ALWAYS_INLINE float store(T* to, float value) {
+    return to_float(*to = from_float<T>(value));
+  }
+};
+
+template <class V>
+struct Access<Pair<V>> {
+  template <class T>
+  static FDFO_ALWAYS_INLINE Pair<V> load(const T* from) {
+    return {Access<V>::load(from), Access<V>::load(from + kWidth<V>)};
+  }
+  template <class T>
+  static FDFO_ALWAYS_INLINE Pair<V> store(T* to, Pair<V> value) {
+    return {Access<V>::store(to, value.low), Access<V>::store(to + kWidth<V>, value.high)};
   }
 };
 
@@ -70,8 +137,22 @@ FDFO_INLINE V load(const T* from) {
 }
 
 template <class T, class V>
-FDFO_INLINE void store(T* to, V value) {
-  Access<V>::store(to, value);
+FDFO_INLINE V store(T* to, V value) {
+  return Access<V>::store(to, value);
+}
+
+// Halves added until one is left: the same order whatever the width of a native vector.
+FDFO_INLINE float total(Float4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+FDFO_INLINE float total(Float8 v) {
+  return total(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+FDFO_INLINE float total(Float16x v) {
+  return total(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+template <class V>
+FDFO_INLINE float total(Pair<V> v) {
+  return total(v.low + v.high);
 }
 
 // Calls `body<V>(i, k)` for the elements of a row: V is Lanes, or float for the rest; k is the sum that they go to.
@@ -96,13 +177,7 @@ struct Sum {
   FDFO_ALWAYS_INLINE void add(int k, Lanes value) { lanes[k] += value; }
   FDFO_ALWAYS_INLINE void add(int, float value) { rest += value; }
   FDFO_ALWAYS_INLINE float total() const {
-    const Lanes sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-    float parts[kLanes];
-    memcpy(parts, &sum, sizeof parts);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int l = 0; l < width; ++l) parts[l] += parts[l + width];
-    }
-    return parts[0] + rest;
+    return fdfo::cpu::FDFO_ISA::total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rest;
   }
 };
 

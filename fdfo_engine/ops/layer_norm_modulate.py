@@ -170,7 +170,8 @@ class _ModulatedNorm(torch.autograd.Function):
         dy = None if inputs.gate is None else torch.empty(inputs.x.shape, dtype=first.dtype, device=first.device)
         dx = torch.empty(inputs.x.shape, dtype=first.dtype, device=first.device)
         g = _Gradients(first, *second or [None], upstream_x, dx, dy, any(needed[3:]), needed[2])
-        sums = list(_BACKWARD[ctx.backend](inputs, statistics, g))
+        run = _BACKWARD[ctx.backend] if dx.numel() else _no_tokens
+        sums = list(run(inputs, statistics, g))
         d_gate = sums.pop() if g.sum_gate else None
         return None, None, dx, dy, d_gate, *(sums or [None] * (len(needed) - 3))
 
@@ -202,28 +203,62 @@ def _forward_cpp(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs
 
 
 def _backward_cpp(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
-    B, S, D = inputs.x.shape
-    sums = (torch.empty if S else torch.zeros)(g.kinds, B, D, dtype=g.dx.dtype, device=g.dx.device)
-    if g.dx.numel():
-        _compiled.call(
-            "layer_norm_modulate_backward", g.dx.device, _arguments(inputs, statistics, 0.0),
-            *map(_compiled.strided, g[:3]), g.dx.data_ptr(), 0 if g.dy is None else g.dy.data_ptr(),
-            sums.data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
-        )  # fmt: skip
+    sums = torch.empty(g.kinds, *inputs.scale.shape, dtype=g.dx.dtype, device=g.dx.device)
+    _compiled.call(
+        "layer_norm_modulate_backward", g.dx.device, _arguments(inputs, statistics, 0.0),
+        *map(_compiled.strided, g[:3]), g.dx.data_ptr(), 0 if g.dy is None else g.dy.data_ptr(),
+        sums.data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
+    )  # fmt: skip
     return sums.unbind()
+
+
+def _no_tokens(inputs: _Inputs, _statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
+    return inputs.scale.new_zeros(g.kinds, *inputs.scale.shape).unbind()
 
 
 def _forward_triton(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs: Sequence[Tensor]) -> None:
     from fdfo_engine.kernels.layer_norm_modulate import layer_norm_modulate_forward_kernel  # triton: only where it runs
 
-    x_new, out, out2 = outputs if inputs.gate is not None and inputs.scale2 is not None else [None] * 3
-    B, S, D = inputs.x.shape
-    with torch.cuda.device_of(inputs.x):  # triton launches on the current device, not on the tensor's
-        layer_norm_modulate_forward_kernel[(B * S,)]()
+    x, y, *rows = inputs
+    (B, S, D), residual, second = x.shape, inputs.gate is not None, inputs.scale2 is not None
+    x_new, out, out2 = *[None] * (not residual), *outputs, *[None] * (not second)
+    block, warps = tile(D)
+    with torch.cuda.device_of(x):  # triton launches on the current device, not on the tensor's
+        layer_norm_modulate_forward_kernel[(B * S,)](
+            *inputs, statistics, x_new, out, out2, S, D,
+            *_compiled.strided(x)[1:], *_compiled.strided(y)[1:], *(row_strided(row)[1] for row in rows), eps,
+            RESIDUAL=residual, SECOND=second, KEEP=statistics is not None, BLOCK=block, num_warps=warps,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _backward_triton(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
+    from fdfo_engine.kernels.layer_norm_modulate import layer_norm_modulate_backward_kernel
+
+    (B, S, D), tokens = inputs.x.shape, TOKENS if g.kinds else 1
+    rows = inputs.gate, inputs.scale, inputs.scale2
+    partial = torch.empty(B, -(-S // tokens), g.kinds, D, dtype=torch.float32, device=g.dx.device)
+    block, warps = tile(D)
+    with torch.cuda.device_of(g.dx):
+        layer_norm_modulate_backward_kernel[(B * partial.shape[1],)](
+            inputs.x, inputs.y, *rows, statistics, *g[:5], partial, S, D,
+            *_compiled.strided(inputs.x)[1:], *_compiled.strided(inputs.y)[1:], *(row_strided(row)[1] for row in rows),
+            *(stride for upstream in g[:3] for stride in _compiled.strided(upstream)[1:]),
+            RESIDUAL=inputs.gate is not None, SECOND=g.upstream2 is not None, UPSTREAM_X=g.upstream_x is not None,
+            SUM_MODULATIONS=g.sum_modulations, SUM_GATE=g.sum_gate, KINDS=g.kinds, TOKENS=tokens, BLOCK=block,
+            num_warps=2 * warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return partial.sum(1).to(g.dx.dtype).unbind(1)
+
+
+def tile(size: int) -> tuple[int, int]:
+    """Elements and warps of a Triton program that holds a token: 16 elements a thread; not tuned on a GPU yet."""
+    block = 1 << (size - 1).bit_length()
+    return block, min(16, max(1, block // 512))
 
 
 _FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
-_BACKWARD = {"cpp": _backward_cpp}
+_BACKWARD = {"cpp": _backward_cpp, "triton": _backward_triton}
 
 
 def inner_contiguous(tensor: Tensor | None) -> Tensor | None:
