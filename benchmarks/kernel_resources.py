@@ -42,10 +42,15 @@ class Case(NamedTuple):
     kernel: Any
     types: list[str]
     constants: dict[str, Any]
+    warps: int = 4
 
 
 def triton_cases() -> list[Case]:
-    """Every Triton kernel as the ops launch it: bfloat16 velocities, the block sizes of `fdfo_engine.ops`."""
+    """Every Triton kernel as the ops launch it: bfloat16 tensors, the block sizes of `fdfo_engine.ops`."""
+    return [*_pair_cases(), *(case for size in (1536, 3072) for case in _block_cases(size))]
+
+
+def _pair_cases() -> list[Case]:
     from fdfo_engine.kernels import fdfo_loss, pair_direction, paired_noise, paired_step, philox_normal, replay
 
     f32, bf16, f64, i64 = (POINTERS[name] for name in ("float32", "bfloat16", "float64", "int64"))
@@ -84,6 +89,42 @@ def triton_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def _block_cases(size: int) -> list[Case]:
+    """Of a transformer block of width `size`, with all that a kernel can be asked for, and with as little."""
+    from fdfo_engine.kernels import gated_residual, layer_norm_modulate
+
+    ops = importlib.import_module("fdfo_engine.ops.layer_norm_modulate")
+    block, warps = ops.tile(size)
+    f32, bf16, stride = POINTERS["float32"], POINTERS["bfloat16"], ["i32"]
+    tile = {"TOKENS": ops.TOKENS, "BLOCK": block}
+    cases = []
+    for most in (True, False):
+        norm = {"RESIDUAL": most, "SECOND": most}
+        sums = {"UPSTREAM_X": most, "SUM_MODULATIONS": most, "SUM_GATE": most, "KINDS": 5 if most else 0}
+        cases += [
+            Case(
+                layer_norm_modulate.layer_norm_modulate_forward_kernel,
+                [*7 * [bf16], f32, *3 * [bf16], *2 * ["i32"], *9 * stride, "fp32"],
+                norm | {"KEEP": most, "BLOCK": block}, warps,
+            ),
+            Case(
+                layer_norm_modulate.layer_norm_modulate_backward_kernel,
+                [*5 * [bf16], f32, *5 * [bf16], f32, *2 * ["i32"], *13 * stride], norm | sums | tile, 2 * warps,
+            ),
+        ]  # fmt: skip
+    return [
+        *cases,
+        Case(
+            gated_residual.gated_residual_forward_kernel, [*4 * [bf16], *2 * ["i32"], *5 * stride],
+            {"BLOCK": block}, warps,
+        ),
+        Case(
+            gated_residual.gated_residual_backward_kernel, [*4 * [bf16], f32, *2 * ["i32"], *5 * stride],
+            {"DY": True, "SUM_GATE": True} | tile, warps,
+        ),
+    ]  # fmt: skip
+
+
 _OPS = ("philox_normal", "paired_noise", "paired_step", "replay", "pair_direction", "fdfo_loss")
 
 
@@ -99,7 +140,7 @@ def triton_resources(case: Case, architecture: int) -> Resources:
     source = ASTSource(
         case.kernel, signature, constexprs=case.constants, attrs={(i,): [["tt.divisibility", 16]] for i in multiples}
     )
-    options = {"enable_fp_fusion": False}
+    options = {"enable_fp_fusion": False, "num_warps": case.warps}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

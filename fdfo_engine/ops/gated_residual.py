@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _checks, _compiled, _dispatch
-from fdfo_engine.ops.layer_norm_modulate import TOKENS, inner_contiguous, row_strided, tile
+from fdfo_engine.ops.layer_norm_modulate import TOKENS, tile
 
 OFFERED = ("triton", "cpp", "torch")
 
@@ -68,10 +68,10 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gate, y = map(inner_contiguous, ctx.saved_tensors)
+        gate, y = map(_compiled.last_contiguous, ctx.saved_tensors)
         dy = d_gate = None
         if gate is not None or y is not None:
-            inner = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
+            inner = _compiled.last_contiguous(upstream)
             dy = None if gate is None else torch.empty(inner.shape, dtype=inner.dtype, device=inner.device)
             if upstream.numel():
                 d_gate = _BACKWARD[ctx.backend](inner, y, gate, dy)
@@ -83,13 +83,14 @@ class _GatedResidual(torch.autograd.Function):
 def _forward(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _FORWARD[backend](*map(inner_contiguous, (x, y, gate)), out)
+        contiguous = _compiled.last_contiguous
+        _FORWARD[backend](contiguous(x), contiguous(y), contiguous(gate), out)
     return out
 
 
 def _arguments(x: Tensor, y: Tensor | None, gate: Tensor | None) -> Any:
     return _compiled.arguments(
-        "GatedResidual", _compiled.strided(x), _compiled.strided(y), row_strided(gate), x.shape,
+        "GatedResidual", _compiled.strided(x), _compiled.strided(y), _compiled.row_strided(gate), x.shape,
         _compiled.NUMBERS[x.dtype],
     )  # fmt: skip
 
@@ -124,7 +125,7 @@ def _backward_triton(upstream: Tensor, y: Tensor | None, gate: Tensor | None, dy
     (B, S, D), tokens = upstream.shape, 1 if y is None else TOKENS
     partial = torch.empty(B, -(-S // tokens), D, dtype=torch.float32, device=upstream.device)
     block, warps = tile(D)
-    strides = *upstream.stride()[:2], *_compiled.strided(y)[1:], row_strided(gate)[1]
+    strides = *upstream.stride()[:2], *_compiled.strided(y)[1:], _compiled.row_strided(gate)[1]
     with torch.cuda.device_of(upstream):
         gated_residual_backward_kernel[(B * partial.shape[1],)](
             upstream, y, gate, dy, partial, S, D, *strides, DY=dy is not None, SUM_GATE=y is not None,

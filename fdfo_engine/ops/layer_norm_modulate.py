@@ -68,17 +68,19 @@ def layer_norm_modulate(
     eps = _checks.not_negative(op, "eps", eps)
     implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
     if implementation == "torch":
-        found = layer_norm_modulate_reference(x, modulations, eps)
+        found = layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
     else:
         found = modulated_norm(x, None, None, modulations, eps, implementation)
     return found[0] if scale2 is None else found
 
 
-def layer_norm_modulate_reference(x: Tensor, modulations: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
-    """The specification; `modulations` are scale, shift and perhaps scale2, shift2."""
-    normed = layer_norm(x.float(), x.shape[-1:], eps=eps)
+def layer_norm_modulate_reference(
+    x: Tensor, modulations: tuple[Tensor, ...], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The specification; x in float32, `modulations` are scale, shift and perhaps scale2, shift2."""
+    normed = layer_norm(x, x.shape[-1:], eps=eps)
     wide = [m.float()[:, None] for m in modulations]
-    return tuple((normed * (1 + wide[i]) + wide[i + 1]).to(x.dtype) for i in range(0, len(wide), 2))
+    return tuple((normed * (1 + wide[i]) + wide[i + 1]).to(dtype) for i in range(0, len(wide), 2))
 
 
 def modulations_of(
@@ -115,14 +117,14 @@ class _Inputs(NamedTuple):
     y: Tensor | None
     gate: Tensor | None
     scale: Tensor
-    shift: Tensor
+    shift: Tensor | None  # like shift2, not in a backward
     scale2: Tensor | None = None
     shift2: Tensor | None = None
 
     @classmethod
     def of(cls, *tensors: Tensor | None) -> _Inputs:
         """`tensors`, copied where their last axis is not contiguous."""
-        return cls(*map(inner_contiguous, tensors))  # type: ignore[arg-type]
+        return cls(*map(_compiled.last_contiguous, tensors))  # type: ignore[arg-type]
 
 
 class _Gradients(NamedTuple):
@@ -150,7 +152,8 @@ class _ModulatedNorm(torch.autograd.Function):
         statistics = torch.empty(*x.shape[:2], 2, dtype=torch.float32, device=x.device)
         outputs = _forward(inputs, eps, statistics, backend)
         normed = x if inputs.gate is None else outputs[0]
-        kept = inputs._replace(x=normed, y=inputs.y if ctx.needs_input_grad[4] else None)
+        y = inputs.y if ctx.needs_input_grad[4] else None
+        kept = inputs._replace(x=normed, y=y, shift=None, shift2=None)
         ctx.save_for_backward(statistics, *kept)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
@@ -163,17 +166,15 @@ class _ModulatedNorm(torch.autograd.Function):
         inputs, needed = _Inputs(*tensors), ctx.needs_input_grad[2:]
         if all(u is None for u in upstream):
             return None, None, *[None] * len(needed)
-        upstream_x = None
-        if inputs.gate is not None:
-            upstream_x, *upstream = map(inner_contiguous, upstream)  # type: ignore[assignment]
-        first, *second = (torch.zeros_like(inputs.x) if u is None else inner_contiguous(u) for u in upstream)
-        dy = None if inputs.gate is None else torch.empty(inputs.x.shape, dtype=first.dtype, device=first.device)
-        dx = torch.empty(inputs.x.shape, dtype=first.dtype, device=first.device)
-        g = _Gradients(first, *second or [None], upstream_x, dx, dy, any(needed[3:]), needed[2])
-        run = _BACKWARD[ctx.backend] if dx.numel() else _no_tokens
-        sums = list(run(inputs, statistics, g))
-        d_gate = sums.pop() if g.sum_gate else None
-        return None, None, dx, dy, d_gate, *(sums or [None] * (len(needed) - 3))
+        given = [*map(_compiled.last_contiguous, upstream)]
+        upstream_x = None if inputs.gate is None else given.pop(0)
+        first, *second = (torch.zeros_like(inputs.x) if u is None else u for u in given)
+        dx = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+        dy = None if inputs.gate is None else torch.empty(first.shape, dtype=first.dtype, device=first.device)
+        g = _Gradients(first, second[0] if second else None, upstream_x, dx, dy, any(needed[3:]), needed[2])
+        sums = (_BACKWARD[ctx.backend] if dx.numel() else _no_tokens)(inputs, statistics, g)
+        d_modulations = sums[: len(needed) - 3] if g.sum_modulations else [None] * (len(needed) - 3)
+        return None, None, dx, dy, sums[-1] if g.sum_gate else None, *d_modulations
 
 
 def _forward(inputs: _Inputs, eps: float, statistics: Tensor | None, backend: str) -> tuple[Tensor, ...]:
@@ -189,7 +190,7 @@ def _forward(inputs: _Inputs, eps: float, statistics: Tensor | None, backend: st
 def _arguments(inputs: _Inputs, statistics: Tensor | None, eps: float) -> Any:
     x, y, *rows = inputs
     return _compiled.arguments(
-        "LayerNormModulate", _compiled.strided(x), _compiled.strided(y), *map(row_strided, rows),
+        "LayerNormModulate", _compiled.strided(x), _compiled.strided(y), *map(_compiled.row_strided, rows),
         0 if statistics is None else statistics.data_ptr(), eps, x.shape, _compiled.NUMBERS[x.dtype],
     )  # fmt: skip
 
@@ -221,12 +222,12 @@ def _forward_triton(inputs: _Inputs, eps: float, statistics: Tensor | None, outp
 
     x, y, *rows = inputs
     (B, S, D), residual, second = x.shape, inputs.gate is not None, inputs.scale2 is not None
-    x_new, out, out2 = *[None] * (not residual), *outputs, *[None] * (not second)
+    targets: list[Tensor | None] = [*[None] * (not residual), *outputs, *[None] * (not second)]
     block, warps = tile(D)
     with torch.cuda.device_of(x):  # triton launches on the current device, not on the tensor's
         layer_norm_modulate_forward_kernel[(B * S,)](
-            *inputs, statistics, x_new, out, out2, S, D,
-            *_compiled.strided(x)[1:], *_compiled.strided(y)[1:], *(row_strided(row)[1] for row in rows), eps,
+            *inputs, statistics, *targets, S, D,
+            *_compiled.strided(x)[1:], *_compiled.strided(y)[1:], *(_compiled.row_strided(row)[1] for row in rows), eps,
             RESIDUAL=residual, SECOND=second, KEEP=statistics is not None, BLOCK=block, num_warps=warps,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -242,7 +243,8 @@ def _backward_triton(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tupl
     with torch.cuda.device_of(g.dx):
         layer_norm_modulate_backward_kernel[(B * partial.shape[1],)](
             inputs.x, inputs.y, *rows, statistics, *g[:5], partial, S, D,
-            *_compiled.strided(inputs.x)[1:], *_compiled.strided(inputs.y)[1:], *(row_strided(row)[1] for row in rows),
+            *_compiled.strided(inputs.x)[1:], *_compiled.strided(inputs.y)[1:],
+            *(_compiled.row_strided(row)[1] for row in rows),
             *(stride for upstream in g[:3] for stride in _compiled.strided(upstream)[1:]),
             RESIDUAL=inputs.gate is not None, SECOND=g.upstream2 is not None, UPSTREAM_X=g.upstream_x is not None,
             SUM_MODULATIONS=g.sum_modulations, SUM_GATE=g.sum_gate, KINDS=g.kinds, TOKENS=tokens, BLOCK=block,
@@ -259,13 +261,3 @@ def tile(size: int) -> tuple[int, int]:
 
 _FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
 _BACKWARD = {"cpp": _backward_cpp, "triton": _backward_triton}
-
-
-def inner_contiguous(tensor: Tensor | None) -> Tensor | None:
-    """`tensor`, or a copy of it, whose last axis is contiguous; None stays None."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def row_strided(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and stride of the first axis; nulls for None."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
