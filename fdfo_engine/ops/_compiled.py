@@ -79,6 +79,11 @@ def inner_contiguous(tensor: T, lead: int) -> T:
     return tensor
 
 
+def empty_contiguous(like: Tensor) -> Tensor:
+    """Room for a contiguous tensor of the shape, dtype and device of `like`."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def last_contiguous(tensor: T) -> T:
     """`tensor`, or a copy of it, whose last axis is contiguous; None stays None."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -72,7 +72,7 @@ class _GatedResidual(torch.autograd.Function):
         dy = d_gate = None
         if gate is not None or y is not None:
             inner = _compiled.last_contiguous(upstream)
-            dy = None if gate is None else torch.empty(inner.shape, dtype=inner.dtype, device=inner.device)
+            dy = None if gate is None else _compiled.empty_contiguous(inner)
             if upstream.numel():
                 d_gate = _BACKWARD[ctx.backend](inner, y, gate, dy)
             elif y is not None:
@@ -81,7 +81,7 @@ class _GatedResidual(torch.autograd.Function):
 
 
 def _forward(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = _compiled.empty_contiguous(x)
     if out.numel():
         contiguous = _compiled.last_contiguous
         _FORWARD[backend](contiguous(x), contiguous(y), contiguous(gate), out)

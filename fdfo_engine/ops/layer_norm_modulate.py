@@ -169,8 +169,8 @@ class _ModulatedNorm(torch.autograd.Function):
         given = [*map(_compiled.last_contiguous, upstream)]
         upstream_x = None if inputs.gate is None else given.pop(0)
         first, *second = (torch.zeros_like(inputs.x) if u is None else u for u in given)
-        dx = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-        dy = None if inputs.gate is None else torch.empty(first.shape, dtype=first.dtype, device=first.device)
+        dx = _compiled.empty_contiguous(first)
+        dy = None if inputs.gate is None else _compiled.empty_contiguous(first)
         g = _Gradients(first, second[0] if second else None, upstream_x, dx, dy, any(needed[3:]), needed[2])
         sums = (_BACKWARD[ctx.backend] if dx.numel() else _no_tokens)(inputs, statistics, g)
         d_modulations = sums[: len(needed) - 3] if g.sum_modulations else [None] * (len(needed) - 3)
@@ -181,7 +181,7 @@ def _forward(inputs: _Inputs, eps: float, statistics: Tensor | None, backend: st
     """The outputs, x_new first where there is a gate."""
     x = inputs.x
     count = (inputs.gate is not None) + 1 + (inputs.scale2 is not None)
-    outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(count))
+    outputs = tuple([_compiled.empty_contiguous(x) for _ in range(count)])
     if x.numel():
         _FORWARD[backend](inputs, eps, statistics, outputs)
     return outputs
@@ -204,17 +204,24 @@ def _forward_cpp(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs
 
 
 def _backward_cpp(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
-    sums = torch.empty(g.kinds, *inputs.scale.shape, dtype=g.dx.dtype, device=g.dx.device)
+    sums = _sums(inputs, g)
     _compiled.call(
         "layer_norm_modulate_backward", g.dx.device, _arguments(inputs, statistics, 0.0),
         *map(_compiled.strided, g[:3]), g.dx.data_ptr(), 0 if g.dy is None else g.dy.data_ptr(),
-        sums.data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
+        sums[0].data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
     )  # fmt: skip
-    return sums.unbind()
+    return sums
 
 
 def _no_tokens(inputs: _Inputs, _statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
-    return inputs.scale.new_zeros(g.kinds, *inputs.scale.shape).unbind()
+    return tuple(out.zero_() for out in _sums(inputs, g))
+
+
+def _sums(inputs: _Inputs, g: _Gradients) -> tuple[Tensor, ...]:
+    """Room for the gradients that are sums over tokens, one after the other in memory."""
+    if g.kinds == 0:
+        return ()
+    return torch.empty(g.kinds, *inputs.scale.shape, dtype=g.dx.dtype, device=g.dx.device).unbind()
 
 
 def _forward_triton(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs: Sequence[Tensor]) -> None:
