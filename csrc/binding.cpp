@@ -153,7 +153,9 @@ void bind_cpu_block(py::module_& m) {
   using Guard = py::call_guard<py::gil_scoped_release>;
   m.def(
       "gated_residual_forward",
-      [](const GatedResidual& a, Address out, int threads) { table->gated_residual_forward(a, at<void>(out), threads); },
+      [](const GatedResidual& a, Address out, int threads) {
+        table->gated_residual_forward(a, at<void>(out), threads);
+      },
       Guard());
   m.def(
       "gated_residual_backward",

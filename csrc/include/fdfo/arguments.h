@@ -118,11 +118,11 @@ struct GatedResidual {
 };
 
 struct LayerNormModulate {
-  TokenRows x;              // in a backward what was normalised
-  TokenRows y;              // with a gate; in a backward null where the gate takes no gradient
-  SampleRows gate;          // null: no residual is added before
-  SampleRows scale[2], shift[2];  // the second may be null
-  float* statistics;        // [samples, tokens, 2]: mean and 1 / sqrt(var + eps); null in a forward that keeps none
+  TokenRows x;      // in a backward what was normalised
+  TokenRows y;      // with a gate; in a backward null where the gate takes no gradient
+  SampleRows gate;  // null: no residual is added before
+  SampleRows scale[2], shift[2];  // the second ones may be null; in a backward there is no shift
+  float* statistics;              // [samples, tokens, 2]: mean and 1 / sqrt(var + eps); may be null in a forward
   float eps;
   TokenShape shape;
 };
