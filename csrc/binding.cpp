@@ -167,7 +167,8 @@ void bind_cpu_block(py::module_& m) {
   m.def(
       "layer_norm_modulate_forward",
       [](const LayerNormModulate& a, Address x_new, Address out, Address out2, int threads) {
-        table->layer_norm_modulate_forward(a, {at<void>(x_new), {at<void>(out), at<void>(out2)}}, threads);
+        const Scratch wide(new float[cpu::kModulationRows * a.shape.samples * a.shape.size]);
+        table->layer_norm_modulate_forward(a, {at<void>(x_new), {at<void>(out), at<void>(out2)}}, wide.get(), threads);
       },
       Guard());
   m.def(
@@ -176,8 +177,9 @@ void bind_cpu_block(py::module_& m) {
          Address dx, Address dy, Address d_modulation, Address d_gate, int threads) {
         const NormGradients g{{token_rows(upstream), token_rows(upstream2)}, token_rows(upstream_x), at<void>(dx),
                               at<void>(dy), at<void>(d_modulation), at<void>(d_gate)};
+        const Scratch wide(new float[cpu::kModulationRows * a.shape.samples * a.shape.size]);
         const Scratch partial(new float[cpu::partial_sums(a.shape, cpu::gradient_kinds(a, g))]);
-        table->layer_norm_modulate_backward(a, g, partial.get(), threads);
+        table->layer_norm_modulate_backward(a, g, {wide.get(), partial.get()}, threads);
       },
       Guard());
 }

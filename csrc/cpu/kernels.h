@@ -17,6 +17,13 @@ struct LossOutputs {
   void* grad;     // [rows, size] of v's type, for an upstream factor of 1; or null
 };
 
+constexpr int kModulationRows = 4;  // scale and shift, twice
+
+struct NormScratch {
+  float* wide;     // [samples, kModulationRows, size]
+  float* partial;  // `partial_sums(shape, kinds)` floats, kinds as `gradient_kinds` tells
+};
+
 struct Table {
   const char* name;
   void (*philox_normal)(const PhiloxNormal&, int threads);
@@ -31,9 +38,9 @@ struct Table {
   void (*gated_residual_forward)(const GatedResidual&, void* out, int threads);
   // dy and d_gate may be null. partial: `partial_sums(shape, 1)` floats of scratch where d_gate is not.
   void (*gated_residual_backward)(const GatedResidual&, void* dy, void* d_gate, float* partial, int threads);
-  void (*layer_norm_modulate_forward)(const LayerNormModulate&, const NormOutputs&, int threads);
-  // partial: `partial_sums(shape, kinds)` floats of scratch, kinds as `gradient_kinds` tells.
-  void (*layer_norm_modulate_backward)(const LayerNormModulate&, const NormGradients&, float* partial, int threads);
+  // wide: as in NormScratch.
+  void (*layer_norm_modulate_forward)(const LayerNormModulate&, const NormOutputs&, float* wide, int threads);
+  void (*layer_norm_modulate_backward)(const LayerNormModulate&, const NormGradients&, const NormScratch&, int threads);
 };
 
 extern const Table kGeneric, kAvx2, kAvx512;

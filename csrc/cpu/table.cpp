@@ -12,8 +12,8 @@ void fdfo_loss_forward(const FdfoLoss&, const LossOutputs&, int threads);
 void fdfo_loss_backward(const FdfoLoss&, const double* scale, void* grad, int threads);
 void gated_residual_forward(const GatedResidual&, void* out, int threads);
 void gated_residual_backward(const GatedResidual&, void* dy, void* d_gate, float* partial, int threads);
-void layer_norm_modulate_forward(const LayerNormModulate&, const NormOutputs&, int threads);
-void layer_norm_modulate_backward(const LayerNormModulate&, const NormGradients&, float* partial, int threads);
+void layer_norm_modulate_forward(const LayerNormModulate&, const NormOutputs&, float* wide, int threads);
+void layer_norm_modulate_backward(const LayerNormModulate&, const NormGradients&, const NormScratch&, int threads);
 }  // namespace FDFO_ISA
 
 #define FDFO_STRING(name) FDFO_STRING_OF(name)
