@@ -53,7 +53,11 @@ class Case(NamedTuple):
 
 
 def triton_cases() -> list[Case]:
-    """Every Triton kernel as the ops launch it: bfloat16 velocities, the block sizes of `fdfo_engine.ops`."""
+    """Every Triton kernel as the ops launch it: bfloat16 tensors, the block sizes of `fdfo_engine.ops`."""
+    return [*_pair_cases(), *(case for size in (1536, 3072) for case in _block_cases(size))]
+
+
+def _pair_cases() -> list[Case]:
     from fdfo_engine.kernels import fdfo_loss, pair_direction, paired_noise, paired_step, philox_normal, replay
 
     f32, bf16, f64, i64 = (POINTERS[name] for name in ("float32", "bfloat16", "float64", "int64"))
@@ -148,6 +152,46 @@ COMBINATIONS = ((False, False), (False, True), (True, False))  # backward, GELU
 
 def _options(tile: Any) -> dict[str, Any]:
     return {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _block_cases(size: int) -> list[Case]:
+    """Of a transformer block of width `size`, with all that a kernel can be asked for, and with as little."""
+    from fdfo_engine.kernels import gated_residual, layer_norm_modulate
+
+    ops = importlib.import_module("fdfo_engine.ops.layer_norm_modulate")
+    block, warps = ops.tile(size)
+    f32, bf16, stride = POINTERS["float32"], POINTERS["bfloat16"], ["i32"]
+    tile = {"TOKENS": ops.TOKENS, "BLOCK": block}
+    cases = []
+
+    def launch(warps: int) -> dict[str, Any]:
+        return {"enable_fp_fusion": False, "num_warps": warps}
+
+    for most in (True, False):
+        norm = {"RESIDUAL": most, "SECOND": most}
+        sums = {"UPSTREAM_X": most, "SUM_MODULATIONS": most, "SUM_GATE": most, "KINDS": 5 if most else 0}
+        cases += [
+            Case(
+                layer_norm_modulate.layer_norm_modulate_forward_kernel,
+                [*7 * [bf16], f32, *3 * [bf16], *2 * ["i32"], *9 * stride, "fp32"],
+                norm | {"KEEP": most, "BLOCK": block}, launch(warps),
+            ),
+            Case(
+                layer_norm_modulate.layer_norm_modulate_backward_kernel,
+                [*5 * [bf16], f32, *5 * [bf16], f32, *2 * ["i32"], *13 * stride], norm | sums | tile, launch(2 * warps),
+            ),
+        ]  # fmt: skip
+    return [
+        *cases,
+        Case(
+            gated_residual.gated_residual_forward_kernel, [*4 * [bf16], *2 * ["i32"], *5 * stride],
+            {"BLOCK": block}, launch(warps),
+        ),
+        Case(
+            gated_residual.gated_residual_backward_kernel, [*4 * [bf16], f32, *2 * ["i32"], *5 * stride],
+            {"DY": True, "SUM_GATE": True} | tile, launch(warps),
+        ),
+    ]  # fmt: skip
 
 
 _OPS = ("philox_normal", "paired_noise", "paired_step", "replay", "pair_direction", "fdfo_loss")

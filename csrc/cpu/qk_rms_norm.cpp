@@ -253,8 +253,8 @@ FDFO_INLINE Token token_of(const QkRmsNorm& a, const HeadRows& rows) {
 template <class T, class Run>
 FDFO_INLINE void each_token(const QkRmsNorm& a, const HeadRows& rows, int64_t task, const Run& run) {
   Token t = token_of<T>(a, rows);
-  const int64_t begin = task * kTokenBlock, all = a.batch * rows.tokens;
-  for (int64_t index = begin; index < (begin + kTokenBlock < all ? begin + kTokenBlock : all); ++index) {
+  const int64_t begin = task * kHeadTokenBlock, all = a.batch * rows.tokens;
+  for (int64_t index = begin; index < (begin + kHeadTokenBlock < all ? begin + kHeadTokenBlock : all); ++index) {
     const int64_t batch = index / rows.tokens, token = index % rows.tokens;
     if (t.rotary) {
       load_row(t.cos, a.cos + (rows.first + token) * a.size, t.size);
@@ -340,7 +340,7 @@ void qk_rms_norm_forward(const QkRmsNorm& a, const HeadRows* rows, int count, in
   for (int i = 0; i < count; ++i) {
     with_type_and_size(a, rows[i], [&]<class T, int kSize>() {
 #pragma omp parallel for schedule(static) num_threads(threads)
-      for (int64_t task = 0; task < blocks(a.batch * rows[i].tokens, kTokenBlock); ++task) {
+      for (int64_t task = 0; task < blocks(a.batch * rows[i].tokens, kHeadTokenBlock); ++task) {
         forward_task<T, kSize>(a, rows[i], task);
       }
     });
@@ -359,7 +359,7 @@ FDFO_INLINE void add_partials(void* to, const double* partial, int64_t count, in
 void qk_rms_norm_backward(const QkRmsNorm& a, const HeadRows* rows, int count, double* partial, int threads) {
   for (int i = 0; i < count; ++i) {
     with_type_and_size(a, rows[i], [&]<class T, int kSize>() {
-      const int64_t tasks = blocks(a.batch * rows[i].tokens, kTokenBlock);
+      const int64_t tasks = blocks(a.batch * rows[i].tokens, kHeadTokenBlock);
       double* sums = rows[i].weight_grad != nullptr ? partial : nullptr;
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t task = 0; task < tasks; ++task) backward_task<T, kSize>(a, rows[i], task, sums);

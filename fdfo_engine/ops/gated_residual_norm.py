@@ -5,10 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
-from fdfo_engine.ops.gated_residual import check_residual, gated_residual_reference
-from fdfo_engine.ops.layer_norm_modulate import EPS, layer_norm_modulate_reference, modulations_of
+from fdfo_engine.ops.gated_residual import check_residual
+from fdfo_engine.ops.layer_norm_modulate import (
+    EPS,
+    OFFERED,
+    layer_norm_modulate_reference,
+    modulated_norm,
+    modulations_of,
+)
 
-OFFERED = ("torch",)
+__all__ = ["OFFERED", "gated_residual_norm"]
 
 
 def gated_residual_norm(
@@ -44,13 +50,17 @@ def gated_residual_norm(
     check_residual(op, x, y, gate)
     modulations = modulations_of(op, x, scale, shift, scale2, shift2)
     eps = _checks.not_negative(op, "eps", eps)
-    _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    if implementation != "torch":
+        return modulated_norm(x, y, gate, modulations, eps, implementation)
     return gated_residual_norm_reference(x, y, gate, modulations, eps)
 
 
 def gated_residual_norm_reference(
     x: Tensor, y: Tensor, gate: Tensor, modulations: tuple[Tensor, ...], eps: float
 ) -> tuple[Tensor, ...]:
-    """The specification."""
-    x_new = gated_residual_reference(x, y, gate)
-    return x_new, *layer_norm_modulate_reference(x_new, modulations, eps)
+    """The specification. The rounding of x_new is straight-through: its gradient is not rounded on the way to y."""
+    wide = x.float() + gate.float()[:, None] * y.float()
+    x_new = wide.to(x.dtype)
+    rounded = wide + (x_new.float() - wide).detach()
+    return x_new, *layer_norm_modulate_reference(rounded, modulations, eps, x.dtype)

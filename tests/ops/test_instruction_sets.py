@@ -33,6 +33,20 @@ def results():
         yield _gelu.forward(3 * h, bias, "cpp", inplace=False)
         yield from _gelu.backward(3 * h, bias, grad, "cpp", inplace=False, activation=True)
         yield from (loss, log_ratio, *(torch.autograd.grad(f * loss, current, retain_graph=True)[0] for f in (1, -2)))
+        yield from block_results(dtype)
+
+
+def block_results(dtype):
+    """The ops of a transformer block: two blocks of tokens, and widths with and without a rest."""
+    for size in (37, 208):
+        tokens = [draw(2, 33, size, seed=s, dtype=dtype).requires_grad_() for s in (4, 5)]
+        rows = [draw(2, size, seed=s, dtype=dtype).requires_grad_() for s in (6, 7, 8, 9, 10)]
+        gate, scale, shift, scale2, shift2 = rows
+        outputs = ops.gated_residual_norm(*tokens, gate, scale, shift, scale2=scale2, shift2=shift2, backend="cpp")
+        outputs += (ops.layer_norm_modulate(tokens[0], scale, shift, backend="cpp"),)
+        outputs += (ops.gated_residual(*tokens, gate, backend="cpp"),)
+        yield from outputs
+        yield from torch.autograd.grad(outputs, [*tokens, *rows], [t.detach().flip(1) for t in outputs])
 
 
 @pytest.fixture
