@@ -12,7 +12,8 @@
 #error "compile with -DFDFO_ISA=generic, avx2 or avx512"
 #endif
 
-#define FDFO_INLINE static inline __attribute__((always_inline))
+#define FDFO_ALWAYS_INLINE inline __attribute__((always_inline))
+#define FDFO_INLINE static FDFO_ALWAYS_INLINE
 
 namespace fdfo::cpu::FDFO_ISA {
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fdfo_engine.config import Config, ModelConfig
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
+from fdfo_engine.models.fused.choice import choose_blocks
 from fdfo_engine.models.lora import ADAPTER, adapters_off, add_lora, fold_alpha, trainable
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
 
@@ -55,9 +56,9 @@ class SD3Model:
         """Loads the pipeline `model_id`, freezes it, and frees what is trained (`model.train`).
 
         Raises:
-            UsageError: height or width do not fit the VAE and the patches, guidance is asked as an input, or
-                lora.targets match nothing.
-            EnvironmentProblem: the pipeline cannot be loaded.
+            UsageError: height or width do not fit the VAE and the patches, guidance is asked as an input,
+                lora.targets match nothing, or the transformer does not fit what asks for fused blocks.
+            EnvironmentProblem: the pipeline cannot be loaded, or `model.attention` can't run.
         """
         settings = config.model
         if config.sampling.embedded_guidance is not None:
@@ -67,8 +68,6 @@ class SD3Model:
         for part in (pipeline.transformer, pipeline.vae, *_text_encoders(pipeline)):
             part.eval().requires_grad_(False)
         model = cls(pipeline, settings, device)
-        if settings.gradient_checkpointing:
-            model.network.enable_gradient_checkpointing()
         if settings.train == "full":
             model.network.requires_grad_(True)
         else:
@@ -80,6 +79,7 @@ class SD3Model:
             except ValueError as error:
                 raise UsageError(f"lora.targets = {list(targets)}: {error}") from error
             model._lora_scale = config.lora.alpha / config.lora.rank
+        choose_blocks(model.network, settings, rehome=config.zero.stage < 3)
         return model
 
     def grid(self, steps: int) -> Grid:
