@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
+from fdfo_engine.models.flow_model import Network
+from fdfo_engine.models.graphed import GraphedNetwork, graph_refusals
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import backend_for, backends, pair_direction
@@ -66,6 +68,7 @@ class Engine:
         self.sampler = PairedSampler(self.model, PromptCache(self.model), config, self.backend)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
+        self._rollout_network = _rollout_network(config, self.trainer, self.device)
         self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning, self.backend)
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
@@ -262,7 +265,7 @@ class Engine:
         rows = range(number * size, (number + 1) * size)
         ids = [self.next_pair + row for row in rows]
         self.poll()
-        return self.sampler.sample_block(self.trainer, [prompts[min(row, last)] for row in rows], ids)
+        return self.sampler.sample_block(self._rollout_network, [prompts[min(row, last)] for row in rows], ids)
 
     def _in_step(self, own: range) -> list[int]:
         """`own`, repeated at its end to the longest share of a rank: at ZeRO-3 all call the network together."""
@@ -330,6 +333,15 @@ def _backend(config: Config, device: torch.device) -> str:
             raise EnvironmentProblem(f"kernels.require: the pair ops would run on plain torch ({reasons})")
         warn(f"the pair ops run on plain torch: {reasons}")
     return chosen
+
+
+def _rollout_network(config: Config, trainer: ZeroTrainer, device: torch.device) -> Network:
+    if not config.model.cuda_graphs:
+        return trainer
+    reasons = graph_refusals(device, zero_stage=config.zero.stage, is_compiled=config.model.compile)
+    if reasons:
+        raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
+    return GraphedNetwork(trainer)
 
 
 def _share(count: int, what: str, *, may_idle: bool = False) -> range:

@@ -54,6 +54,16 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        ("model.compile", "model.fused"),
+        lambda c: c.model.compile and c.model.fused is True,
+        lambda c: "compiles diffusers' own blocks, model.fused = true asks for the fused ones; drop one of them",
+    ),
+    Rule(
+        ("model.compile", "zero.stage"),
+        lambda c: c.model.compile and c.zero.stage == 3,
+        lambda c: "does not work with zero.stage = 3, which gathers weights inside the call; lower zero.stage",
+    ),
+    Rule(
         ("lora", "model.train"),
         lambda c: c.model.train == "full" and bool(c.lora.model_fields_set),
         lambda c: "has no effect with model.train = full; remove the lora section, or set model.train: lora",

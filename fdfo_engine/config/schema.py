@@ -72,6 +72,12 @@ class ModelConfig(Section):
     gradient_checkpointing: Literal[False, True, "fc1"] = False
     """Recomputes activations in the backward pass: less memory, more time in the update. fc1: the widest ones only."""
 
+    compile: bool = False
+    """Runs diffusers' own blocks through torch.compile instead of the fused ones; compiles for minutes first."""
+
+    cuda_graphs: bool = False
+    """Replays a rollout's forward as a CUDA graph; on a GPU, below zero.stage 3. Not measured yet."""
+
     max_sequence_length: int = Field(default=256, ge=0, le=512)
     """Tokens of the T5 encoder; 0 leaves T5 out. `shapes` was trained without and needs 0."""
 

@@ -1,4 +1,4 @@
-"""Which blocks a run computes with: the fused ones, or diffusers' own."""
+"""Which blocks a run computes with: the fused ones, or diffusers' own, compiled where that is asked for."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
 
 def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> None:
-    """Fuses `transformer` as `settings` ask; `fused: auto` says where it does not fit. For `rehome` see `fuse`.
+    """Fuses or compiles `transformer` as `settings` ask; `fused: auto` says where it does not fit. `rehome`: `fuse`.
 
     Raises:
         UsageError: it does not fit, and `fused: true` or a setting that only fused blocks know asks for it.
         EnvironmentProblem: `attention` can't run here.
     """
-    reasons = ["model.fused is false"] if settings.fused is False else fusion_refusals(transformer)
+    reasons = _refusals(transformer, settings)
     if not reasons:
         recompute = {False: "none", True: "block", "fc1": "fc1"}[settings.gradient_checkpointing]
         try:
@@ -36,3 +36,11 @@ def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> N
         say(f"model: diffusers' own blocks, not the fused ones: {why}")
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if settings.compile:
+        transformer.compile()
+
+
+def _refusals(transformer: Any, settings: ModelConfig) -> list[str]:
+    if settings.compile:
+        return ["model.compile is true"]
+    return ["model.fused is false"] if settings.fused is False else fusion_refusals(transformer)
