@@ -96,6 +96,10 @@ class FlowModel(Protocol):
         """Within this context the network is the base model: its LoRA is switched off."""
         ...
 
+    def other_weights(self) -> Iterator[Tensor]:
+        """Weights that stay on `device` beside the network's: the VAE's."""
+        ...
+
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training moves: the LoRA, or every weight of the network."""
         ...

@@ -16,10 +16,12 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config, ModelConfig
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
 from fdfo_engine.models.lora import ADAPTER, adapters_off, add_lora, fold_alpha, trainable
+from fdfo_engine.models.sd3_blank import become_fake, blank_conditioning, blank_pipeline
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
 
 ATTENTION_PROJECTIONS = (
@@ -62,7 +64,26 @@ class SD3Model:
         settings = config.model
         if config.sampling.embedded_guidance is not None:
             raise UsageError("sampling.embedded_guidance: the sd3 family takes none; set sampling.guidance_scale")
-        pipeline = _load_pipeline(model_id, settings).to(device)
+        return cls._prepared(_load_pipeline(model_id, settings).to(device), config, device)
+
+    @classmethod
+    def blank(cls, config: Config, model_id: str, mode: FakeTensorMode) -> tuple[SD3Model, Conditioning]:
+        """The model and one row of conditioning as fake tensors of `mode` on the CPU: for counting memory.
+
+        Raises:
+            UsageError, EnvironmentProblem: as `load`.
+        """
+        pipeline = blank_pipeline(model_id, config.model)
+        model = cls._prepared(pipeline, config, torch.device("cpu"))
+        with mode:
+            for part in (pipeline.transformer, pipeline.vae):
+                become_fake(part)
+            return model, Conditioning(blank_conditioning(model_id, config.model, pipeline.transformer.config))
+
+    @classmethod
+    def _prepared(cls, pipeline: Any, config: Config, device: torch.device) -> SD3Model:
+        """Freezes the pipeline and frees what is trained."""
+        settings = config.model
         _check_size(pipeline, settings)
         for part in (pipeline.transformer, pipeline.vae, *_text_encoders(pipeline)):
             part.eval().requires_grad_(False)
@@ -128,6 +149,10 @@ class SD3Model:
     def without_adapter(self) -> AbstractContextManager[None]:
         """See `FlowModel.without_adapter`."""
         return adapters_off(self.network) if self._lora_scale is not None else nullcontext()
+
+    def other_weights(self) -> Iterator[Tensor]:
+        """See `FlowModel.other_weights`."""
+        return self.pipeline.vae.parameters()  # type: ignore[no-any-return]
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """See `FlowModel.trained_parameters`."""
