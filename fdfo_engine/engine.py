@@ -15,6 +15,7 @@ from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
 from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.prompt_cache import PromptCache
+from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import backend_for, backends, pair_direction
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
@@ -68,7 +69,8 @@ class Engine:
         self.backend = _backend(config, self.device)
         self.model = load_model(config, self.device)
         self.memory = _plan_memory(self.model, config) if self.device.type == "cuda" else None
-        self.sampler = PairedSampler(self.model, PromptCache(self.model), config, self.backend)
+        prompts = PromptCache(self.model, open_prompt_store(config, self.device))
+        self.sampler = PairedSampler(self.model, prompts, config, self.backend)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
         self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning, self.backend)
@@ -113,6 +115,7 @@ class Engine:
         first, count = self.next_pair, len(prompts)
         own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
+        together(lambda: self.sampler.warm([prompts[i] for i in local]))
         kept: dict[str, Tensor] = {}
         for i, number in enumerate(self._in_step(own)):
             block = together(partial(self._block, prompts, number))

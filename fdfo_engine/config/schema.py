@@ -78,7 +78,13 @@ class ModelConfig(Section):
     negative_prompt: str = ""
     """Prompt of the negative branch, used where sampling.guidance_scale is not 1."""
 
-    @field_validator("fused", mode="before")
+    prompt_cache: Auto | Literal[False] | Name = "auto"
+    """Folder of encoded prompts on disk, which runs may share; auto is one in the user's cache, false keeps none."""
+
+    prompt_cache_gib: float = Field(default=20.0, gt=0)
+    """Size of that folder, GiB; the least recently used are dropped first."""
+
+    @field_validator("fused", "prompt_cache", mode="before")
     @classmethod
     def _is_no_number(cls, value: object) -> object:
         return str(value) if type(value) is int else value  # 0 == False would pass as the literal

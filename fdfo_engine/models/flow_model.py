@@ -77,6 +77,10 @@ class FlowModel(Protocol):
         """The grid that the family's pipeline uses for `steps` steps at this latent shape."""
         ...
 
+    def text_encoders(self) -> AbstractContextManager[None]:
+        """Within this context the text encoders are on `device`; outside they live on the CPU."""
+        ...
+
     def encode_prompt(self, prompt: str) -> Conditioning:
         """One row for `prompt`. Encoded alone, so that an embedding never depends on its neighbours in a batch."""
         ...

@@ -89,14 +89,19 @@ def _without_advice() -> Iterator[None]:
 
 
 def _family_of(model_id: str, revision: str | None) -> str:
-    index = json.loads(_model_index(model_id, revision).read_text())
+    index = json.loads(model_index(model_id, revision).read_text())
     name = index.get("_class_name", "")
     if name not in PIPELINES:
         raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(PIPELINES)}")
     return PIPELINES[name]
 
 
-def _model_index(model_id: str, revision: str | None) -> Path:
+def model_index(model_id: str, revision: str | None) -> Path:
+    """The pipeline's `model_index.json`, in its folder or in the hub's cache.
+
+    Raises:
+        EnvironmentProblem: there is none.
+    """
     local = Path(model_id) / "model_index.json"
     if local.is_file():
         return local

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class SD3Model:
         settings = config.model
         if config.sampling.embedded_guidance is not None:
             raise UsageError("sampling.embedded_guidance: the sd3 family takes none; set sampling.guidance_scale")
-        return cls._prepared(_load_pipeline(model_id, settings).to(device), config, device)
+        return cls._prepared(_load_pipeline(model_id, settings), config, device)
 
     @classmethod
     def blank(cls, config: Config, model_id: str, mode: FakeTensorMode) -> tuple[SD3Model, Conditioning]:
@@ -87,6 +87,8 @@ class SD3Model:
         _check_size(pipeline, settings)
         for part in (pipeline.transformer, pipeline.vae, *_text_encoders(pipeline)):
             part.eval().requires_grad_(False)
+        for part in (pipeline.transformer, pipeline.vae):
+            part.to(device)
         model = cls(pipeline, settings, device)
         if settings.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
@@ -118,16 +120,30 @@ class SD3Model:
         scheduler.set_timesteps(steps, device="cpu", **kwargs)
         return Grid(scheduler.sigmas.clone(), scheduler.timesteps.clone())
 
+    @contextmanager
+    def text_encoders(self) -> Iterator[None]:
+        """See `FlowModel.text_encoders`; an inner one is part of the outer."""
+        encoders = _text_encoders(self.pipeline)
+        moved = [e for e in encoders if next(e.parameters()).device != self.device]
+        for encoder in moved:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in moved:
+                encoder.to("cpu")
+
     def encode_prompt(self, prompt: str) -> Conditioning:
         """Joint text tokens and pooled vector, as the pipeline makes them."""
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=prompt,
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self._settings.max_sequence_length,
-        )
+        with self.text_encoders():
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=prompt,
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._settings.max_sequence_length,
+            )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

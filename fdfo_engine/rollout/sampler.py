@@ -112,6 +112,10 @@ class PairedSampler:
         starts = range(0, len(latents), DECODE_IMAGES)
         return torch.cat([self._model.decode(latents[start : start + DECODE_IMAGES]) for start in starts])
 
+    def warm(self, prompts: Sequence[str]) -> None:
+        """Encodes `prompts` ahead of `sample_block`, all in one go."""
+        self._prompts.warm(prompts)
+
     def conditioning(
         self, prompts: Sequence[str], *, copies: int = 1, guidance: float | None = None
     ) -> tuple[Conditioning, Conditioning | None]:
