@@ -20,7 +20,7 @@ CSRC = Path("csrc")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 INSTRUCTION_SETS = {"generic": []}
 if IS_X86:
-    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
     INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
 CUDA_ARCHITECTURES = ("80", "90a", "100")

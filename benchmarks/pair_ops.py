@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     `check(backend)` is the op where it leaves its inputs alone: backends are compared before anything is timed.
     `plain(wrap)` gives the call, with its arithmetic wrapped: by nothing, or by torch.compile. `comparable` says that
-    it computes the same numbers, and not with noise of its own.
+    it computes the same numbers, and not with noise of its own. `offered`: the backends that the op has.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     check: Callable[[str], Tensor]
     num_bytes: int
     comparable: bool
+    offered: tuple[str, ...] = ("torch", "cpp", "triton", "cuda")
 
 
 def cases(device: torch.device, *, pairs: int, rows: int) -> list[Case]:

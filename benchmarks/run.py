@@ -12,34 +12,49 @@ from typing import Any
 
 import torch
 
-from benchmarks import pair_ops
+from benchmarks import attention_ops, block_ops, linear_ops, pair_ops
 from benchmarks.results_file import RESULTS, header, machine, write
 from benchmarks.timing import Spread, copy_bandwidth, interleaved
 from fdfo_engine import ops
 
+SUITES = ("attention_ops", "block_ops", "linear_ops", "pair_ops")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest value; the tests are stricter
 
 
 def main() -> None:
     """Times the suite, prints a table and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=["pair_ops"], required=True)
+    parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU; default 1 2")
     parser.add_argument("--pairs", type=int, help="pairs a sampling op works on; default 6, on a GPU 32")
     parser.add_argument("--rows", type=int, default=6, help="items of the loss; default 6")
+    parser.add_argument("--samples", type=int, help="that a block op works on; default 2, on a GPU 12")
+    parser.add_argument("--only", default="", help="run the cases with this in their name")
     parser.add_argument("--seconds", type=float, default=2.0, help="a candidate; default 2")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = arguments.pairs or (32 if device.type == "cuda" else 6)
     result = header("benchmarks.run") | {"rows": []}
     for threads in arguments.threads if device.type == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         bandwidth = copy_bandwidth(device)
         print(f"{device}, {threads} threads, copy {bandwidth / 1e9:.1f} GB/s")
-        for case in pair_ops.cases(device, pairs=pairs, rows=arguments.rows):
+        for case in suite(arguments, device):
             result["rows"] += measure(case, device, threads, bandwidth, arguments.seconds)
     write(arguments.out or RESULTS / machine(device) / f"{arguments.suite}.json", result)
+
+
+def suite(arguments: argparse.Namespace, device: torch.device) -> list[pair_ops.Case]:
+    """The cases that were asked for."""
+    gpu = device.type == "cuda"
+    pairs = arguments.pairs or (32 if gpu else 6)
+    cases = {
+        "attention_ops": lambda: attention_ops.cases(device),
+        "block_ops": lambda: block_ops.cases(device, samples=arguments.samples or (12 if gpu else 2)),
+        "linear_ops": lambda: linear_ops.cases(device, pairs=pairs, rows=arguments.rows),
+        "pair_ops": lambda: pair_ops.cases(device, pairs=pairs, rows=arguments.rows),
+    }[arguments.suite]()
+    return [case for case in cases if arguments.only in case.name]
 
 
 def measure(
@@ -58,7 +73,7 @@ def candidates(case: pair_ops.Case, device: torch.device) -> dict[str, Any]:
     """Name of a candidate -> its call, plain code first."""
     torch.compiler.reset()
     calls = {"eager": case.plain(lambda call: call), "inductor": case.plain(torch.compile)}
-    fitting = [name for name in ("torch", "cpp", "triton", "cuda") if not ops._dispatch.refusals(name, device)]
+    fitting = [name for name in case.offered if not ops._dispatch.refusals(name, device)]
     return calls | {name: lambda name=name: case.op(name) for name in fitting}
 
 

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -21,6 +23,8 @@ namespace {
 using namespace fdfo;
 using Address = std::uintptr_t;
 using Strided = std::tuple<Address, std::int64_t, std::int64_t>;  // address, strides of pair and branch
+using Row = std::tuple<Address, std::int64_t>;                    // address, stride of samples
+using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 using Seed = std::tuple<std::uint32_t, std::uint32_t>;            // low and high word
 
 template <class T>
@@ -103,11 +107,75 @@ FdfoLoss fdfo_loss(Address v, Address v_old, int number, int number_old, std::in
           size};
 }
 
+QkRmsNorm qk_rms_norm(int number, int weight_number, Address cos, Address sin, std::int64_t batch, std::int64_t heads,
+                      std::int64_t size, float eps) {
+  return {static_cast<Number>(number),
+          static_cast<Number>(weight_number),
+          at<const float>(cos),
+          at<const float>(sin),
+          batch,
+          heads,
+          size,
+          eps};
+}
+
+// `packed`: address, strides of batch, token and head.
+HeadRows head_rows(Strided x, std::tuple<Address, std::int64_t, std::int64_t, std::int64_t> packed, Address weight,
+                   bool rotary, std::int64_t tokens, std::int64_t first, Address grad, Address weight_grad) {
+  const auto [packed_address, packed_batch, packed_token, packed_head] = packed;
+  return {at<const void>(std::get<0>(x)),
+          std::get<1>(x),
+          std::get<2>(x),
+          at<void>(packed_address),
+          packed_batch,
+          packed_token,
+          packed_head,
+          at<const void>(weight),
+          rotary,
+          tokens,
+          first,
+          at<void>(grad),
+          at<void>(weight_grad)};
+}
+
+Gelu gelu(Address h, Address bias, Address grad, Address out, Address activation, int number, std::int64_t count,
+          std::int64_t size) {
+  return {at<const void>(h), at<const void>(bias),        at<const void>(grad), at<void>(out),
+          at<void>(activation), static_cast<Number>(number), count,                size};
+}
+
+TokenRows token_rows(const Strided& t) { return {at<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+
+SampleRows sample_rows(const Row& r) { return {at<const void>(std::get<0>(r)), std::get<1>(r)}; }
+
+TokenShape token_shape(const Shape& s, int number) {
+  return {std::get<0>(s), std::get<1>(s), std::get<2>(s), static_cast<Number>(number)};
+}
+
+GatedResidual gated_residual(const Strided& x, const Strided& y, const Row& gate, const Shape& shape, int number) {
+  return {token_rows(x), token_rows(y), sample_rows(gate), token_shape(shape, number)};
+}
+
+LayerNormModulate layer_norm_modulate(const Strided& x, const Strided& y, const Row& gate, const Row& scale,
+                                      const Row& shift, const Row& scale2, const Row& shift2, Address statistics,
+                                      float eps, const Shape& shape, int number) {
+  return {token_rows(x),
+          token_rows(y),
+          sample_rows(gate),
+          {sample_rows(scale), sample_rows(scale2)},
+          {sample_rows(shift), sample_rows(shift2)},
+          at<float>(statistics),
+          eps,
+          token_shape(shape, number)};
+}
+
+using Scratch = std::unique_ptr<float[]>;  // unlike a vector's, its elements are not set first
+
 std::vector<const cpu::Table*> supported_tables() {
   std::vector<const cpu::Table*> found{&cpu::kGeneric};
 #if defined(FDFO_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) found.push_back(&cpu::kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back(&cpu::kAvx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     found.push_back(&cpu::kAvx512);
@@ -117,6 +185,42 @@ std::vector<const cpu::Table*> supported_tables() {
 }
 
 const cpu::Table* table = supported_tables().back();
+
+// The ops of a transformer block.
+void bind_cpu_block(py::module_& m) {
+  using Guard = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "gated_residual_forward",
+      [](const GatedResidual& a, Address out, int threads) {
+        table->gated_residual_forward(a, at<void>(out), threads);
+      },
+      Guard());
+  m.def(
+      "gated_residual_backward",
+      [](const GatedResidual& a, Address dy, Address d_gate, int threads) {
+        const Scratch partial(new float[d_gate ? cpu::partial_sums(a.shape, 1) : 0]);
+        table->gated_residual_backward(a, at<void>(dy), at<void>(d_gate), partial.get(), threads);
+      },
+      Guard());
+  m.def(
+      "layer_norm_modulate_forward",
+      [](const LayerNormModulate& a, Address x_new, Address out, Address out2, int threads) {
+        const Scratch wide(new float[cpu::kModulationRows * a.shape.samples * a.shape.size]);
+        table->layer_norm_modulate_forward(a, {at<void>(x_new), {at<void>(out), at<void>(out2)}}, wide.get(), threads);
+      },
+      Guard());
+  m.def(
+      "layer_norm_modulate_backward",
+      [](const LayerNormModulate& a, const Strided& upstream, const Strided& upstream2, const Strided& upstream_x,
+         Address dx, Address dy, Address d_modulation, Address d_gate, int threads) {
+        const NormGradients g{{token_rows(upstream), token_rows(upstream2)}, token_rows(upstream_x), at<void>(dx),
+                              at<void>(dy), at<void>(d_modulation), at<void>(d_gate)};
+        const Scratch wide(new float[cpu::kModulationRows * a.shape.samples * a.shape.size]);
+        const Scratch partial(new float[cpu::partial_sums(a.shape, cpu::gradient_kinds(a, g))]);
+        table->layer_norm_modulate_backward(a, g, {wide.get(), partial.get()}, threads);
+      },
+      Guard());
+}
 
 void bind_cpu(py::module_& m) {
   using Guard = py::call_guard<py::gil_scoped_release>;
@@ -148,13 +252,13 @@ void bind_cpu(py::module_& m) {
       Guard());
   m.def(
       "fdfo_loss_forward",
-      [](const FdfoLoss& a, Address advantage, double clip_range, double normalizer, Address log_ratio, Address scale,
-         Address grad, int threads) {
-        std::vector<double> loss(a.rows);
-        const cpu::LossOutputs outputs{at<const double>(advantage), clip_range,        normalizer,    loss.data(),
+      [](const FdfoLoss& a, Address advantage, double clip_range, double normalizer, Address scale, Address loss,
+         Address log_ratio, Address grad, int threads) {
+        std::vector<double> terms(a.rows);
+        const cpu::LossOutputs outputs{at<const double>(advantage), clip_range,        normalizer,    terms.data(),
                                        at<float>(log_ratio),        at<double>(scale), at<void>(grad)};
         table->fdfo_loss_forward(a, outputs, threads);
-        return std::accumulate(loss.begin(), loss.end(), 0.0);
+        *at<float>(loss) = static_cast<float>(std::accumulate(terms.begin(), terms.end(), 0.0));
       },
       Guard());
   m.def(
@@ -163,6 +267,24 @@ void bind_cpu(py::module_& m) {
         table->fdfo_loss_backward(a, at<const double>(scale), at<void>(grad), threads);
       },
       Guard());
+  m.def(
+      "qk_rms_norm_forward",
+      [](const QkRmsNorm& a, const std::vector<HeadRows>& rows, int threads) {
+        table->qk_rms_norm_forward(a, rows.data(), static_cast<int>(rows.size()), threads);
+      },
+      Guard());
+  m.def(
+      "qk_rms_norm_backward",
+      [](const QkRmsNorm& a, const std::vector<HeadRows>& rows, int threads) {
+        std::int64_t most = 0;
+        for (const HeadRows& r : rows) most = r.weight_grad != nullptr ? std::max(most, r.tokens) : most;
+        std::vector<double> partial(cpu::blocks(a.batch * most, cpu::kHeadTokenBlock) * a.size);
+        table->qk_rms_norm_backward(a, rows.data(), static_cast<int>(rows.size()), partial.data(), threads);
+      },
+      Guard());
+  m.def("gelu_forward", [](const Gelu& a, int threads) { table->gelu_forward(a, threads); }, Guard());
+  m.def("gelu_backward", [](const Gelu& a, int threads) { table->gelu_backward(a, threads); }, Guard());
+  bind_cpu_block(m);
 }
 
 #if defined(FDFO_WITH_CUDA)
@@ -208,6 +330,11 @@ void bind_arguments(py::module_& m) {
   py::class_<Replay>(m, "Replay").def(py::init(&replay));
   py::class_<PairDirection>(m, "PairDirection").def(py::init(&pair_direction));
   py::class_<FdfoLoss>(m, "FdfoLoss").def(py::init(&fdfo_loss));
+  py::class_<QkRmsNorm>(m, "QkRmsNorm").def(py::init(&qk_rms_norm));
+  py::class_<HeadRows>(m, "HeadRows").def(py::init(&head_rows));
+  py::class_<Gelu>(m, "Gelu").def(py::init(&gelu));
+  py::class_<GatedResidual>(m, "GatedResidual").def(py::init(&gated_residual));
+  py::class_<LayerNormModulate>(m, "LayerNormModulate").def(py::init(&layer_norm_modulate));
 }
 
 }  // namespace

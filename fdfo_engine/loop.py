@@ -99,10 +99,8 @@ class _Run:
         if resumed:
             say(f"resuming after epoch {self._engine.epoch} of {config.run.epochs}")
             self._status(last_checkpoint=f"epoch_{self._engine.epoch:06d}")
-        if folder is not None:
-            folder.truncate_logs(self._engine.epoch if resumed else -1)
-            folder.require_room(ROOM_FOR_CHECKPOINTS * self._engine.checkpoint_bytes)
         self._resumed = resumed
+        on_main(self._prepare_folder)
         self._kept_epoch = self._engine.epoch
         self._is_updating = False
         self._log: SilentLog = open_run_log(
@@ -110,6 +108,11 @@ class _Run:
             tensorboard=config.log.tensorboard, wandb=config.log.wandb, settings=config.model_dump(),
         )  # fmt: skip
         self._timer = PhaseTimer(self._engine.device)
+
+    def _prepare_folder(self) -> None:
+        assert self._folder is not None
+        self._folder.truncate_logs(self._engine.epoch if self._resumed else -1)
+        self._folder.require_room(ROOM_FOR_CHECKPOINTS * self._engine.checkpoint_bytes)
 
     def train(self) -> None:
         """All epochs that are left."""

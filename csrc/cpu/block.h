@@ -12,7 +12,8 @@
 #error "compile with -DFDFO_ISA=generic, avx2 or avx512"
 #endif
 
-#define FDFO_INLINE static inline __attribute__((always_inline))
+#define FDFO_ALWAYS_INLINE inline __attribute__((always_inline))
+#define FDFO_INLINE static FDFO_ALWAYS_INLINE
 
 namespace fdfo::cpu::FDFO_ISA {
 
@@ -32,10 +33,39 @@ FDFO_INLINE Span span(int64_t task, int64_t size, int64_t block) {
 
 using Float8 = float __attribute__((vector_size(32)));
 using Double8 = double __attribute__((vector_size(64)));
+using Low8 = uint32_t __attribute__((vector_size(32)));
+
+FDFO_INLINE Float8 load8(const float* from) {
+  Float8 values;
+  memcpy(&values, from, sizeof values);
+  return values;
+}
+
+template <class T>
+FDFO_INLINE Float8 load8(const T* from) {
+  float values[8];
+  for (int l = 0; l < 8; ++l) values[l] = to_float(from[l]);
+  return load8(values);
+}
+
+// Written out where a compiler would convert halves and join them.
+#if defined(__AVX2__)
+FDFO_INLINE Float8 load8(const BFloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Float8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+#endif
+
+FDFO_INLINE Double8 to_double(Float8 values) {
+#if defined(__AVX512F__)
+  return (Double8)_mm512_cvtps_pd((__m256)values);
+#else
+  return __builtin_convertvector(values, Double8);
+#endif
+}
 
 #if defined(__AVX2__)
 using Words8 = uint64_t __attribute__((vector_size(64)));  // a 32-bit word in the low half of each lane
-using Low8 = uint32_t __attribute__((vector_size(32)));
 
 // Products of the low halves of each lane. Written out, since a compiler takes the slow full product of 64-bit lanes.
 FDFO_INLINE Words8 product(Words8 a, uint32_t b) {

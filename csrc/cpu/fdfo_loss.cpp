@@ -18,19 +18,6 @@ FDFO_INLINE Row<T, O> row_of(const FdfoLoss& a, const Span& s) {
           a.u + a.pair[s.row] * a.u_stride + s.begin, a.branch[s.row] ? -1.0f : 1.0f};
 }
 
-FDFO_INLINE Float8 load8(const float* from) {
-  Float8 values;
-  memcpy(&values, from, sizeof values);
-  return values;
-}
-
-template <class T>
-FDFO_INLINE Float8 load8(const T* from) {
-  float values[8];
-  for (int l = 0; l < 8; ++l) values[l] = to_float(from[l]);
-  return load8(values);
-}
-
 // Products and sums of two in float, a rounding of 6e-8 each; all further sums in double, where they lose nothing.
 template <class T, class O>
 FDFO_INLINE int fast_sums(const Row<T, O>& r, int count, double* __restrict out) {
@@ -40,8 +27,8 @@ FDFO_INLINE int fast_sums(const Row<T, O>& r, int count, double* __restrict out)
     for (int half = 0; half < 2; ++half) {
       const int at = i + 16 * half;
       const Float8 e0 = load8(r.v + at) - load8(r.v_old + at), e1 = load8(r.v + at + 8) - load8(r.v_old + at + 8);
-      ee[half] += __builtin_convertvector(e0 * e0 + e1 * e1, Double8);
-      eu[half] += __builtin_convertvector(e0 * load8(r.u + at) + e1 * load8(r.u + at + 8), Double8);
+      ee[half] += to_double(e0 * e0 + e1 * e1);
+      eu[half] += to_double(e0 * load8(r.u + at) + e1 * load8(r.u + at + 8));
     }
   }
   for (int l = 0; l < 8; ++l) {

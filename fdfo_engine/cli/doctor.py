@@ -65,6 +65,7 @@ def findings(folder: Path, *, quick: bool = False) -> Iterator[Finding]:
     yield from _devices()
     yield _tried("kernels folder", _require_kernels)
     yield from _backends()
+    yield from _attention()
     yield _tried(f"storage of {folder.resolve()}", lambda: _probe(folder))
     base = _tried("bundled shapes model", _require_base)
     yield base
@@ -119,6 +120,16 @@ def _backends() -> Iterator[Finding]:
     for op, offered in implementations().items():
         chosen = ", ".join(f"{choose(op, offered, torch.device(device))} on {device}" for device in devices)
         yield Finding(f"op {op} runs {chosen}; made for {', '.join(offered)}")
+
+
+def _attention() -> Iterator[Finding]:
+    import torch
+
+    from fdfo_engine.models.fused.attention import attention_backends
+
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    for name, reasons in attention_backends(device, torch.bfloat16, 64).items():
+        yield Finding(f"attention {name} on {device}", "; ".join(reasons), needed=name == "auto")
 
 
 def _probe(folder: Path) -> None:

@@ -63,14 +63,14 @@ class ModelConfig(Section):
     train: Literal["lora", "full"] = "lora"
     """What is trained: low-rank adapters, or every weight of the transformer."""
 
-    fused: Auto | Literal[False] = "auto"
-    """Fused transformer blocks where they exist; false keeps diffusers' own."""
+    fused: Literal["auto", True, False] = "auto"
+    """Fused transformer blocks: auto where the model fits them, true always or an error, false never."""
 
-    attention: Literal["auto", "sdpa"] = "auto"
-    """Attention kernel; sdpa is PyTorch's own."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "flash3", "xformers"] = "auto"
+    """Attention kernel; sdpa is PyTorch's own choice, auto that choice without kernels known to be wrong."""
 
-    gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: less memory, more time in the update."""
+    gradient_checkpointing: Literal[False, True, "fc1"] = False
+    """Recomputes activations in the backward pass: less memory, more time in the update. fc1: the widest ones only."""
 
     max_sequence_length: int = Field(default=256, ge=0, le=512)
     """Tokens of the T5 encoder; 0 leaves T5 out. `shapes` was trained without and needs 0."""
@@ -84,10 +84,10 @@ class ModelConfig(Section):
     prompt_cache_gib: float = Field(default=20.0, gt=0)
     """Size of that folder, GiB; the least recently used are dropped first."""
 
-    @field_validator("fused", "prompt_cache", mode="before")
+    @field_validator("fused", "gradient_checkpointing", "prompt_cache", mode="before")
     @classmethod
     def _is_no_number(cls, value: object) -> object:
-        return str(value) if type(value) is int else value  # 0 == False would pass as the literal
+        return str(value) if type(value) is int else value  # 0 == False would pass as a literal
 
 
 class LoraConfig(Section):

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config, ModelConfig
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
+from fdfo_engine.models.fused.choice import choose_blocks
 from fdfo_engine.models.lora import ADAPTER, adapters_off, add_lora, fold_alpha, trainable
 from fdfo_engine.models.sd3_blank import become_fake, blank_conditioning, blank_pipeline
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
@@ -57,24 +58,33 @@ class SD3Model:
         """Loads the pipeline `model_id`, freezes it, and frees what is trained (`model.train`).
 
         Raises:
-            UsageError: height or width do not fit the VAE and the patches, guidance is asked as an input, or
-                lora.targets match nothing.
-            EnvironmentProblem: the pipeline cannot be loaded.
+            UsageError: height or width do not fit the VAE and the patches, guidance is asked as an input,
+                lora.targets match nothing, or the transformer does not fit what asks for fused blocks.
+            EnvironmentProblem: the pipeline cannot be loaded, or `model.attention` can't run.
         """
         settings = config.model
         if config.sampling.embedded_guidance is not None:
             raise UsageError("sampling.embedded_guidance: the sd3 family takes none; set sampling.guidance_scale")
-        return cls._prepared(_load_pipeline(model_id, settings), config, device)
+        pipeline = _load_pipeline(model_id, settings)
+        for part in (pipeline.transformer, pipeline.vae):
+            part.to(device)
+        model = cls._prepared(pipeline, config, device)
+        choose_blocks(model.network, settings, rehome=config.zero.stage < 3)
+        return model
 
     @classmethod
     def blank(cls, config: Config, model_id: str, mode: FakeTensorMode) -> tuple[SD3Model, Conditioning]:
         """The model and one row of conditioning as fake tensors of `mode` on the CPU: for counting memory.
+
+        On diffusers' own blocks, and `model.gradient_checkpointing: fc1` as false: fused ones keep less.
 
         Raises:
             UsageError, EnvironmentProblem: as `load`.
         """
         pipeline = blank_pipeline(model_id, config.model)
         model = cls._prepared(pipeline, config, torch.device("cpu"))
+        if config.model.gradient_checkpointing is True:
+            model.network.enable_gradient_checkpointing()
         with mode:
             for part in (pipeline.transformer, pipeline.vae):
                 become_fake(part)
@@ -87,11 +97,7 @@ class SD3Model:
         _check_size(pipeline, settings)
         for part in (pipeline.transformer, pipeline.vae, *_text_encoders(pipeline)):
             part.eval().requires_grad_(False)
-        for part in (pipeline.transformer, pipeline.vae):
-            part.to(device)
         model = cls(pipeline, settings, device)
-        if settings.gradient_checkpointing:
-            model.network.enable_gradient_checkpointing()
         if settings.train == "full":
             model.network.requires_grad_(True)
         else:

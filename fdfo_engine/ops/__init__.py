@@ -4,7 +4,12 @@ import sys
 
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
+from fdfo_engine.ops.feed_forward import feed_forward
+from fdfo_engine.ops.gated_residual import gated_residual
+from fdfo_engine.ops.gated_residual_norm import gated_residual_norm
 from fdfo_engine.ops.guided_velocity import guided_velocity
+from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
+from fdfo_engine.ops.lora_linear import lora_linear, lora_linear_group
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -19,9 +24,13 @@ from fdfo_engine.ops.philox import (
     philox_words,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
+from fdfo_engine.ops.qk_rms_norm import QKV, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
-_OPS = (philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss)
+_OPS = (
+    philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss,
+    layer_norm_modulate, gated_residual, gated_residual_norm, qk_rms_norm, lora_linear, feed_forward,
+)  # fmt: skip
 
 
 def implementations() -> dict[str, tuple[str, ...]]:
@@ -33,6 +42,7 @@ __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
     "PROMPT_ORDER_STREAM",
+    "QKV",
     "SCALAR_STREAM",
     "SHARED_STREAM",
     "BackendUnavailableError",
@@ -41,13 +51,20 @@ __all__ = [
     "churn_stream",
     "deal_stream",
     "fdfo_loss",
+    "feed_forward",
+    "gated_residual",
+    "gated_residual_norm",
     "guided_velocity",
     "implementations",
+    "layer_norm_modulate",
+    "lora_linear",
+    "lora_linear_group",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",
     "paired_step",
     "philox_normal",
     "philox_words",
+    "qk_rms_norm",
     "replay",
 ]

@@ -52,6 +52,18 @@ def paired(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype], *, ext
     _latent_fits(op, name, value.shape[3 if extra else 2 :])
 
 
+def tokens(op: str, name: str, value: Any) -> None:
+    """Refuses `value` unless it is `[B, S, D]` of a model's dtype, with at least one element a token."""
+    tensor(op, name, value, MODEL_DTYPES)
+    if value.ndim != 3 or value.shape[2] == 0:
+        refuse(op, name, list(value.shape), "[B, S, D], with at least one element a token")
+
+
+def per_sample(op: str, name: str, value: Any, x: Tensor) -> None:
+    """Refuses `value` unless it is `[B, D]` of the tokens `x`, of its dtype and on its device."""
+    tensor(op, name, value, (x.dtype,), shape=(x.shape[0], x.shape[2]), device=x.device)
+
+
 def latent_shape(op: str, shape: Any) -> tuple[int, ...]:
     """The shape of one latent as a tuple of at least one positive size."""
     sizes = tuple(operator.index(size) for size in shape)
@@ -86,7 +98,7 @@ def integers(op: str, name: str, value: Any, *, length: int | None, limit: int) 
         if value.ndim != 1 or value.is_meta:
             refuse(op, name, f"{list(value.shape)} on {value.device}", "one axis, and values")
         out = value.detach()
-        numbers = [] if out.numel() == 0 or out.is_cuda else [int(end) for end in torch.aminmax(out)]
+        numbers = [] if out.is_cuda else out.tolist()
     else:
         numbers = _ints(op, name, value)
         out = None
@@ -131,6 +143,14 @@ def number(op: str, name: str, value: Any) -> float:
         raise ValueError(f"{op}: {name} is {value!r}; it takes a number") from error
     if not math.isfinite(out):
         refuse(op, name, out, "a finite number")
+    return out
+
+
+def not_negative(op: str, name: str, value: Any) -> float:
+    """`value` as a finite float of at least 0."""
+    out = number(op, name, value)
+    if out < 0:
+        refuse(op, name, out, "a number of at least 0")
     return out
 
 

@@ -69,7 +69,7 @@ def arguments(name: str, *values: Any) -> Any:
 
 def inner_contiguous(tensor: T, lead: int) -> T:
     """`tensor`, or a copy of it, whose axes after the first `lead` are contiguous; None stays None."""
-    if tensor is None:
+    if tensor is None or tensor.is_contiguous():
         return tensor
     expected = 1
     for size, stride in zip(reversed(tensor.shape[lead:]), reversed(tensor.stride()[lead:]), strict=True):
@@ -79,9 +79,24 @@ def inner_contiguous(tensor: T, lead: int) -> T:
     return tensor
 
 
+def empty_contiguous(like: Tensor) -> Tensor:
+    """Room for a contiguous tensor of the shape, dtype and device of `like`."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def last_contiguous(tensor: T) -> T:
+    """`tensor`, or a copy of it, whose last axis is contiguous; None stays None."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def strided(tensor: Tensor | None) -> Strided:
     """Address and strides of the first two axes; nulls for None."""
     return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+def row_strided(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and stride of the first axis; nulls for None."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
 def latent_size(tensor: Tensor, lead: int) -> int:

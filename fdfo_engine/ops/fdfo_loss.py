@@ -123,7 +123,7 @@ class _FdfoLoss(torch.autograd.Function):
         ctx: Any, v: Tensor, v_old: Tensor, u: Tensor, pair: Tensor, branch: Tensor, advantage: Tensor,
         clip_range: float, normalizer: float, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        v, v_old, u = (_compiled.inner_contiguous(t.detach(), 1) for t in (v, v_old, u))
+        v, v_old, u = (_compiled.inner_contiguous(t, 1) for t in (v, v_old, u))
         batch = _Batch(v, v_old, u, pair, branch)
         out = _Outputs(
             (torch.empty if len(v) else torch.zeros)((), dtype=torch.float32, device=v.device),
@@ -144,7 +144,7 @@ class _FdfoLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _log_ratio: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, scale, ready = ctx.saved_tensors
-        if ready is not None and upstream == 1:
+        if ready is not None and upstream.item() == 1:
             return ready, *[None] * 8
         batch = _Batch(*tensors)
         grad = torch.empty(batch.v.shape, dtype=batch.v.dtype, device=batch.v.device)
@@ -164,9 +164,11 @@ def _arguments(batch: _Batch) -> Any:
 
 def _forward_cpp(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
     advantage = advantage.double()
-    grad = 0 if out.grad is None else out.grad.data_ptr()
-    settings = advantage.data_ptr(), clip_range, normalizer, out.log_ratio.data_ptr(), out.scale.data_ptr(), grad
-    out.loss.fill_(_compiled.call("fdfo_loss_forward", batch.v.device, _arguments(batch), *settings))
+    _compiled.call(
+        "fdfo_loss_forward", batch.v.device, _arguments(batch), advantage.data_ptr(), clip_range, normalizer,
+        out.scale.data_ptr(), out.loss.data_ptr(), out.log_ratio.data_ptr(),
+        0 if out.grad is None else out.grad.data_ptr(),
+    )  # fmt: skip
 
 
 def _forward_cuda(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:

@@ -60,8 +60,8 @@ def accepts(help_, kind: str) -> bool:
     takes = help_.takes
     return (
         ("null" in takes and kind == "null")
-        or (takes.split()[0] in ("text", "non-empty") and "list" not in takes and kind in ("text", "number text"))
-        or (takes == "true or false" and kind == "true")
+        or (takes.endswith("text") and "list" not in takes and kind in ("text", "number text"))
+        or ("true" in takes and kind == "true")
     )
 
 

@@ -11,7 +11,7 @@ from fdfo_engine.models.registry import blank_footprint, load_model
 
 @pytest.mark.parametrize("settings", [{}, {"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
 def test_sizes_are_those_of_the_loaded_model(tiny_sd3, tmp_path, settings):
-    config = tiny_config(tiny_sd3, tmp_path / "run", model=settings)
+    config = tiny_config(tiny_sd3, tmp_path / "run", model={"fused": False} | settings)
     model = load_model(config, torch.device("cpu"))
     loaded = footprint(model, model.encode_prompt("a red circle"), config.model.height, config.model.width)
     assert blank_footprint(config) == loaded
@@ -24,6 +24,13 @@ def test_checkpointing_keeps_less(tiny_sd3, tmp_path):
     )
     assert lean.training.each < plain.training.each
     assert lean.forward == plain.forward
+
+
+def test_fused_blocks_keep_less_than_is_planned(tiny_sd3, tmp_path):
+    config = tiny_config(tiny_sd3, tmp_path / "run")
+    model = load_model(config, torch.device("cpu"))
+    fused = footprint(model, model.encode_prompt("a red circle"), config.model.height, config.model.width)
+    assert fused.training.each < blank_footprint(config).training.each
 
 
 def test_plan_verb(tmp_path, capsys):

@@ -70,3 +70,9 @@ def loss(v, v_old, u, A, clip, total):
     value = (-A * rho + abs(A) / (2 * clip) * (rho - 1) ** 2).sum() / total
     factor = (-A * rho + abs(A) / clip * (rho - 1) * rho) * (-2 / n) / total
     return value, log_ratio, factor.reshape(-1, *[1] * len(axes)) * (v - v_old + u)
+
+
+def modulated_norm(x, scale, shift, eps=1e-6):
+    """Of each token; torch float64, so that autograd gives the exact gradients."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + scale[:, None]) + shift[:, None]

@@ -5,7 +5,7 @@ import torch
 from ops.exact import draw
 
 from fdfo_engine import ops
-from fdfo_engine.ops import _compiled
+from fdfo_engine.ops import _compiled, _gelu
 
 CPU = _compiled.extension().cpu
 SHAPE = (3, 37, 41)
@@ -29,7 +29,24 @@ def results():
         current.requires_grad_()
         advantage, u = torch.tensor([0.5, -0.25]), 0.1 * draw(1, *SHAPE)
         loss, log_ratio = ops.fdfo_loss(current, old, u, advantage, clip_range=0.5, backend="cpp")
+        h, bias, grad = (draw(*shape, seed=4, dtype=dtype) for shape in ((7, 777), (777,), (7, 777)))
+        yield _gelu.forward(3 * h, bias, "cpp", inplace=False)
+        yield from _gelu.backward(3 * h, bias, grad, "cpp", inplace=False, activation=True)
         yield from (loss, log_ratio, *(torch.autograd.grad(f * loss, current, retain_graph=True)[0] for f in (1, -2)))
+        yield from block_results(dtype)
+
+
+def block_results(dtype):
+    """The ops of a transformer block: two blocks of tokens, and widths with and without a rest."""
+    for size in (37, 208):
+        tokens = [draw(2, 33, size, seed=s, dtype=dtype).requires_grad_() for s in (4, 5)]
+        rows = [draw(2, size, seed=s, dtype=dtype).requires_grad_() for s in (6, 7, 8, 9, 10)]
+        gate, scale, shift, scale2, shift2 = rows
+        outputs = ops.gated_residual_norm(*tokens, gate, scale, shift, scale2=scale2, shift2=shift2, backend="cpp")
+        outputs += (ops.layer_norm_modulate(tokens[0], scale, shift, backend="cpp"),)
+        outputs += (ops.gated_residual(*tokens, gate, backend="cpp"),)
+        yield from outputs
+        yield from torch.autograd.grad(outputs, [*tokens, *rows], [t.detach().flip(1) for t in outputs])
 
 
 @pytest.fixture

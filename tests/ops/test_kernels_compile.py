@@ -17,7 +17,8 @@ COMPILE = """
 import json, sys
 from benchmarks import kernel_resources as k
 if sys.argv[1] == "triton":
-    rows = [k.triton_resources(case, int(sys.argv[2])) for case in k.triton_cases()]
+    architecture = int(sys.argv[2])
+    rows = [k.triton_resources(c, architecture) for c in k.triton_cases() if architecture in c.architectures]
 else:
     rows = list(k.cuda_resources())
 print(json.dumps([row._asdict() for row in rows]))
@@ -33,9 +34,13 @@ def resources(kind, architecture, cache):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+GELU = ("triton gelu", "triton lora_linear")  # a fast exponential is as good there as the numbers that it is taken of
+
+
 def assert_in_registers(rows):
     for row in rows:
-        assert row["stack"] == row["spills"] == row["approximate"] == 0, row
+        assert row["stack"] == row["spills"] == 0, row
+        assert row["approximate"] == 0 or row["kernel"].startswith(GELU), row
         assert 0 < row["registers"] < 255, row
 
 
@@ -43,8 +48,9 @@ def assert_in_registers(rows):
 def test_triton_kernels(architecture, tmp_path):
     rows = resources("triton", architecture, tmp_path)
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"philox"}
-    kernels = {row["kernel"].removeprefix("triton ").removesuffix("_forward").removesuffix("_backward") for row in rows}
-    assert kernels == files, "every kernel file is compiled here"
+    kernels = {row["kernel"].removeprefix("triton ") for row in rows}
+    found = {file for file in files if any(f"{name}_".startswith(f"{file}_") for name in kernels)}
+    assert found == files, "every kernel file is compiled here"
     assert_in_registers(rows)
 
 

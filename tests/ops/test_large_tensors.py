@@ -60,3 +60,17 @@ def test_loss_and_gradient(far, backend, device):
         loss, log_ratio = ops.fdfo_loss(policy, lay(v_old), lay(u), A, clip_range=0.1, **items, backend=backend)
         found.append((loss, log_ratio, *torch.autograd.grad(loss, policy)))
     assert all(map(torch.equal, *found))
+
+
+def test_block_ops(far, backend, device):
+    tokens, rows = draw(2, 2, 3, 7, device=device), draw(5, 2, 7, seed=1, device=device)
+    found = []
+    for lay in (torch.clone, far):
+        x, y = (lay(t).requires_grad_() for t in tokens)
+        gate, scale, shift, scale2, shift2 = (lay(row).requires_grad_() for row in rows)
+        outputs = ops.gated_residual_norm(x, y, gate, scale, shift, scale2=scale2, shift2=shift2, backend=backend)
+        outputs += (ops.layer_norm_modulate(x, scale, shift, backend=backend),)
+        outputs += (ops.gated_residual(x, y, gate, backend=backend),)
+        inputs, upstreams = (x, y, gate, scale, shift, scale2, shift2), [lay(out.detach()) for out in outputs]
+        found.append((*outputs, *torch.autograd.grad(outputs, inputs, upstreams)))
+    assert all(map(torch.equal, *found))

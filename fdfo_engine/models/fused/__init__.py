@@ -1,0 +1,7 @@
+"""diffusers' SD3 and FLUX transformers on the engine's fused ops: `fuse` and `unfuse`."""
+
+from fdfo_engine.models.fused.attention import attention, attention_backends
+from fdfo_engine.models.fused.fuse import fuse, fused_blocks, is_fused, unfuse
+from fdfo_engine.models.fused.refusals import fusion_refusals
+
+__all__ = ["attention", "attention_backends", "fuse", "fused_blocks", "fusion_refusals", "is_fused", "unfuse"]

@@ -1,0 +1,161 @@
+"""FLUX's transformer on the engine's fused ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from fdfo_engine.models.fused.linear import parts_of, project
+from fdfo_engine.models.fused.modulation import Modulations, attend_and_feed, modulation_of, refuse_attention_kwargs
+from fdfo_engine.models.fused.sd3 import Rows, final_layer, run_block
+from fdfo_engine.models.fused.streams import Settings, StreamAttention
+from fdfo_engine.ops import feed_forward, gated_residual, layer_norm_modulate
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class FusedDoubleBlock:
+    """The forward of a `FluxTransformerBlock`; its weights stay in the block."""
+
+    def __init__(self, block: Any, settings: Settings) -> None:
+        self.block = block
+        self.recompute = settings.recompute_fc1
+        self.attention = StreamAttention(block.attn, settings, text_first=True)
+        self.joints = self.attention.joints
+        self.norms = (block.norm1, block.norm1_context)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulation: Rows = (None, None),
+    ) -> tuple[Tensor, Tensor]:
+        """As the block's own; `modulation` are the rows of its norms, where the transformer has made them."""
+        refuse_attention_kwargs(joint_attention_kwargs)
+        block, x, text = self.block, hidden_states, encoder_hidden_states
+        row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
+        shift, scale, gate, *feed = row.chunk(6, 1)
+        text_shift, text_scale, text_gate, *text_feed = text_row.chunk(6, 1)
+        n, text_n = layer_norm_modulate(x, scale, shift), layer_norm_modulate(text, text_scale, text_shift)
+        text_mixed, mixed = self.attention(text_n, n, rotary=image_rotary_emb)
+        out, text_out = project(block.attn.to_out[0], mixed), project(block.attn.to_add_out, text_mixed)
+        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute)
+        text = attend_and_feed(text, text_out, text_gate, text_feed, block.ff_context, recompute=self.recompute)
+        return within_half(text), x
+
+
+class FusedSingleBlock:
+    """The forward of a `FluxSingleTransformerBlock`; its weights stay in the block."""
+
+    def __init__(self, block: Any, settings: Settings) -> None:
+        self.block = block
+        self.recompute = settings.recompute_fc1
+        self.attention = StreamAttention(block.attn, settings)
+        self.joints = self.attention.joints
+        self.norms = (block.norm,)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulation: tuple[Tensor | None] = (None,),
+    ) -> tuple[Tensor | None, Tensor]:
+        """As the block's own. Without `encoder_hidden_states`, `hidden_states` are text and image tokens, joined."""
+        refuse_attention_kwargs(joint_attention_kwargs)
+        text, x = encoder_hidden_states, hidden_states
+        if text is not None:
+            x = torch.cat([text, x], 1)
+        shift, scale, gate = modulation_of(self.block.norm, temb, modulation[0]).chunk(3, 1)
+        n = layer_norm_modulate(x, scale, shift)
+        (mixed,) = self.attention(n, rotary=image_rotary_emb)
+        x = within_half(gated_residual(x, self._out(n, mixed), gate))
+        if text is None:
+            return None, x
+        text, x = x.split([text.shape[1], hidden_states.shape[1]], 1)
+        return text, x
+
+    def _out(self, n: Tensor, mixed: Tensor) -> Tensor:
+        """`proj_out` of attention and feed-forward side by side: the sum of two products, nothing is joined."""
+        up, down = parts_of(self.block.proj_mlp), parts_of(self.block.proj_out)
+        if up.lora_a is not None or down.lora_a is not None:
+            return project(self.block.proj_out, torch.cat([mixed, project(self.block.proj_mlp, n, gelu=True)], 2))
+        width = mixed.shape[2]
+        fed = feed_forward(n, *up[:2], down.weight[:, width:], down.bias, recompute=self.recompute)
+        return torch.addmm(fed.flatten(0, 1), mixed.flatten(0, 1), down.weight[:, :width].t()).view_as(fed)
+
+
+class FusedFlux:
+    """The forward of a `FluxTransformer2DModel` whose blocks are fused."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.model = model
+        double = [FusedDoubleBlock(block, settings) for block in model.transformer_blocks]
+        single = [FusedSingleBlock(block, settings) for block in model.single_transformer_blocks]
+        self.blocks: list[FusedDoubleBlock | FusedSingleBlock] = [*double, *single]
+        norms = [norm for block in self.blocks for norm in block.norms]
+        self.modulations = Modulations([*norms, model.norm_out], rehome=settings.rehome)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: list[Tensor] | None = None,
+        controlnet_single_block_samples: list[Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> tuple[Tensor] | Transformer2DModelOutput:
+        """As diffusers' own; ControlNets and LoRA scales run through that, with fused blocks."""
+        model = self.model
+        unusual = joint_attention_kwargs, controlnet_block_samples, controlnet_single_block_samples
+        if any(given is not None for given in unusual):
+            output: Transformer2DModelOutput = type(model).forward(
+                model, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
+                joint_attention_kwargs=joint_attention_kwargs, controlnet_block_samples=controlnet_block_samples,
+                controlnet_single_block_samples=controlnet_single_block_samples, return_dict=return_dict,
+                controlnet_blocks_repeat=controlnet_blocks_repeat,
+            )  # fmt: skip
+            return output
+        x, text = model.x_embedder(hidden_states), model.context_embedder(encoder_hidden_states)
+        told = [1000 * t.to(x.dtype) for t in (timestep, guidance) if t is not None]
+        temb = model.time_text_embed(*told, pooled_projections)
+        rotary = model.pos_embed(torch.cat([unbatched(txt_ids), unbatched(img_ids)]))
+        sample = final_layer(model, *self._blocks(x, text, temb, rotary))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _blocks(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Image tokens after all blocks, `temb`, and the modulation of the last norm."""
+        model, tokens = self.model, text.shape[1]
+        *rows, last = self.modulations(temb)
+        double = len(model.transformer_blocks)
+        for i, block in enumerate(model.transformer_blocks):
+            text, x = run_block(model, block, x, text, temb, rotary, None, (rows[2 * i], rows[2 * i + 1]))
+        joined = torch.cat([text, x], 1)
+        for row, block in zip(rows[2 * double :], model.single_transformer_blocks, strict=True):
+            _, joined = run_block(model, block, joined, None, temb, rotary, None, (row,))
+        return joined[:, tokens:], temb, last
+
+
+def within_half(x: Tensor) -> Tensor:
+    """Clipped to what float16 holds, where that is the dtype, as diffusers does."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def unbatched(ids: Any) -> Tensor:
+    """Positions `[S, 3]`; older pipelines give a batch of equal ones."""
+    positions: Tensor = ids[0] if ids.ndim == 3 else ids
+    return positions

@@ -1,0 +1,72 @@
+"""Linear layers of a diffusers block, with or without their adapter, on the engine's ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fdfo_engine.models.fused.joint_weights import JointWeights
+from fdfo_engine.ops import feed_forward, lora_linear, lora_linear_group
+
+
+class LinearParts(NamedTuple):
+    """Tensors of one layer as they are now: adapters may be switched off, or moved, between two calls."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+
+
+def base_of(layer: Any) -> nn.Module:
+    """The linear layer itself, without its adapter."""
+    base: nn.Module = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    return base
+
+
+def parts_of(layer: Any) -> LinearParts:
+    """The tensors that `layer` computes with now."""
+    base: Any = base_of(layer)
+    if base is layer or layer.disable_adapters:
+        return LinearParts(base.weight, base.bias)
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            return LinearParts(base.weight, base.bias, a, b, layer.scaling[name])
+    return LinearParts(base.weight, base.bias)
+
+
+def project(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
+    """`layer(x)`, then tanh-GELU if `gelu`."""
+    return lora_linear(x, *parts_of(layer), gelu=gelu)
+
+
+def project_all(layers: Sequence[nn.Module], x: Tensor, joint: JointWeights | None) -> tuple[Tensor, ...]:
+    """`layer(x)` of each; in one product where their weights lie in one buffer and no adapter is on."""
+    parts = [parts_of(layer) for layer in layers]
+    if joint is not None and all(p.lora_a is None for p in parts) and joint.runs([base_of(layer) for layer in layers]):
+        return joint.together(x)
+    if len({p.scaling for p in parts}) > 1:
+        return tuple(lora_linear(x, *p) for p in parts)
+    return lora_linear_group(x, [p[:4] for p in parts], parts[0].scaling)
+
+
+def feed_forward_of(module: Any, x: Tensor, *, recompute: bool) -> Tensor:
+    """diffusers' `FeedForward` with tanh-GELU; `recompute` keeps its input alone for the backward."""
+    up, down = module.net[0].proj, module.net[2]
+    first, second = parts_of(up), parts_of(down)
+    if first.lora_a is None and second.lora_a is None:
+        return feed_forward(x, *first[:2], *second[:2], recompute=recompute)
+    if recompute:
+        found: Tensor = checkpoint(_adapted_feed_forward, up, down, x, use_reentrant=False)
+        return found
+    return _adapted_feed_forward(up, down, x)
+
+
+def _adapted_feed_forward(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
+    return project(down, project(up, x, gelu=True))

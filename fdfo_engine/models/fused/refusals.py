@@ -1,0 +1,109 @@
+"""Which transformers the fused forwards compute exactly, and why others not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import float32, nn
+
+EPS = 1e-6
+MAX_HEAD_SIZE = 256
+_PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor)
+_BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+
+
+def fusion_refusals(transformer: Any) -> list[str]:
+    """Reasons why `fuse` does not take `transformer`, one sentence each; an empty list means it does."""
+    if type(transformer) not in (SD3Transformer2DModel, FluxTransformer2DModel):
+        return [f"it is a {type(transformer).__name__}, not an SD3Transformer2DModel or FluxTransformer2DModel"]
+    reasons: dict[str, None] = {}
+    for block in blocks_of(transformer):
+        reasons |= dict.fromkeys(_block_refusals(block))
+    reasons |= dict.fromkeys(_layer_refusals(transformer.norm_out))
+    if transformer.config.attention_head_dim > MAX_HEAD_SIZE:
+        reasons[f"heads are {transformer.config.attention_head_dim} wide; at most {MAX_HEAD_SIZE}"] = None
+    return list(reasons)
+
+
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """All blocks, in the order in which they run."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
+
+
+def _block_refusals(block: Any) -> Iterator[str]:
+    if type(block) not in _BLOCKS:
+        yield f"a block is a {type(block).__name__}"
+        return
+    if getattr(block, "_chunk_size", None) is not None:
+        yield "forward chunking is on"
+    for name in ("attn", "attn2"):
+        if getattr(block, name, None) is not None:
+            yield from _attention_refusals(getattr(block, name))
+    for name in ("ff", "ff_context"):
+        if getattr(block, name, None) is not None:
+            yield from _feed_forward_refusals(getattr(block, name))
+    yield from _layer_refusals(block)
+
+
+def _attention_refusals(attention: Any) -> Iterator[str]:
+    if type(attention.processor) not in _PROCESSORS:
+        yield f"an attention processor is a {type(attention.processor).__name__}"
+    if getattr(attention, "fused_projections", False):
+        yield "projections are fused by diffusers; call unfuse_qkv_projections"
+    norms = [getattr(attention, f"norm_{part}", None) for part in ("q", "k", "added_q", "added_k")]
+    for norm in (norm for norm in norms if norm is not None):
+        if not isinstance(norm, RMSNorm | nn.RMSNorm) or norm.weight is None or getattr(norm, "bias", None) is not None:
+            yield f"a norm of queries or keys is {norm}, not an RMSNorm with a weight"
+        elif norm.eps != EPS:
+            yield f"a norm of queries or keys has eps = {norm.eps}, not {EPS}"
+
+
+def _feed_forward_refusals(module: Any) -> Iterator[str]:
+    if type(module) is not FeedForward or type(module.net[0]) is not GELU or module.net[0].approximate != "tanh":
+        yield f"a feed-forward is {type(module).__name__} with {module.net[0]}, not tanh-GELU"
+
+
+def _layer_refusals(part: nn.Module) -> Iterator[str]:
+    """What any layer inside a block may hold that a fused forward would pass over."""
+    for module in part.modules():
+        if hasattr(module, "_hf_hook"):
+            yield "accelerate's hooks offload parts of it"
+        if isinstance(module, nn.LayerNorm) and (module.elementwise_affine or module.eps != EPS):
+            yield f"a norm of tokens is {module}, not without weights and with eps = {EPS}"
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            yield f"dropout is {module.p}"
+        if isinstance(module, BaseTunerLayer):
+            yield from _adapter_refusals(module)
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            yield f"a layer is a {type(module).__name__}"
+
+
+def _adapter_refusals(layer: Any) -> Iterator[str]:
+    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
+        yield f"an adapter is {type(layer).__name__} on {type(layer.base_layer).__name__}, not LoRA on a linear layer"
+        return
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) > 1:
+        yield f"several adapters are active at once: {', '.join(active)}"
+    if layer.merged:
+        yield "an adapter is merged into its weights"
+    for name in active:
+        if name in layer.lora_variant:
+            yield f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+        if layer.lora_bias[name] or layer.fan_in_fan_out:
+            yield f"adapter {name!r} has a bias, or a transposed weight"
+        if layer.lora_A[name].weight.dtype != float32:
+            yield f"adapter {name!r} is {layer.lora_A[name].weight.dtype}, not float32"

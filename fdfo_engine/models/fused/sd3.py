@@ -1,0 +1,128 @@
+"""SD3's transformer (SD3, SD3.5-Medium with its second attention, SD3.5-Large) on the engine's fused ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+from torch.nn.functional import silu
+
+from fdfo_engine.models.fused.linear import project
+from fdfo_engine.models.fused.modulation import Modulations, attend_and_feed, modulation_of, refuse_attention_kwargs
+from fdfo_engine.models.fused.streams import Settings, StreamAttention
+from fdfo_engine.ops import gated_residual, layer_norm_modulate
+
+Rows = tuple[Tensor | None, Tensor | None]
+
+
+class FusedJointBlock:
+    """The forward of a `JointTransformerBlock`; its weights stay in the block."""
+
+    def __init__(self, block: Any, settings: Settings) -> None:
+        self.block = block
+        self.recompute = settings.recompute_fc1
+        self.attention = StreamAttention(block.attn, settings)
+        self.attention2 = None if block.attn2 is None else StreamAttention(block.attn2, settings)
+        self.joints = self.attention.joints + (self.attention2.joints if self.attention2 else [])
+        self.norms = (block.norm1, block.norm1_context)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulation: Rows = (None, None),
+    ) -> tuple[Tensor | None, Tensor]:
+        """As the block's own; `modulation` are the rows of its norms, where the transformer has made them."""
+        refuse_attention_kwargs(joint_attention_kwargs)
+        block, x, text = self.block, hidden_states, encoder_hidden_states
+        row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
+        shift, scale, gate, *more = row.chunk(6 if self.attention2 is None else 9, 1)
+        feed, second = more[:3], more[3:]
+        if self.attention2 is None:
+            n = layer_norm_modulate(x, scale, shift)
+        else:
+            n, n2 = layer_norm_modulate(x, scale, shift, shift2=second[0], scale2=second[1])
+        text_n, text_gates = self._text_norm(text, text_row)
+        mixed, text_mixed = self.attention(n, text_n)
+        out = project(block.attn.to_out[0], mixed)
+        if self.attention2 is not None:
+            x = gated_residual(x, out, gate)
+            out, gate = project(block.attn2.to_out[0], *self.attention2(n2)), second[2]
+        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute)
+        if block.context_pre_only:
+            return None, x
+        text_out = project(block.attn.to_add_out, text_mixed)
+        text_gate, *text_feed = text_gates
+        return attend_and_feed(text, text_out, text_gate, text_feed, block.ff_context, recompute=self.recompute), x
+
+    def _text_norm(self, text: Tensor, row: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.block.context_pre_only:
+            scale, shift = row.chunk(2, 1)
+            return layer_norm_modulate(text, scale, shift), ()
+        shift, scale, *gates = row.chunk(6, 1)
+        return layer_norm_modulate(text, scale, shift), tuple(gates)
+
+
+class FusedSD3:
+    """The forward of an `SD3Transformer2DModel` whose blocks are fused."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.model = model
+        self.blocks = [FusedJointBlock(block, settings) for block in model.transformer_blocks]
+        norms = [norm for block in self.blocks for norm in block.norms]
+        self.modulations = Modulations([*norms, model.norm_out], rehome=settings.rehome)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        block_controlnet_hidden_states: list[Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        skip_layers: list[int] | None = None,
+    ) -> tuple[Tensor] | Transformer2DModelOutput:
+        """As diffusers' own; ControlNets, skipped layers and LoRA scales run through that, with fused blocks."""
+        model = self.model
+        if block_controlnet_hidden_states is not None or joint_attention_kwargs is not None or skip_layers is not None:
+            output: Transformer2DModelOutput = type(model).forward(
+                model, hidden_states, encoder_hidden_states, pooled_projections, timestep,
+                block_controlnet_hidden_states, joint_attention_kwargs=joint_attention_kwargs,
+                return_dict=return_dict, skip_layers=skip_layers,
+            )  # fmt: skip
+            return output
+        height, width = (size // model.config.patch_size for size in hidden_states.shape[-2:])
+        x = model.pos_embed(hidden_states).contiguous()  # the convolution puts channels before tokens
+        temb = model.time_text_embed(timestep, pooled_projections)
+        text = model.context_embedder(encoder_hidden_states)
+        *rows, last = self.modulations(temb)
+        for i, block in enumerate(model.transformer_blocks):
+            text, x = run_block(model, block, x, text, temb, None, (rows[2 * i], rows[2 * i + 1]))
+        sample = unpatchify(final_layer(model, x, temb, last), height, width, model.config.patch_size)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def run_block(model: Any, block: Any, *arguments: Any) -> Any:
+    """`block(*arguments)`, checkpointed where the model says so."""
+    if torch.is_grad_enabled() and model.gradient_checkpointing:
+        return model._gradient_checkpointing_func(block, *arguments)
+    return block(*arguments)
+
+
+def final_layer(model: Any, x: Tensor, temb: Tensor, row: Tensor | None) -> Tensor:
+    """The last norm and projection, whose layers are called as modules: ZeRO-3 gathers them in the call."""
+    scale, shift = (model.norm_out.linear(silu(temb)) if row is None else row).chunk(2, 1)
+    out: Tensor = model.proj_out(layer_norm_modulate(x, scale, shift))
+    return out
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """`[B, height * width, patch * patch * C]` to `[B, C, height * patch, width * patch]`."""
+    grid = tokens.unflatten(1, (height, width)).unflatten(3, (patch, patch, -1))
+    image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return image

@@ -1,0 +1,61 @@
+"""GELU by tanh after a matrix product: the pass over the wide tensor that `lora_linear` and `feed_forward` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.ops import _compiled
+
+BLOCK = 2048  # elements a Triton program; not tuned on a GPU yet
+_aten: Any = torch.ops.aten
+
+
+def fuses_bias(backend: str, dtype: torch.dtype) -> bool:
+    """Whether `h` comes without its bias, which costs no pass of its own here; else the product adds it."""
+    return backend == "cpp" and dtype == torch.float32
+
+
+def forward(h: Tensor, bias: Tensor | None, backend: str, *, inplace: bool) -> Tensor:
+    """`gelu(h + bias)` of a contiguous `[rows, size]`, written over `h` where `inplace`."""
+    out, bias = h if inplace else torch.empty_like(h), None if bias is None else bias.contiguous()
+    if h.numel() == 0:
+        return out
+    if backend == "cpp":
+        _compiled.call("gelu_forward", h.device, _arguments(h, bias, None, out, None))
+    elif backend == "triton":
+        from fdfo_engine.kernels.gelu import gelu_forward_kernel  # triton: only where it runs
+
+        with torch.cuda.device_of(h):
+            gelu_forward_kernel[(-(-h.numel() // BLOCK),)](h, out, h.numel(), BLOCK=BLOCK)
+    else:
+        _aten.gelu.out(h, approximate="tanh", out=out)
+    return out
+
+
+def backward(
+    h: Tensor, bias: Tensor | None, grad: Tensor, backend: str, *, inplace: bool, activation: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`grad * gelu'(h + bias)`, written over `grad` where `inplace`, and `gelu(h + bias)` where `activation` asks."""
+    out = grad if inplace else torch.empty_like(h)
+    value, bias = torch.empty_like(h) if activation else None, None if bias is None else bias.contiguous()
+    if h.numel() == 0:
+        return out, value
+    if backend == "cpp":
+        _compiled.call("gelu_backward", h.device, _arguments(h, bias, grad, out, value))
+    elif backend == "triton":
+        from fdfo_engine.kernels.gelu import gelu_backward_kernel  # triton: only where it runs
+
+        with torch.cuda.device_of(h):
+            gelu_backward_kernel[(-(-h.numel() // BLOCK),)](h, grad, out, value, h.numel(), BLOCK=BLOCK)
+    else:
+        value = forward(h, None, backend, inplace=False) if activation else None
+        _aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=out)
+    return out, value
+
+
+def _arguments(h: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, activation: Tensor | None) -> Any:
+    addresses = (0 if t is None else t.data_ptr() for t in (h, bias, grad, out, activation))
+    return _compiled.arguments("Gelu", *addresses, _compiled.NUMBERS[h.dtype], *h.shape)

@@ -1,0 +1,129 @@
+"""`lora_linear` by torch's matrix products.
+
+In float32 the adapter is added to the weight for the time of a product where that is the smaller work: `W + s B A` is
+as exact there as any sum. In shorter dtypes it would round most of the adapter away, so it stays a product of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fdfo_engine.ops import _gelu
+
+
+class Linear(NamedTuple):
+    """Parameters of one layer: weight `[N, K]`, bias `[N]`, and float32 factors `[r, K]`, `[N, r]`, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter; 0 without one."""
+        return 0 if self.lora_a is None else len(self.lora_a)
+
+
+class Outputs(NamedTuple):
+    """Of a forward: y of each layer, what its GELU was taken of if kept, and the thin products `[M, ranks]` if kept."""
+
+    y: list[Tensor]
+    h: list[Tensor]
+    thin: Tensor | None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Wants = tuple[bool, bool, bool, bool]
+
+
+def forward(x: Tensor, linears: Sequence[Linear], scaling: float, *, gelu: bool, keep: bool, backend: str) -> Outputs:
+    """Every layer of `x` `[M, K]`; `keep` says that a backward follows."""
+    merged, fused = merges(x, linears), gelu and _gelu.fuses_bias(backend, x.dtype)
+    thin = None if merged or not any(linear.rank for linear in linears) else x @ joined_a(linears, x.dtype).T
+    y, h = [], []
+    for linear, part in zip(linears, split_ranks(thin, linears), strict=True):
+        weight = merged_weight(linear, scaling) if merged else linear.weight
+        out = functional.linear(x, weight, None if fused else linear.bias)
+        if part is not None and linear.lora_b is not None:
+            out.addmm_(part, linear.lora_b.to(x.dtype).T, alpha=scaling)
+        if gelu:
+            h += [out] if keep else []
+            out = _gelu.forward(out, linear.bias if fused else None, backend, inplace=not keep)
+        y.append(out)
+    return Outputs(y, h, thin)
+
+
+def input_gradient(grads: Sequence[Tensor | None], linears: Sequence[Linear], scaling: float) -> Tensor | None:
+    """`sum_i g_i (W_i + s B_i A_i)`, accumulated in place; None where no gradient came."""
+    live = [(grad, linear) for grad, linear in zip(grads, linears, strict=True) if grad is not None]
+    if not live:
+        return None
+    used = [linear for _, linear in live]
+    merged = merges(live[0][0], used)
+    dx: Tensor | None = None
+    for grad, linear in live:
+        weight = merged_weight(linear, scaling) if merged else linear.weight
+        dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+    thin = [grad @ linear.lora_b.to(grad.dtype) for grad, linear in live if linear.lora_b is not None and not merged]
+    if dx is not None and thin:
+        dx.addmm_(thin[0] if len(thin) == 1 else torch.cat(thin, 1), joined_a(used, dx.dtype), alpha=scaling)
+    return dx
+
+
+def parameter_gradients(
+    grad: Tensor, x: Tensor, thin: Tensor | None, linear: Linear, scaling: float, wants: Wants
+) -> Gradients:
+    """Of weight, bias and both factors, where `wants` asks; those of the factors are float32."""
+    want_weight, want_bias, want_a, want_b = wants
+    whole = grad.T @ x if want_weight or ((want_a or want_b) and _whole_is_less(grad, linear)) else None
+    bias = grad.sum(0) if want_bias else None
+    a, b = linear.lora_a, linear.lora_b
+    da = db = None
+    if a is not None and b is not None and (want_a or want_b):
+        if whole is not None and grad.dtype == torch.float32:
+            da, db = scaling * (b.T @ whole), scaling * (whole @ a.T)
+        else:
+            wide, wide_grad = x.float(), grad.float()
+            thin = wide @ a.T if thin is None else thin.float()
+            da, db = scaling * ((wide_grad @ b).T @ wide), scaling * (wide_grad.T @ thin)
+    return whole if want_weight else None, bias, da if want_a else None, db if want_b else None
+
+
+def merges(rows: Tensor, linears: Sequence[Linear]) -> bool:
+    """Whether `s B A` is cheaper to add to each weight than to apply to the rows."""
+    if rows.dtype != torch.float32:
+        return False
+    return all(not n.rank or len(rows) * sum(n.weight.shape) > n.weight.numel() for n in linears)
+
+
+def merged_weight(linear: Linear, scaling: float) -> Tensor:
+    """`W + s B A`, for one product."""
+    if linear.lora_a is None or linear.lora_b is None:
+        return linear.weight
+    return torch.addmm(linear.weight, linear.lora_b, linear.lora_a, alpha=scaling)
+
+
+def joined_a(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor:
+    """The first factors of all layers, `[ranks, K]`: one product makes all thin ones."""
+    factors = [linear.lora_a for linear in linears if linear.lora_a is not None]
+    return (factors[0] if len(factors) == 1 else torch.cat(factors)).to(dtype)
+
+
+def split_ranks(thin: Tensor | None, linears: Sequence[Linear]) -> list[Tensor | None]:
+    """Columns of `thin` that belong to each layer."""
+    if thin is None:
+        return [None] * len(linears)
+    parts = thin.split([linear.rank for linear in linears], dim=1)
+    return [part if linear.rank else None for part, linear in zip(parts, linears, strict=True)]
+
+
+def _whole_is_less(grad: Tensor, linear: Linear) -> bool:
+    """Whether `G = g^T x`, of which both factors' gradients are thin products, is less work than the four it saves."""
+    work = linear.weight.numel() * (len(grad) + 2 * linear.rank)
+    return grad.dtype == torch.float32 and work < 2 * linear.rank * len(grad) * sum(linear.weight.shape)

@@ -1,0 +1,115 @@
+"""The two linear layers of a transformer block with GELU between them.
+
+The products are torch's own on every backend; what differs is the GELU. The specification is `feed_forward_reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from fdfo_engine.ops import _checks, _dispatch, _gelu
+
+OFFERED = ("triton", "cpp", "torch")
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`gelu(x W1^T + b1) W2^T + b2`, GELU by tanh.
+
+    Sums are float32; both layers' outputs and GELU's are rounded to the dtype of `x`. Two calls agree bit for bit.
+
+    Differentiable once in `x`, the weights and the biases, where needed. Keeps for the backward what GELU was taken of,
+    `[..., H]`, or with `recompute` `x` alone; GELU's value is never kept.
+
+    Args:
+        x: `[..., K]`; float32, bfloat16 or float16.
+        w1, b1: `[H, K]` and `[H]`, dtype of `x`; the bias may be None.
+        w2, b2: `[N, H]` and `[N]`, likewise.
+        recompute: computes the first layer again in the backward.
+        backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
+
+    Returns:
+        `[..., N]`, dtype of `x`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device.
+        BackendUnavailableError: `backend` can't run on `x`'s device.
+    """
+    op = "feed_forward"
+    _check_tensors(op, x, w1, b1, w2, b2)
+    implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    keep = not recompute and torch.is_grad_enabled()
+    found: Tensor = _FeedForward.apply(x, w1, b1, w2, b2, keep, implementation)
+    return found
+
+
+def feed_forward_reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """The specification."""
+    hidden = functional.gelu(functional.linear(x, w1, b1), approximate="tanh")
+    return functional.linear(hidden, w2, b2)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool, backend: str
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = _first_layer(rows, w1, b1, backend)
+        keep = keep and any(ctx.needs_input_grad[:4])
+        hidden = _gelu.forward(h, _bias(b1, backend), backend, inplace=not keep)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] or not keep else None, h if keep else None, w1, b1, w2)
+        ctx.backend, ctx.shape = backend, x.shape
+        return functional.linear(hidden, w2, b2).view(*x.shape[:-1], len(w2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, w1, b1, w2 = ctx.saved_tensors
+        wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = ctx.needs_input_grad[:5]
+        grad = upstream.reshape(-1, upstream.shape[-1])
+        db2 = grad.sum(0) if wants_b2 else None
+        if not (wants_x or wants_w1 or wants_b1 or wants_w2):
+            return None, None, None, None, db2, None, None
+        h = _first_layer(x, w1, b1, ctx.backend) if h is None else h
+        bias = _bias(b1, ctx.backend)
+        dh, hidden = _gelu.backward(h, bias, grad @ w2, ctx.backend, inplace=True, activation=wants_w2)
+        dw2 = None if hidden is None else grad.T @ hidden
+        dx = (dh @ w1).view(ctx.shape) if wants_x else None
+        return dx, dh.T @ x if wants_w1 else None, dh.sum(0) if wants_b1 else None, dw2, db2, None, None
+
+
+def _first_layer(x: Tensor, w1: Tensor, b1: Tensor | None, backend: str) -> Tensor:
+    """What GELU is taken of, less the bias that it adds."""
+    return functional.linear(x, w1, None if _gelu.fuses_bias(backend, x.dtype) else b1)
+
+
+def _bias(b1: Tensor | None, backend: str) -> Tensor | None:
+    """The bias that is left to GELU."""
+    return b1 if b1 is not None and _gelu.fuses_bias(backend, b1.dtype) else None
+
+
+def _check_tensors(op: str, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+    _checks.tensor(op, "x", x, _checks.MODEL_DTYPES)
+    if x.ndim < 1 or x.shape[-1] == 0:
+        _checks.refuse(op, "x", list(x.shape), "[..., K], K at least 1")
+    for name, weight, inner in (("w1", w1, x.shape[-1]), ("w2", w2, len(w1))):
+        _checks.tensor(op, name, weight, (x.dtype,), device=x.device)
+        if weight.ndim != 2 or weight.shape[1] != inner or len(weight) == 0:
+            _checks.refuse(op, name, list(weight.shape), f"[any, {inner}]")
+    for name, bias, size in (("b1", b1, len(w1)), ("b2", b2, len(w2))):
+        if bias is not None:
+            _checks.tensor(op, name, bias, (x.dtype,), shape=(size,), device=x.device)

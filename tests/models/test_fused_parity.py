@@ -1,0 +1,110 @@
+"""Fused transformers against diffusers' own forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from fused_models import (
+    EVERYWHERE,
+    VARIANTS,
+    adapted,
+    as_float32,
+    assert_as_close,
+    assert_equal_runs,
+    build,
+    forward_backward,
+    in_float32,
+    inputs,
+)
+
+from fdfo_engine.models.fused import fuse
+from fdfo_engine.models.lora import adapters_off
+
+TRAINED = {"lora": adapted, "lora everywhere": lambda m: adapted(m, EVERYWHERE), "full": lambda m: m}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return request.param
+
+
+@pytest.mark.parametrize("train", TRAINED)
+def test_float32_is_diffusers_own(variant, train):
+    model = TRAINED[train](build(variant))
+    exact = forward_backward(model, inputs(variant))
+    fuse(model)
+    assert_equal_runs(forward_backward(model, inputs(variant)), exact)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_bfloat16_is_as_close_to_float32_as_diffusers_own(variant, train):
+    model = build(variant, heads=4, head_size=16).bfloat16()
+    model = TRAINED[train](model)
+    given = inputs(variant, 8, dtype=torch.bfloat16)
+    exact = forward_backward(in_float32(model), as_float32(given))
+    plain = forward_backward(model, given)
+    fuse(model)
+    assert_as_close(forward_backward(model, given), plain, exact)
+
+
+@pytest.mark.parametrize("recompute", ["fc1", "block"])
+@pytest.mark.parametrize("train", ["lora everywhere", "full"])
+def test_recomputing_changes_nothing(variant, train, recompute):
+    model = TRAINED[train](build(variant))
+    fuse(model)
+    exact = forward_backward(model, inputs(variant))
+    fuse(model, recompute=recompute)
+    assert_equal_runs(forward_backward(model, inputs(variant)), exact, limit=1e-6)
+
+
+def test_a_row_does_not_depend_on_the_others(variant):
+    model = adapted(build(variant))
+    fuse(model)
+    given = inputs(variant)
+    others = {n: t.clone() for n, t in given.items()}
+    for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"):
+        others[name][1:] = others[name][1:].flip(0) * 0.5
+    with torch.no_grad():
+        assert torch.equal(model(**given).sample[0], model(**others).sample[0])
+
+
+def test_adapters_switched_off_are_the_base_model(variant):
+    base = build(variant)
+    model = adapted(copy.deepcopy(base))
+    fuse(model)
+    with torch.no_grad():
+        exact, given = base(**inputs(variant)).sample, inputs(variant)
+        with adapters_off(model):
+            assert (model(**given).sample - exact).abs().max() <= 1e-5 * exact.abs().max()
+        assert (model(**given).sample - exact).abs().max() > 1e-3 * exact.abs().max()
+
+
+def test_blocks_take_what_diffusers_gives_them(variant):
+    """ControlNets and LoRA scales take diffusers' own loop over blocks."""
+    model = adapted(build(variant))
+    given = inputs(variant) | {"joint_attention_kwargs": {"scale": 0.5}}
+    width = model.inner_dim
+    residual = torch.randn(3, 16, width, generator=torch.Generator().manual_seed(4))
+    given["controlnet_block_samples" if variant == "flux" else "block_controlnet_hidden_states"] = [residual]
+    with torch.no_grad():
+        exact = model(**given).sample
+        fuse(model)
+        assert (model(**given).sample - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_other_attention_arguments_are_refused(variant):
+    model = build(variant)
+    fuse(model)
+    with pytest.raises(ValueError, match="unfuse first"):
+        model(**inputs(variant), joint_attention_kwargs={"ip_adapter_masks": None})
+
+
+def test_skipped_layers(variant):
+    if variant == "flux":
+        pytest.skip("FLUX has no such argument")
+    model = build(variant)
+    with torch.no_grad():
+        exact = model(**inputs(variant), skip_layers=[0]).sample
+        fuse(model)
+        found = model(**inputs(variant), skip_layers=[0]).sample
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()

@@ -1,0 +1,194 @@
+import pytest
+import torch
+from ops.exact import check, draw, modulated_norm
+
+from fdfo_engine import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (1, 2, 1536), (2, 33, 17), (2, 3, 130)]  # 33: one past the tokens of a partial sum
+NAMES = ("x", "y", "gate", "scale", "shift", "scale2", "shift2")
+
+
+@pytest.fixture
+def gated_residual(backend):
+    def gated_residual(*tensors):
+        return ops.gated_residual(*tensors, backend=backend)
+
+    return gated_residual
+
+
+@pytest.fixture
+def gated_residual_norm(backend):
+    def gated_residual_norm(*tensors):
+        second = dict(zip(NAMES[5:], tensors[5:], strict=False))
+        return ops.gated_residual_norm(*tensors[:5], **second, backend=backend)
+
+    return gated_residual_norm
+
+
+def inputs(shape=(2, 3, 130), dtype=torch.float32, device="cpu", rows=1):
+    """x, y and `rows` of gate and modulations, views of a wider row."""
+    B, _, D = shape
+    tokens = [draw(*shape, seed=seed, dtype=dtype, device=device) for seed in (0, 1)]
+    wide = draw(B, 6 * D, seed=2, dtype=dtype, device=device).chunk(6, dim=1)
+    return [t.detach().requires_grad_() for t in (*tokens, *wide[:rows])]
+
+
+def upstream(like, seed=7):
+    return draw(*like.shape, seed=seed, dtype=like.dtype, device=like.device)
+
+
+def exact(tensors, upstreams, x_new):
+    """Outputs and gradients in float64, of the norm at the x_new that was rounded."""
+    x, y, gate, *modulations = wide = [t.detach().cpu().double().requires_grad_() for t in tensors]
+    sum_ = x + gate[:, None] * y
+    joined = sum_ + (x_new.detach().cpu().double() - sum_).detach()
+    norms = [modulated_norm(joined, *modulations[i : i + 2]) for i in range(0, len(modulations), 2)]
+    gradients = torch.autograd.grad([sum_, *norms], wide, [u.cpu().double() for u in upstreams])
+    return [out.detach() for out in (sum_, *norms)], gradients
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5], ids=["residual", "norm", "two norms"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_value_and_gradient(shape, dtype, rows, device, gated_residual, gated_residual_norm):
+    tensors = inputs(shape, dtype, device, rows)
+    outputs = (gated_residual(*tensors),) if rows == 1 else gated_residual_norm(*tensors)
+    upstreams = [upstream(out, seed) for seed, out in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, tensors, upstreams)
+    values, slopes = exact(tensors, upstreams, outputs[0])
+    for actual, what, name in zip(outputs, values, ("x_new", "n", "n2"), strict=False):
+        assert actual.dtype == dtype
+        check(actual, what, name)
+    for actual, what, name in zip(gradients, slopes, NAMES, strict=False):
+        assert actual.dtype == dtype
+        check(actual, what, f"d {name}")
+
+
+def test_both_in_one_pass_are_the_two_ops(device, backend, gated_residual, gated_residual_norm):
+    tensors = inputs(dtype=torch.bfloat16, device=device, rows=3)
+    x_new, n = gated_residual_norm(*tensors)
+    assert torch.equal(x_new, gated_residual(*tensors[:3]))
+    assert torch.equal(n, ops.layer_norm_modulate(x_new, *tensors[3:], backend=backend))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_outputs_is_used(used, device, gated_residual_norm):
+    tensors = inputs(device=device, rows=3)
+    outputs = gated_residual_norm(*tensors)
+    upstreams = [upstream(outputs[0], i) * (i == used) for i in range(2)]
+    gradients = torch.autograd.grad(outputs[used], tensors, upstreams[used], materialize_grads=True)
+    for actual, what, name in zip(gradients, exact(tensors, upstreams, outputs[0])[1], NAMES, strict=False):
+        check(actual, what, f"d {name}")
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_only_what_is_needed_gets_a_gradient(wanted, rows, device, gated_residual, gated_residual_norm):
+    tensors = [t.detach() for t in inputs(device=device, rows=rows)]
+    for i in wanted:
+        tensors[i].requires_grad_()
+    outputs = (gated_residual(*tensors),) if rows == 1 else gated_residual_norm(*tensors)
+    upstreams = [upstream(out, seed) for seed, out in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, [tensors[i] for i in wanted], upstreams)
+    slopes = exact(tensors, upstreams, outputs[0])[1]
+    for i, actual in zip(wanted, gradients, strict=True):
+        check(actual, slopes[i], f"d {NAMES[i]}")
+
+
+def test_a_fast_backend_keeps_one_stream_and_its_statistics(device, backend, gated_residual, gated_residual_norm):
+    if backend == "torch":
+        pytest.skip("plain autograd keeps more")
+    x, y, *rows = (t.detach() for t in inputs(device=device, rows=3))
+    x.requires_grad_()
+    y.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gated_residual(x, y, rows[0])
+        assert sum(t.numel() for t in kept) == rows[0].numel()
+        kept.clear()
+        gated_residual_norm(x, y, *rows)
+    assert sum(t.numel() for t in kept) == x.numel() + 2 * x[..., 0].numel() + rows[0].numel() + rows[1].numel()
+    kept.clear()
+    with torch.no_grad():
+        assert not gated_residual_norm(x, y, *rows)[1].requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_strided_input_and_upstream(rows, device, gated_residual, gated_residual_norm):
+    tensors = inputs(device=device, rows=rows)
+    lay = [
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),  # tokens first
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),  # elements apart
+        lambda t: t,
+    ]
+    found = []
+    for strided in lay:
+        laid = strided(tensors[0]), strided(tensors[1]), *tensors[2:]
+        outputs = (gated_residual(*laid),) if rows == 1 else gated_residual_norm(*laid)
+        found.append((*outputs, *torch.autograd.grad(outputs, tensors, [strided(upstream(out)) for out in outputs])))
+    for other in found[:2]:
+        assert all(map(torch.equal, other, found[2]))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_repeats_bit_for_bit_and_writes_into_no_input(rows, device, gated_residual, gated_residual_norm):
+    tensors = inputs((1, 33, 17), torch.bfloat16, device, rows)
+    before = [t.detach().clone() for t in tensors]
+    found = []
+    for _ in range(2):
+        outputs = (gated_residual(*tensors),) if rows == 1 else gated_residual_norm(*tensors)
+        found.append((*outputs, *torch.autograd.grad(outputs, tensors, [upstream(out) for out in outputs])))
+    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_a_closed_gate_leaves_the_stream_and_teaches_the_block_nothing(device, gated_residual):
+    x, y, gate = inputs(device=device)
+    out = gated_residual(x, y, 0 * gate)
+    dx, dy = torch.autograd.grad(out, (x, y), upstream(out))
+    assert torch.equal(out, x)
+    assert torch.equal(dx, upstream(out))
+    assert (dy == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5)], ids=str)
+def test_no_tokens(shape, rows, device, gated_residual, gated_residual_norm):
+    tensors = inputs(shape, device=device, rows=rows)
+    outputs = (gated_residual(*tensors),) if rows == 1 else gated_residual_norm(*tensors)
+    gradients = torch.autograd.grad([out.sum() for out in outputs], tensors)
+    assert all(out.shape == shape for out in outputs)
+    assert all((g == 0).all() and g.shape == t.shape for g, t in zip(gradients, tensors, strict=True))
+
+
+X, ROW = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+REFUSALS = [
+    ({"x": X.double()}, "x is torch.float64"),
+    ({"x": X[0]}, "x is"),
+    ({"y": X[:, :2]}, "y is"),
+    ({"y": X.half()}, "y is torch.float16"),
+    ({"y": X.to("meta")}, "y is on meta"),
+    ({"gate": X}, "gate is"),
+    ({"gate": None}, "gate is NoneType"),
+    ({"backend": "fast"}, "backend is 'fast'"),
+]
+NORM_REFUSALS = [
+    *REFUSALS,
+    ({"scale": ROW[:1]}, "scale is"),
+    ({"shift": X}, "shift is"),
+    ({"scale2": ROW}, "shift2 is None"),
+    ({"eps": float("inf")}, "eps is inf"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), REFUSALS, ids=[f"{i}-{m}" for i, (_, m) in enumerate(REFUSALS)])
+def test_residual_refuses(bad, message):
+    with pytest.raises(ValueError, match=f"gated_residual: {message}"):
+        ops.gated_residual(**{"x": X, "y": X, "gate": ROW} | bad)
+
+
+@pytest.mark.parametrize(("bad", "message"), NORM_REFUSALS, ids=[f"{i}-{m}" for i, (_, m) in enumerate(NORM_REFUSALS)])
+def test_norm_refuses(bad, message):
+    with pytest.raises(ValueError, match=f"gated_residual_norm: {message}"):
+        ops.gated_residual_norm(**{"x": X, "y": X, "gate": ROW, "scale": ROW, "shift": ROW} | bad)
