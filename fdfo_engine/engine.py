@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
-from fdfo_engine.models.flow_model import Network
-from fdfo_engine.models.graphed import GraphedNetwork, graph_refusals
 from fdfo_engine.models.prompt_cache import PromptCache
+from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
-from fdfo_engine.ops import backend_for, backends, pair_direction
+from fdfo_engine.ops import pair_direction
+from fdfo_engine.resources import pair_backend, plan_memory, rollout_network
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
-from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
@@ -30,7 +29,7 @@ from fdfo_engine.runtime.distributed import (
     together,
     world_size,
 )
-from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, differing_settings, record_config, run_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.updater import Updater
@@ -48,6 +47,7 @@ class Engine:
         backend: what runs the pair ops, by name of `ops.backends`.
         epoch: updates done. next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
+        memory: what an epoch is predicted to take of a GPU; None on a CPU.
         poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
     """
 
@@ -63,13 +63,17 @@ class Engine:
         self.config = config
         self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
         all_agree_hash(dump_config(config), "the settings")
-        self.backend = _backend(config, self.device)
+        self.backend = pair_backend(config, self.device)
         self.model = load_model(config, self.device)
-        self.sampler = PairedSampler(self.model, PromptCache(self.model), config, self.backend)
+        self.memory = plan_memory(self.model, config) if self.device.type == "cuda" else None
+        prompts = PromptCache(self.model, open_prompt_store(config, self.device))
+        self.sampler = PairedSampler(self.model, prompts, config, self.backend)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
-        self._rollout_network = _rollout_network(config, self.trainer, self.device)
+        self._rollout_network = rollout_network(config, self.trainer, self.device)
         self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning, self.backend)
+        if self.memory is not None:
+            self._updater.micro_batch = self.memory.micro_batch
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
         self.next_pair = 0
@@ -89,6 +93,11 @@ class Engine:
         self._updater.poll = poll
 
     @property
+    def micro_batch(self) -> int:
+        """Items of one forward and backward: `update.micro_batch`, with auto decided here or by the checkpoint."""
+        return self._updater.micro_batch
+
+    @property
     def weights_version(self) -> int:
         """Optimiser steps applied so far."""
         return self.trainer.step_count
@@ -103,21 +112,22 @@ class Engine:
         _refuse_text(prompts)
         first, count = self.next_pair, len(prompts)
         own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
-        blocks = [together(partial(self._block, prompts, number)) for number in self._in_step(own)][: len(own)]
-        self.next_pair += count
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
-        grid = self.sampler.grid
-
-        def joined(name: str) -> Tensor:
-            return torch.cat([getattr(block, name) for block in blocks])[: len(local)]
-
+        together(lambda: self.sampler.warm([prompts[i] for i in local]))
+        kept: dict[str, Tensor] = {}
+        for i, number in enumerate(self._in_step(own)):
+            block = together(partial(self._block, prompts, number))
+            if i < len(own):
+                _keep(kept, block, i, len(own))
+        self.next_pair += count
+        grid, joined = self.sampler.grid, {name: rows[: len(local)] for name, rows in kept.items()}
         return Rollout(
-            images=joined("images"),
+            images=joined["images"],
             prompts=[prompts[i] for i in local],
             pair_ids=[first + i for i in local],
-            velocities=joined("velocities"),
-            direction=pair_direction(joined("latents"), backend=self.backend),
-            gammas=joined("gammas"),
+            velocities=joined["velocities"],
+            direction=pair_direction(joined["latents"], backend=self.backend),
+            gammas=joined["gammas"],
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
             seed=self.config.run.seed,
@@ -207,6 +217,7 @@ class Engine:
             "epoch": self.epoch,
             "next_pair": self.next_pair,
             "world_size": world_size(),
+            "micro_batch": self.micro_batch,
             "settings": dump_config(self.config),
         }
         name = f"epoch_{self.epoch:06d}"
@@ -228,6 +239,8 @@ class Engine:
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])
+        # rounding depends on its size: a resume takes what the run began with
+        self._updater.micro_batch = int(checkpoint.state.get("micro_batch", self.micro_batch))
         if self.ema is not None:
             self.ema = checkpoint.tensors["ema"]
         self._owns_checkpoints = True
@@ -323,25 +336,13 @@ class Engine:
             raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")
 
 
-def _backend(config: Config, device: torch.device) -> str:
-    """Plain torch is slow: it only runs where it was asked for, or with a warning."""
-    wanted = config.kernels.backend
-    chosen = backend_for(device, None if wanted == "auto" else wanted)
-    if chosen == "torch" and (wanted == "auto" or config.kernels.require):
-        reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in backends().items() if why)
-        if config.kernels.require:
-            raise EnvironmentProblem(f"kernels.require: the pair ops would run on plain torch ({reasons})")
-        warn(f"the pair ops run on plain torch: {reasons}")
-    return chosen
-
-
-def _rollout_network(config: Config, trainer: ZeroTrainer, device: torch.device) -> Network:
-    if not config.model.cuda_graphs:
-        return trainer
-    reasons = graph_refusals(device, zero_stage=config.zero.stage, is_compiled=config.model.compile)
-    if reasons:
-        raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
-    return GraphedNetwork(trainer)
+def _keep(kept: dict[str, Tensor], block: SampledBlock, number: int, count: int) -> None:
+    """Copies block `number` of `count` to its rows: joining at the end would hold every trajectory twice."""
+    for name, part in vars(block).items():
+        size = len(part)
+        if name not in kept:
+            kept[name] = part.new_empty(count * size, *part.shape[1:])
+        kept[name][number * size : (number + 1) * size] = part
 
 
 def _share(count: int, what: str, *, may_idle: bool = False) -> range:

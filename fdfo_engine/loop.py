@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fdfo_engine.runtime.errors import (
     error_message,
     exit_code,
 )
+from fdfo_engine.runtime.memory import GIB
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_config
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
 from fdfo_engine.runtime.stop import StopRequest
@@ -91,6 +93,8 @@ class _Run:
         self._status("starting")
         self._engine = Engine(config)
         say(f"pair ops run on {self._engine.backend}, the model on {self._engine.device}")
+        if self._engine.memory is not None:
+            say(self._engine.memory.describe())
         resumed = self._engine.load()
         if resumed:
             say(f"resuming after epoch {self._engine.epoch} of {config.run.epochs}")
@@ -181,6 +185,8 @@ class _Run:
             **metrics,
             "lr": self._config.optimizer.lr,
             "kernel_backend": self._engine.backend,
+            "micro_batch": self._engine.micro_batch,
+            **_memory(self._engine),
             **seconds,
             "images_per_second": images / seconds["seconds_rollout"],
         }
@@ -271,6 +277,16 @@ class _Run:
 
 def _by_pair(scores: Tensor) -> Tensor:
     return scores.view(-1, 2)
+
+
+def _memory(engine: Engine) -> dict[str, float]:
+    """The peak since the start beside its prediction, GiB; on a CPU the process's own peak, and no prediction."""
+    if engine.memory is None:
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    return {
+        "peak_gib": torch.cuda.max_memory_allocated(engine.device) / GIB,
+        "predicted_gib": engine.memory.peak / GIB,
+    }
 
 
 def _require_resumable(config: Config, resume: bool) -> None:

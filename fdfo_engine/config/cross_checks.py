@@ -54,9 +54,9 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        ("model.compile", "model.fused"),
+        ("model.fused", "model.compile"),
         lambda c: c.model.compile and c.model.fused is True,
-        lambda c: "compiles diffusers' own blocks, model.fused = true asks for the fused ones; drop one of them",
+        lambda c: "true asks for fused blocks, model.compile compiles diffusers' own; set one of them to false",
     ),
     Rule(
         ("model.compile", "zero.stage"),

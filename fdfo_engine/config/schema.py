@@ -14,7 +14,7 @@ from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secre
 from fdfo_engine.config.section import Section, frozen_list, refuse
 
 AUTO_MICRO_BATCH = 24
-"""Items that `update.micro_batch: auto` stands for."""
+"""Items that `update.micro_batch: auto` stands for on a CPU, and the most on a GPU."""
 
 MAX_SEED = 2**64 - 1
 
@@ -84,7 +84,13 @@ class ModelConfig(Section):
     negative_prompt: str = ""
     """Prompt of the negative branch, used where sampling.guidance_scale is not 1."""
 
-    @field_validator("fused", "gradient_checkpointing", mode="before")
+    prompt_cache: Auto | Literal[False] | Name = "auto"
+    """Folder of encoded prompts on disk, which runs may share; auto is one in the user's cache, false keeps none."""
+
+    prompt_cache_gib: float = Field(default=20.0, gt=0)
+    """Size of that folder, GiB; the least recently used are dropped first."""
+
+    @field_validator("fused", "gradient_checkpointing", "prompt_cache", mode="before")
     @classmethod
     def _is_no_number(cls, value: object) -> object:
         return str(value) if type(value) is int else value  # 0 == False would pass as a literal
@@ -182,7 +188,7 @@ class UpdateConfig(Section):
     """Solver steps of each sample that are trained, drawn at random; null takes all of sampling.steps."""
 
     micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
-    """(sample, step) items in one forward and backward on a rank; auto is 24."""
+    """(sample, step) items in one forward and backward on a rank; auto takes what fits the GPU, up to 24."""
 
     clip_range: float = Field(default=0.03, gt=0)
     """How far a probability ratio may move from 1 before its gradient is held back."""
@@ -198,7 +204,7 @@ class UpdateConfig(Section):
 
     @property
     def micro_batch_items(self) -> int:
-        """`micro_batch`, with auto decided."""
+        """`micro_batch`, with auto at its most; the engine may lower that on a GPU."""
         return AUTO_MICRO_BATCH if self.micro_batch == "auto" else self.micro_batch
 
 

@@ -77,6 +77,10 @@ class FlowModel(Protocol):
         """The grid that the family's pipeline uses for `steps` steps at this latent shape."""
         ...
 
+    def text_encoders(self) -> AbstractContextManager[None]:
+        """Within this context the text encoders are on `device`; outside they live on the CPU."""
+        ...
+
     def encode_prompt(self, prompt: str) -> Conditioning:
         """One row for `prompt`. Encoded alone, so that an embedding never depends on its neighbours in a batch."""
         ...
@@ -94,6 +98,10 @@ class FlowModel(Protocol):
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Within this context the network is the base model: its LoRA is switched off."""
+        ...
+
+    def other_weights(self) -> Iterator[Tensor]:
+        """Weights that stay on `device` beside the network's: the VAE's."""
         ...
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -6,14 +6,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import FlowModel
+from fdfo_engine.models.footprint import footprint
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.runtime.memory import Footprint
 from fdfo_engine.shapes.pipeline import shapes_base
 
 FAMILIES = {"sd3": "fdfo_engine.models.sd3:SD3Model"}
@@ -33,6 +37,28 @@ def load_model(config: Config, device: torch.device) -> FlowModel:
         UsageError: the family is unknown, or a `module:attribute` family cannot be imported.
         EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
     """
+    model: FlowModel = _loader(config).load(config, resolve_model_id(config.model.id), device)
+    return model
+
+
+def blank_footprint(config: Config) -> Footprint:
+    """Sizes of `config.model` from its configs alone: no weight is read, and none takes memory.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `load_model`, or the family cannot be counted without its weights.
+    """
+    loader = _loader(config)
+    if not hasattr(loader, "blank"):
+        raise UsageError(f"model.family = {config.model.family!r}: has no `blank`, so it cannot be counted unloaded")
+    with _without_advice():
+        mode = FakeTensorMode()
+        model, conditioning = loader.blank(config, resolve_model_id(config.model.id), mode)
+        with mode:
+            return footprint(model, conditioning, config.model.height, config.model.width)
+
+
+def _loader(config: Config) -> Any:
+    """The class of the family."""
     family = config.model.family
     if family == "auto":
         family = _family_of(resolve_model_id(config.model.id), config.model.revision)
@@ -44,11 +70,9 @@ def load_model(config: Config, device: torch.device) -> FlowModel:
     module, attribute = target.split(":", 1)
     try:
         with _without_advice():
-            loader = getattr(importlib.import_module(module), attribute)
+            return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"model.family = {family!r}: {error}") from error
-    model: FlowModel = loader.load(config, resolve_model_id(config.model.id), device)
-    return model
 
 
 @contextmanager
@@ -65,14 +89,19 @@ def _without_advice() -> Iterator[None]:
 
 
 def _family_of(model_id: str, revision: str | None) -> str:
-    index = json.loads(_model_index(model_id, revision).read_text())
+    index = json.loads(model_index(model_id, revision).read_text())
     name = index.get("_class_name", "")
     if name not in PIPELINES:
         raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(PIPELINES)}")
     return PIPELINES[name]
 
 
-def _model_index(model_id: str, revision: str | None) -> Path:
+def model_index(model_id: str, revision: str | None) -> Path:
+    """The pipeline's `model_index.json`, in its folder or in the hub's cache.
+
+    Raises:
+        EnvironmentProblem: there is none.
+    """
     local = Path(model_id) / "model_index.json"
     if local.is_file():
         return local

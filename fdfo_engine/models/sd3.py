@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config, ModelConfig
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
 from fdfo_engine.models.fused.choice import choose_blocks
 from fdfo_engine.models.lora import ADAPTER, adapters_off, add_lora, fold_alpha, trainable
+from fdfo_engine.models.sd3_blank import become_fake, blank_conditioning, blank_pipeline
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
 
 ATTENTION_PROJECTIONS = (
@@ -63,7 +65,35 @@ class SD3Model:
         settings = config.model
         if config.sampling.embedded_guidance is not None:
             raise UsageError("sampling.embedded_guidance: the sd3 family takes none; set sampling.guidance_scale")
-        pipeline = _load_pipeline(model_id, settings).to(device)
+        pipeline = _load_pipeline(model_id, settings)
+        for part in (pipeline.transformer, pipeline.vae):
+            part.to(device)
+        model = cls._prepared(pipeline, config, device)
+        choose_blocks(model.network, settings, rehome=config.zero.stage < 3)
+        return model
+
+    @classmethod
+    def blank(cls, config: Config, model_id: str, mode: FakeTensorMode) -> tuple[SD3Model, Conditioning]:
+        """The model and one row of conditioning as fake tensors of `mode` on the CPU: for counting memory.
+
+        On diffusers' own blocks, and `model.gradient_checkpointing: fc1` as false: fused ones keep less.
+
+        Raises:
+            UsageError, EnvironmentProblem: as `load`.
+        """
+        pipeline = blank_pipeline(model_id, config.model)
+        model = cls._prepared(pipeline, config, torch.device("cpu"))
+        if config.model.gradient_checkpointing is True:
+            model.network.enable_gradient_checkpointing()
+        with mode:
+            for part in (pipeline.transformer, pipeline.vae):
+                become_fake(part)
+            return model, Conditioning(blank_conditioning(model_id, config.model, pipeline.transformer.config))
+
+    @classmethod
+    def _prepared(cls, pipeline: Any, config: Config, device: torch.device) -> SD3Model:
+        """Freezes the pipeline and frees what is trained."""
+        settings = config.model
         _check_size(pipeline, settings)
         for part in (pipeline.transformer, pipeline.vae, *_text_encoders(pipeline)):
             part.eval().requires_grad_(False)
@@ -79,7 +109,6 @@ class SD3Model:
             except ValueError as error:
                 raise UsageError(f"lora.targets = {list(targets)}: {error}") from error
             model._lora_scale = config.lora.alpha / config.lora.rank
-        choose_blocks(model.network, settings, rehome=config.zero.stage < 3)
         return model
 
     def grid(self, steps: int) -> Grid:
@@ -97,16 +126,30 @@ class SD3Model:
         scheduler.set_timesteps(steps, device="cpu", **kwargs)
         return Grid(scheduler.sigmas.clone(), scheduler.timesteps.clone())
 
+    @contextmanager
+    def text_encoders(self) -> Iterator[None]:
+        """See `FlowModel.text_encoders`; an inner one is part of the outer."""
+        encoders = _text_encoders(self.pipeline)
+        moved = [e for e in encoders if next(e.parameters()).device != self.device]
+        for encoder in moved:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in moved:
+                encoder.to("cpu")
+
     def encode_prompt(self, prompt: str) -> Conditioning:
         """Joint text tokens and pooled vector, as the pipeline makes them."""
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=prompt,
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self._settings.max_sequence_length,
-        )
+        with self.text_encoders():
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=prompt,
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._settings.max_sequence_length,
+            )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -128,6 +171,10 @@ class SD3Model:
     def without_adapter(self) -> AbstractContextManager[None]:
         """See `FlowModel.without_adapter`."""
         return adapters_off(self.network) if self._lora_scale is not None else nullcontext()
+
+    def other_weights(self) -> Iterator[Tensor]:
+        """See `FlowModel.other_weights`."""
+        return self.pipeline.vae.parameters()  # type: ignore[no-any-return]
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """See `FlowModel.trained_parameters`."""

@@ -13,6 +13,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, paired_noise, paired_step, philox_normal
 from fdfo_engine.rollout.churn import churn_gammas
 from fdfo_engine.runtime.errors import NumericsError
+from fdfo_engine.runtime.memory import DECODE_IMAGES
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class PairedSampler:
                 backend=self._backend,
             )
         _check_finite(x_PKCHW, velocities, pair_ids)
-        images = torch.stack(list(model.decode(x_PKCHW.flatten(0, 1)).chunk(pairs)))
+        images = torch.stack(list(self._decode(x_PKCHW.flatten(0, 1)).chunk(pairs)))
         return SampledBlock(x_PKCHW, images, velocities, gammas)
 
     @torch.no_grad()
@@ -104,7 +105,16 @@ class PairedSampler:
             v, v_uncond = predict(model, network, x_NCHW, timesteps, conditioning, negative)
             v = guided_velocity(v, v_uncond, guidance)
             x_NCHW = x_NCHW + (grid.sigmas[i + 1] - grid.sigmas[i]).to(x_NCHW.device) * v.float()
-        return model.decode(x_NCHW)
+        return self._decode(x_NCHW)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """A few at a time, always as many: the VAE takes more memory an image than the network."""
+        starts = range(0, len(latents), DECODE_IMAGES)
+        return torch.cat([self._model.decode(latents[start : start + DECODE_IMAGES]) for start in starts])
+
+    def warm(self, prompts: Sequence[str]) -> None:
+        """Encodes `prompts` ahead of `sample_block`, all in one go."""
+        self._prompts.warm(prompts)
 
     def conditioning(
         self, prompts: Sequence[str], *, copies: int = 1, guidance: float | None = None

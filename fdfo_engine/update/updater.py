@@ -69,10 +69,11 @@ class Updater:
     def __init__(
         self, model: FlowModel, trainer: ZeroTrainer, config: Config, conditioner: Conditioner, backend: str
     ) -> None:
-        """`backend` runs the loss (`ops.backend_for`)."""
+        """`backend` runs the loss (`ops.backend_for`). `micro_batch` may be set before an update."""
         self._model = model
         self._trainer = trainer
         self._settings = config.update
+        self.micro_batch = config.update.micro_batch_items
         self._guidance = config.sampling.guidance_scale
         self._seed = config.run.seed
         self._conditioner = conditioner
@@ -123,7 +124,7 @@ class Updater:
         """
         pairs = torch.arange(len(adv.values)) if self._settings.kl_weight else adv.live.nonzero().flatten()
         blocks = pairs.split(torch.unique_consecutive(rollout.blocks[pairs], return_counts=True)[1].tolist())
-        own = [items for block in blocks for items in _items(block, share).chunks(self._settings.micro_batch_items)]
+        own = [items for block in blocks for items in _items(block, share).chunks(self.micro_batch)]
         zero = torch.zeros(1, dtype=torch.int64)
         return own + [Items(zero, zero, zero, weight=0.0)] * (max_over_ranks(len(own)) - len(own))
 

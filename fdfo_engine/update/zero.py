@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fdfo_engine.config import OptimizerConfig, ZeroConfig
 from fdfo_engine.runtime.distributed import any_rank, rank, world_size
+from fdfo_engine.runtime.memory import BUCKET_VALUES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,8 +47,9 @@ class ZeroTrainer:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
+        values = sum(p.numel() for p in self._parameters.values())
         self.engine: Any = deepspeed.initialize(
-            model=network, optimizer=adamw, config=deepspeed_config(optimizer, zero), dist_init_required=False
+            model=network, optimizer=adamw, config=deepspeed_config(optimizer, zero, values), dist_init_required=False
         )[0]
         self._allocate_moments()
 
@@ -241,8 +243,8 @@ class ZeroTrainer:
             optimizer.averaged_gradients = {}
 
 
-def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig) -> dict[str, Any]:
-    """DeepSpeed's own settings for a run; `zero.deepspeed` adds to them (the config has checked its keys)."""
+def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig, values: int) -> dict[str, Any]:
+    """DeepSpeed's own settings for `values` trained values; `zero.deepspeed` adds to them (its keys are checked)."""
     extra = dict(zero.deepspeed)
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches are dealt by the update
@@ -250,7 +252,11 @@ def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig) -> dict[str, 
         "gradient_clipping": optimizer.max_grad_norm,
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": zero.stage} | extra.pop("zero_optimization", {}),
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": min(BUCKET_VALUES, values),  # allocated as it stands: 2 GB by default
+        }
+        | extra.pop("zero_optimization", {}),
     }
     if zero.stage < 3:
         generated["gradient_allreduce_op"] = "sum"

@@ -1,0 +1,46 @@
+"""`fdfo plan`: an epoch's arithmetic and its memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from fdfo_engine.runtime.errors import UsageError
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parse = verbs.add_parser(
+        "plan",
+        help="an epoch's arithmetic and its memory on a GPU of a given size",
+        description="Prints how an epoch is cut into blocks, optimizer steps and micro-batches, and what it takes of "
+        "a GPU's memory. Counts the real architecture from its configs, on diffusers' own blocks (fused ones keep "
+        "less); reads no weights and needs no GPU. Exit code 2 when it does not fit.",
+    )
+    parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
+    parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    parse.add_argument("--gpu-gib", type=float, default=80.0, help="free memory of a GPU, GiB; default 80")
+    parse.add_argument("--ranks", type=int, default=1, help="GPUs; default 1")
+    parse.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the plan."""
+    from fdfo_engine.config import BatchPlan, load_config
+    from fdfo_engine.models.registry import blank_footprint
+    from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
+
+    for name, value in (("--gpu-gib", arguments.gpu_gib), ("--ranks", arguments.ranks)):
+        if value <= 0:
+            raise UsageError(f"{name} {value:g}: takes more than 0")
+    config = load_config(arguments.config, arguments.overrides)
+    plan = BatchPlan.from_config(config, arguments.ranks)
+    free = int(arguments.gpu_gib * GIB)
+    prediction = choose_micro_batch(blank_footprint(config), config, arguments.ranks, free)
+    say(dataclasses.replace(plan, micro_batch=prediction.micro_batch).describe())
+    say(prediction.describe())
+    if prediction.needed > free:
+        raise UsageError(refusal(prediction, free))
+    return 0

@@ -1,0 +1,53 @@
+"""What an engine runs on: the backend of its pair ops, the network of its rollouts, its share of a GPU's memory."""
+
+from __future__ import annotations
+
+import torch
+
+from fdfo_engine.config import Config
+from fdfo_engine.models.flow_model import FlowModel, Network
+from fdfo_engine.models.footprint import footprint
+from fdfo_engine.models.graphed import GraphedNetwork, graph_refusals
+from fdfo_engine.ops import backend_for, backends
+from fdfo_engine.runtime.console import warn
+from fdfo_engine.runtime.distributed import max_over_ranks, world_size
+from fdfo_engine.runtime.errors import EnvironmentProblem
+from fdfo_engine.runtime.memory import Prediction, choose_micro_batch, refusal
+
+
+def pair_backend(config: Config, device: torch.device) -> str:
+    """Plain torch is slow: it only runs where it was asked for, or with a warning."""
+    wanted = config.kernels.backend
+    chosen = backend_for(device, None if wanted == "auto" else wanted)
+    if chosen == "torch" and (wanted == "auto" or config.kernels.require):
+        reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in backends().items() if why)
+        if config.kernels.require:
+            raise EnvironmentProblem(f"kernels.require: the pair ops would run on plain torch ({reasons})")
+        warn(f"the pair ops run on plain torch: {reasons}")
+    return chosen
+
+
+def rollout_network(config: Config, network: Network, device: torch.device) -> Network:
+    """What a rollout calls: `network`, or its CUDA graph.
+
+    Raises:
+        EnvironmentProblem: `model.cuda_graphs` is set and can't be, with every reason.
+    """
+    if not config.model.cuda_graphs:
+        return network
+    reasons = graph_refusals(device, zero_stage=config.zero.stage, is_compiled=config.model.compile)
+    if reasons:
+        raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
+    return GraphedNetwork(network)
+
+
+def plan_memory(model: FlowModel, config: Config) -> Prediction:
+    """The prediction for this GPU, and the micro-batch that fits every rank's."""
+    sizes = footprint(model, model.encode_prompt(""), config.model.height, config.model.width)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_allocated(model.device)
+    free = -max_over_ranks(-free, "the free memory")
+    prediction = choose_micro_batch(sizes, config, world_size(), free)
+    if prediction.needed > free:
+        warn(refusal(prediction, free))
+    return prediction

@@ -1,0 +1,170 @@
+"""How much of a GPU an epoch takes on one rank, by arithmetic from counted sizes, and which micro-batch fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fdfo_engine.config import BatchPlan, Config
+from fdfo_engine.runtime.errors import UsageError
+
+GIB = 1 << 30
+MICRO_BATCHES = (24, 12, 8, 6, 4, 3, 2, 1)
+"""What `update.micro_batch: auto` chooses from: a little more or less free memory then rarely changes the choice, and
+above 24 a GPU gains under 2%."""
+
+SLACK = 1.08
+"""Over the counted bytes: fragments of the allocator, and workspaces of libraries."""
+
+CONTEXT_BYTES = GIB // 2
+"""The libraries' own, outside the allocator."""
+
+BUCKET_VALUES = 500_000_000
+"""Gradients that DeepSpeed exchanges at once."""
+
+MAX_LIVE_VALUES = 1_000_000_000
+"""Weights that ZeRO-3 gathers at once, DeepSpeed's own default."""
+
+
+DECODE_IMAGES = 4
+"""Images that the VAE decodes at once, whatever the block: it takes more memory an image than the network does."""
+
+
+class Line(NamedTuple):
+    """Bytes that grow with a batch: `fixed + each * count`."""
+
+    fixed: int
+    each: int
+
+    def at(self, count: int) -> int:
+        """Bytes at `count`."""
+        return self.fixed + self.each * count
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Counted sizes of a model, in bytes but for `trained_values`.
+
+    Attributes:
+        frozen: the network's frozen weights. trained: its trained ones, in its own dtype.
+        trained_values: their number. other: what else stays on the GPU, such as the VAE.
+        forward: one call without gradient. training: forward and backward, gradients of the weights among the fixed.
+        decode: images from latents. velocity: one sample at one step. image: one image, float32.
+    """
+
+    frozen: int
+    trained: int
+    trained_values: int
+    other: int
+    forward: Line
+    training: Line
+    decode: Line
+    velocity: int
+    image: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the fullest rank by what they are for: always there, in the rollout, in the update."""
+
+    resident: dict[str, int]
+    rollout: dict[str, int]
+    update: dict[str, int]
+    micro_batch: int
+    ranks: int
+
+    @property
+    def peak(self) -> int:
+        """The larger of both phases, with what is always there."""
+        return sum(self.resident.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
+
+    @property
+    def needed(self) -> int:
+        """What a GPU must have free: the peak, slack, and the libraries' own."""
+        return math.ceil(SLACK * self.peak) + CONTEXT_BYTES
+
+    def describe(self) -> str:
+        """The sum with its numbers."""
+        phases = {"always": self.resident, "rollout": self.rollout, "update": self.update}
+        lines = [f"memory: {_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {self.ranks} ranks"]
+        for phase, parts in phases.items():
+            shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+            lines.append(f"  {phase}: {_gib(sum(parts.values()))} ({shown})")
+        return "\n".join(lines)
+
+
+def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction:
+    """The memory of an epoch as `plan` cuts it (its ranks and micro-batch)."""
+    sharded = plan.world_size if config.zero.stage == 3 else 1
+    pairs = min(len(plan.blocks_of_rank(plan.world_size - 1)) * plan.block_pairs, plan.pairs_per_epoch)
+    guided = 1 if config.sampling.guidance_scale == 1.0 else 2
+    trajectory = 2 * pairs * plan.steps * footprint.velocity
+    images = 2 * pairs * footprint.image
+    block = 2 * plan.block_pairs
+    resident = {
+        "frozen weights": footprint.frozen // sharded,
+        "trained weights": footprint.trained // sharded,
+        "optimizer": _optimizer_bytes(footprint, config.zero.stage, plan.world_size),
+        "VAE": footprint.other,
+    }
+    gathered = _gathered_bytes(footprint) if sharded > 1 else 0
+    kept = {"trajectories": trajectory, "images": images}
+    rollout = kept | {"gathered weights": gathered}
+    rollout["block"] = block * (plan.steps * footprint.velocity + footprint.image)
+    rollout["network or VAE"] = max(footprint.forward.at(guided * block), footprint.decode.at(DECODE_IMAGES))
+    update = kept | {"gathered weights": gathered}
+    update["micro-batch"] = footprint.training.at(guided * plan.micro_batch)
+    update["gradient exchange"] = _exchange_bytes(footprint, config.zero.stage)
+    if config.update.kl_weight:
+        update["base model"] = footprint.forward.at(guided * plan.micro_batch)
+    return Prediction(resident, rollout, update, plan.micro_batch, plan.world_size)
+
+
+def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: int) -> Prediction:
+    """What fits `free` bytes, for `update.micro_batch: auto` the largest of `MICRO_BATCHES`; a given number stays.
+
+    Rounding depends on the micro-batch, so it must not depend on the ranks: it is chosen as if one rank held all
+    trajectories and state. Only where not even one item fits that way does the real number of ranks decide.
+
+    Raises:
+        UsageError: nothing fits; names the keys to change.
+    """
+    plan = BatchPlan.from_config(config, ranks)
+    if config.update.micro_batch != "auto":
+        return predict(footprint, config, plan)
+    for decisive in (dataclasses.replace(plan, world_size=1), plan):
+        for size in MICRO_BATCHES:
+            if predict(footprint, config, dataclasses.replace(decisive, micro_batch=size)).needed <= free:
+                return predict(footprint, config, dataclasses.replace(plan, micro_batch=size))
+    least = predict(footprint, config, dataclasses.replace(plan, micro_batch=1))
+    raise UsageError(f"{refusal(least, free)}\n{least.describe()}")
+
+
+def refusal(prediction: Prediction, free: int) -> str:
+    """That it does not fit, and what to change."""
+    return (
+        f"memory: an epoch needs {_gib(prediction.needed)} on a GPU with {_gib(free)} free; lower "
+        "sampling.block_pairs or update.micro_batch, set model.gradient_checkpointing: true, raise zero.stage, "
+        "or take more ranks"
+    )
+
+
+def _optimizer_bytes(footprint: Footprint, stage: int, ranks: int) -> int:
+    """Moments and, from stage 1 on, a float32 master and its gradient, all split over the ranks."""
+    values = footprint.trained_values
+    return 8 * values if stage == 0 else 16 * math.ceil(values / ranks)
+
+
+def _exchange_bytes(footprint: Footprint, stage: int) -> int:
+    return 0 if stage == 0 else 4 * min(BUCKET_VALUES, footprint.trained_values)
+
+
+def _gathered_bytes(footprint: Footprint) -> int:
+    """ZeRO-3 gathers weights for use; 2 bytes each but for float32 ones."""
+    return min(footprint.frozen + footprint.trained, 2 * MAX_LIVE_VALUES)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

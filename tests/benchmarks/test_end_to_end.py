@@ -1,0 +1,60 @@
+"""The benchmark of whole transformers: its arithmetic, and that a wrong candidate is not timed."""
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks import end_to_end
+from benchmarks.architectures import architectures, sharing
+from benchmarks.end_to_end import Candidate, candidates, measure, rates
+from benchmarks.flops import flops
+from benchmarks.timing import Spread
+from fdfo_engine.cli.main import main
+from fdfo_engine.models.lora import trainable
+
+CPU = torch.device("cpu")
+SHAPES = architectures()["shapes"]
+
+
+def test_an_epoch_is_432_pairs_of_40_steps():
+    row = rates(SHAPES, Spread(0.5, 0.4, 0.6), 20, Spread(2.0, 1.9, 2.1), 10, peak=1e12)
+    assert row["images_per_s"] == pytest.approx(20 / (40 * 0.5))
+    assert row["training_samples_per_s"] == pytest.approx(5.0)
+    assert row["epoch_s"] == pytest.approx(864 / 1.0 + 864 * 40 / 5.0)
+    assert row["mfu_training"] == pytest.approx((flops(SHAPES).forward + flops(SHAPES).backward) * 5 / 1e12)
+
+
+def test_copies_share_frozen_weights_and_nothing_else():
+    network = SHAPES.network(CPU)
+    copy = sharing(network)
+    adapter = {name for name, _ in trainable(network)}
+    for (name, own), (_, other) in zip(network.named_parameters(), copy.named_parameters(), strict=True):
+        assert (own is other) == (name not in adapter), name
+
+
+def test_rows_of_the_miniature():
+    options = argparse.Namespace(candidates="R", rollout_batch=2, train_batch=2, seconds=0.01)
+    (row,) = measure("shapes", SHAPES, CPU, options, 1e11)
+    assert row["candidate"] == "R"
+    assert max(row["errors"].values()) == 0.0, "on a CPU R is the reference itself"
+    assert row["saved_bytes_a_sample"] > 0
+    assert row["images_per_s"] > 0
+
+
+def test_a_wrong_candidate_is_refused(monkeypatch):
+    def broken(name, architecture, network, device, dtype):
+        next(p for n, p in network.named_parameters() if "lora_B" in n).data.mul_(1.01)
+        return Candidate(name, architecture, network, device, dtype)
+
+    monkeypatch.setitem(end_to_end.MAKERS, "C", broken)
+    with pytest.raises(AssertionError, match=r"C: .*gradient"):
+        candidates(SHAPES, CPU, "RC")
+
+
+@pytest.mark.parametrize("words", [["--candidates", "RX"], ["--arch", "sd9"], ["--train-batch", "0"]])
+def test_wrong_options(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *words])
+    assert stopped.value.code == 2
+    assert words[0] in capsys.readouterr().err

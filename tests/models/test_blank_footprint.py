@@ -1,0 +1,43 @@
+"""A model counted from its configs alone is the model that loads."""
+
+import pytest
+import torch
+from tiny_sd3 import tiny_config
+
+from fdfo_engine.cli.main import main
+from fdfo_engine.models.footprint import footprint
+from fdfo_engine.models.registry import blank_footprint, load_model
+
+
+@pytest.mark.parametrize("settings", [{}, {"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_sizes_are_those_of_the_loaded_model(tiny_sd3, tmp_path, settings):
+    config = tiny_config(tiny_sd3, tmp_path / "run", model={"fused": False} | settings)
+    model = load_model(config, torch.device("cpu"))
+    loaded = footprint(model, model.encode_prompt("a red circle"), config.model.height, config.model.width)
+    assert blank_footprint(config) == loaded
+    assert all(p.grad is None for p in model.network.parameters())
+
+
+def test_checkpointing_keeps_less(tiny_sd3, tmp_path):
+    plain, lean = (
+        blank_footprint(tiny_config(tiny_sd3, tmp_path, model={"gradient_checkpointing": on})) for on in (False, True)
+    )
+    assert lean.training.each < plain.training.each
+    assert lean.forward == plain.forward
+
+
+def test_fused_blocks_keep_less_than_is_planned(tiny_sd3, tmp_path):
+    config = tiny_config(tiny_sd3, tmp_path / "run")
+    model = load_model(config, torch.device("cpu"))
+    fused = footprint(model, model.encode_prompt("a red circle"), config.model.height, config.model.width)
+    assert fused.training.each < blank_footprint(config).training.each
+
+
+def test_plan_verb(tmp_path, capsys):
+    assert main(["plan", "--config", "shapes", "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "micro-batches: 24 items" in text
+    assert "GiB at the peak" in text
+    assert main(["plan", "--config", "shapes", "--gpu-gib", "0.5"]) == 2
+    assert "update.micro_batch" in capsys.readouterr().err
+    assert main(["plan", "--config", "shapes", "--ranks", "0"]) == 2
