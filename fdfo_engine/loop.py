@@ -62,7 +62,9 @@ def run(config: Config, *, resume: bool = False) -> None:
     all_agree_hash(prompts.sha256, "the prompt list")
     evaluation_prompts(config)
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
-    metric_rewards(config)
+    metrics = metric_rewards(config)
+    on_main(rewards.require_ready)
+    on_main(metrics.require_ready)
     _require_resumable(config, resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
@@ -146,8 +148,8 @@ class _Run:
         self._status(phase="reward")
         with timer.phase("reward"):
             scores = together(lambda: self._score(rollout))
-        total_PK = all_gather_rows(_by_pair(scores.total))
         parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
+        total_PK = self._rewards.combined(parts_PK)
         self._draw(rollout, total_PK)
         self._guard_failures(rollout, total_PK, parts_PK)
         engine.poll = self._beat
@@ -178,6 +180,7 @@ class _Run:
             "reward_mean": float(known.mean()),
             "reward_std": float(known.std()) if len(known) > 1 else 0.0,
             **parts,
+            **self._rewards.disagreements(parts_PK),
             **metrics,
             "lr": self._config.optimizer.lr,
             "kernel_backend": self._engine.backend,

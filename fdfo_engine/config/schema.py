@@ -136,7 +136,7 @@ class SamplingConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward; the run's reward is the weighted sum. Further keys are the reward's own options."""
+    """One reward; the run's reward is the weighted sum. Further keys are the reward's own options (its docstring)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -145,6 +145,10 @@ class RewardConfig(Section):
 
     weight: float
     """Factor in the sum; negative to push away from what the reward likes, never 0."""
+
+    normalize: Literal["none", "std", "pair"] = "none"
+    """Divides its scores, each epoch, by their standard deviation (std) or by the root mean square of the half
+    differences within pairs (pair), so that rewards of different scales can be weighed against each other."""
 
     @field_validator("name")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, loaded, micro_batches, ready_network
+from fdfo_engine.rewards.model_options import ModelOptions, device_of, loaded, micro_batches, ready_network
 from fdfo_engine.rewards.pixels import center_crop, resize_bicubic, to_bytes
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
@@ -160,22 +160,12 @@ class ClipEmbedder:
 
     @classmethod
     def load(cls, options: ModelOptions, processor: str) -> ClipEmbedder:
-        """Loads model and processor.
+        """The model and its processor; rewards on the same weights share them.
 
         Raises:
             RewardError, EnvironmentProblem: see `model_options.loaded`.
         """
-        from transformers import AutoTokenizer, CLIPModel
-        from transformers.image_processing_base import ImageProcessingMixin
-
-        revision = options.revision or "main"
-        own = revision if processor == options.model else "main"
-        read, tokenizer_of = ImageProcessingMixin.get_image_processor_dict, AutoTokenizer.from_pretrained
-        load, dtype = CLIPModel.from_pretrained, getattr(torch, options.dtype)
-        settings, _ = loaded("image processor", processor, lambda: read(processor, revision=own))
-        tokenizer = loaded("tokenizer", processor, lambda: tokenizer_of(processor, revision=own))
-        network = loaded("CLIP model", options.model, lambda: load(options.model, revision=revision, dtype=dtype))
-        return cls(ready_network(network, options), tokenizer, ClipPreprocessing.from_processor(settings))
+        return _load_embedder(options.model, options.revision or "main", processor, options.dtype, device_of(options))
 
     def embed_text(self, prompts: list[str]) -> Tensor:
         """`[N, D]`; every text is padded to the model's limit, so that a text's embedding has one batch shape."""
@@ -191,6 +181,20 @@ class ClipEmbedder:
         """`[N, D]` of images `[N, 3, H, W]` in 0..1."""
         pixels = self.preprocess(images.to(self.network.device))
         return _unit(self.network.get_image_features(pixel_values=pixels.to(self.network.dtype)))
+
+
+@functools.cache
+def _load_embedder(model: str, revision: str, processor: str, dtype: str, device: torch.device) -> ClipEmbedder:
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    own = revision if processor == model else "main"
+    read, tokenizer_of = ImageProcessingMixin.get_image_processor_dict, AutoTokenizer.from_pretrained
+    settings, _ = loaded("image processor", processor, lambda: read(processor, revision=own))
+    tokenizer = loaded("tokenizer", processor, lambda: tokenizer_of(processor, revision=own))
+    load = functools.partial(CLIPModel.from_pretrained, revision=revision, dtype=getattr(torch, dtype))
+    network = loaded("CLIP model", model, lambda: load(model))
+    return ClipEmbedder(ready_network(network, device), tokenizer, ClipPreprocessing.from_processor(settings))
 
 
 def _unit(features: Any) -> Tensor:

@@ -66,9 +66,9 @@ def loaded(what: str, model: str, load: Callable[[], T]) -> T:
         raise RewardError(f"{what}: cannot load {model!r}: {first}; takes a hub id or a folder") from error
 
 
-def ready_network(network: Any, options: ModelOptions) -> Any:
+def ready_network(network: Any, device: torch.device) -> Any:
     """The network in evaluation mode, without gradients, on its device."""
-    return network.to(device_of(options)).eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def micro_batches(prompts: Sequence[str], images: Tensor, size: int) -> Iterator[tuple[list[str], Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, loaded, micro_batches, ready_network
+from fdfo_engine.rewards.model_options import ModelOptions, device_of, loaded, micro_batches, ready_network
 from fdfo_engine.rewards.pixels import to_pil
 from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, QuestionOptions, asked, score_of, seen
 from fdfo_engine.rewards.registry import register
@@ -76,7 +76,9 @@ class VlmReward:
 
     @functools.cached_property
     def _chat(self) -> _Chat:
-        return _Chat.load(self.options)
+        options = self.options
+        network, processor = _load(options.model, options.revision or "main", options.dtype, device_of(options))
+        return _Chat(network, processor, *(_token(processor.tokenizer, t) for t in (options.target, options.contrast)))
 
 
 @register("vlm_quality")
@@ -102,20 +104,6 @@ class _Chat:
     target: int
     contrast: int
 
-    @classmethod
-    def load(cls, options: VlmOptions) -> _Chat:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        model, revision, dtype = options.model, options.revision or "main", getattr(torch, options.dtype)
-        processor = loaded("processor", model, lambda: AutoProcessor.from_pretrained(model, revision=revision))
-        if not getattr(processor, "chat_template", None):
-            raise RewardError(f"{model}: its processor has no chat template; takes an image-text-to-text chat model")
-        processor.tokenizer.padding_side = "left"
-        tokens = (_token(processor.tokenizer, text) for text in (options.target, options.contrast))
-        load = AutoModelForImageTextToText.from_pretrained
-        network = loaded("chat model", model, lambda: load(model, revision=revision, dtype=dtype))
-        return cls(ready_network(network, options), processor, *tokens)
-
     def inputs(self, questions: list[str], pictures: list[Any]) -> Any:
         """What the network takes, one row a question."""
         texts = [self._templated(question, picture) for question, picture in zip(questions, pictures, strict=True)]
@@ -130,6 +118,21 @@ class _Chat:
         chat = [{"role": "user", "content": content}]
         text: str = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return text
+
+
+@functools.cache
+def _load(model: str, revision: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """Network and processor; rewards that ask the same model different questions share them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = loaded("processor", model, lambda: AutoProcessor.from_pretrained(model, revision=revision))
+    if not getattr(processor, "chat_template", None):
+        raise RewardError(f"{model}: its processor has no chat template; takes an image-text-to-text chat model")
+    processor.tokenizer.padding_side = "left"
+    load = functools.partial(
+        AutoModelForImageTextToText.from_pretrained, revision=revision, dtype=getattr(torch, dtype)
+    )
+    return ready_network(loaded("chat model", model, lambda: load(model)), device), processor
 
 
 def _token(tokenizer: Any, text: str) -> int:

@@ -123,6 +123,13 @@ def test_a_model_without_a_template_is_refused(tmp_path):
         reward(str(build_tiny_llava(tmp_path, template=None)))(["red"], pictures(1))
 
 
+def test_two_questions_share_one_model(llava):
+    first, second = reward(llava[0]), reward(llava[0], target="No", contrast="Yes")
+    images = pictures(1)
+    first(["red"], images), second(["red"], images)
+    assert first._chat.network is second._chat.network
+
+
 def test_presets_ask_their_questions():
     questions = {build(f"vlm_{name}", {}, "x").options.question for name in ("alignment", "quality", "photorealism")}
     assert len(questions) == 3
