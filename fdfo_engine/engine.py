@@ -35,6 +35,7 @@ from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 
 Weights = Literal["auto", "ema", "raw"]
+OnBlock = Callable[[Sequence[str], Tensor], None]
 WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "lora")
 
 
@@ -90,8 +91,13 @@ class Engine:
         """Optimiser steps applied so far."""
         return self.trainer.step_count
 
-    def rollout(self, prompts: Sequence[str]) -> Rollout:
+    def rollout(self, prompts: Sequence[str], on_block: OnBlock | None = None) -> Rollout:
         """Samples one pair a prompt, with the next global pair indices.
+
+        Args:
+            prompts: P texts.
+            on_block: called after each of this rank's blocks with its prompts and images `[p, 2, 3, height, width]`,
+                so that they can be scored while the next block is sampled; must not raise.
 
         Raises:
             UsageError: no prompts, or fewer blocks than ranks.
@@ -100,7 +106,13 @@ class Engine:
         _refuse_text(prompts)
         first, count = self.next_pair, len(prompts)
         own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
-        blocks = [together(partial(self._block, prompts, number)) for number in self._in_step(own)][: len(own)]
+        blocks = []
+        for turn, number in enumerate(self._in_step(own)):
+            blocks.append(together(partial(self._block, prompts, number)))
+            if on_block is not None and turn < len(own):
+                texts = prompts[number * self._block_pairs : (number + 1) * self._block_pairs]
+                on_block(texts, blocks[-1].images[: len(texts)])
+        del blocks[len(own) :]
         self.next_pair += count
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
         grid = self.sampler.grid

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.rewards import Scores, WeightedRewards
+from fdfo_engine.rewards.background import BackgroundScorer
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
@@ -37,7 +41,7 @@ from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_c
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
-from fdfo_engine.trajectory import Rollout
+from fdfo_engine.trajectory import Rollout, UnscoredRollout
 
 MAX_TIED_EPOCHS = 3
 ROOM_FOR_CHECKPOINTS = 3  # those that are kept, and the one that is written before the oldest goes
@@ -90,6 +94,7 @@ class _Run:
         self._config, self._prompts, self._rewards, self._folder, self._stop = config, prompts, rewards, folder, stop
         self._metrics = metric_rewards(config)
         self._tied_epochs = 0
+        self._unscored = UnscoredRollout(Path(config.run.dir) / "unscored")
         self._status("starting")
         self._engine = Engine(config)
         say(f"pair ops run on {self._engine.backend}, the model on {self._engine.device}")
@@ -141,17 +146,12 @@ class _Run:
         engine, timer = self._engine, self._timer
         timer.take()
         engine.poll = self._stop_before_update
-        pair_ids = range(engine.next_pair, engine.next_pair + self._config.sampling.pairs_per_epoch)
-        self._status(phase="rollout")
-        with timer.phase("rollout"):
-            rollout = engine.rollout(self._prompts.of_pairs(pair_ids))
-        self._status(phase="reward")
-        with timer.phase("reward"):
-            scores = together(lambda: self._score(rollout))
+        rollout, scores = self._sample_and_score()
         parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
         total_PK = self._rewards.combined(parts_PK)
         self._draw(rollout, total_PK)
-        self._guard_failures(rollout, total_PK, parts_PK)
+        with self._kept_on_reward_errors(rollout):
+            self._guard_failures(rollout, total_PK, parts_PK)
         engine.poll = self._beat
         self._is_updating = True
         self._status(phase="update")
@@ -162,9 +162,34 @@ class _Run:
         self._status("running", phase=None)
         self._guard_ties(metrics)
 
-    def _score(self, rollout: Rollout) -> Scores:
-        prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
-        return self._rewards(prompts, rollout.images.flatten(0, 1))
+    def _sample_and_score(self) -> tuple[Rollout, Scores]:
+        """The next pairs and their scores; or those that a reward failed on when the run stopped."""
+        engine, timer = self._engine, self._timer
+        self._status(phase="rollout")
+        with BackgroundScorer(self._rewards, overlap=self._config.sampling.overlap_scoring) as scorer:
+            rollout = self._unscored.take(engine.next_pair, engine.weights_version, engine.device)
+            with timer.phase("rollout"):
+                if rollout is None:
+                    pair_ids = range(engine.next_pair, engine.next_pair + self._config.sampling.pairs_per_epoch)
+                    rollout = engine.rollout(self._prompts.of_pairs(pair_ids), partial(_submit, scorer))
+                else:
+                    engine.next_pair += rollout.num_pairs
+                    _submit_all(scorer, rollout)
+            self._status(phase="reward")
+            with timer.phase("reward"), self._kept_on_reward_errors(rollout):
+                scores = together(scorer.scores)
+        timer.seconds |= {"reward_waited": scorer.waited_s, "reward_hidden": scorer.hidden_s}
+        return rollout, scores
+
+    @contextmanager
+    def _kept_on_reward_errors(self, rollout: Rollout) -> Iterator[None]:
+        """Nothing was learnt from these pairs: they are next again, and need not be sampled again."""
+        try:
+            yield
+        except RewardError:
+            self._engine.next_pair = rollout.first_pair
+            self._unscored.keep(rollout)
+            raise
 
     def _record(
         self, rollout: Rollout, total_PK: Tensor, parts_PK: dict[str, Tensor], metrics: dict[str, float]
@@ -270,6 +295,17 @@ class _Run:
         if self._folder is not None:
             epoch = self._engine.epoch if hasattr(self, "_engine") else 0
             self._folder.status.update(state, epoch=epoch, epochs=self._config.run.epochs, **fields)
+
+
+def _submit(scorer: BackgroundScorer, prompts: Sequence[str], images_PK: Tensor) -> None:
+    scorer.submit([prompt for prompt in prompts for _ in range(2)], images_PK.flatten(0, 1))
+
+
+def _submit_all(scorer: BackgroundScorer, rollout: Rollout) -> None:
+    """By the blocks in which it was sampled: scores then are as they would have been."""
+    for block in sorted(set(rollout.blocks.tolist())):
+        rows = (rollout.blocks == block).nonzero()[:, 0].tolist()
+        _submit(scorer, [rollout.prompts[row] for row in rows], rollout.images[rows])
 
 
 def _by_pair(scores: Tensor) -> Tensor:

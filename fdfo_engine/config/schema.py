@@ -131,6 +131,9 @@ class SamplingConfig(Section):
     block_pairs: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Pairs that are sampled together; auto is the largest divisor of pairs_per_epoch up to 12."""
 
+    overlap_scoring: bool = True
+    """Scores a block of images in a thread while the next block is sampled; the scores are the same either way."""
+
     churn: ChurnConfig = RawChurn()
     """Fresh noise that makes the two images of a pair differ."""
 
