@@ -94,6 +94,7 @@ class _Run:
         self._config, self._prompts, self._rewards, self._folder, self._stop = config, prompts, rewards, folder, stop
         self._metrics = metric_rewards(config)
         self._tied_epochs = 0
+        self._has_described = False
         self._unscored = UnscoredRollout(Path(config.run.dir) / "unscored")
         self._status("starting")
         self._engine = Engine(config)
@@ -131,7 +132,7 @@ class _Run:
                 every = self._config.evaluation.every
                 if every and (engine.epoch % every == 0 or engine.epoch == epochs):
                     self._evaluate()
-            except (RewardError, NumericsError):
+            except (RewardError, NumericsError, Stopped):
                 self._keep_whole_epochs()
                 raise
             if engine.epoch % self._config.checkpoint.every == 0 or engine.epoch == epochs:
@@ -149,8 +150,11 @@ class _Run:
         rollout, scores = self._sample_and_score()
         parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
         total_PK = self._rewards.combined(parts_PK)
+        if len(parts_PK) > 1 and not self._has_described:
+            say(self._rewards.describe(parts_PK))
+            self._has_described = True
         self._draw(rollout, total_PK)
-        with self._kept_on_reward_errors(rollout):
+        with self._kept_unless_scored(rollout):
             self._guard_failures(rollout, total_PK, parts_PK)
         engine.poll = self._beat
         self._is_updating = True
@@ -166,7 +170,8 @@ class _Run:
         """The next pairs and their scores; or those that a reward failed on when the run stopped."""
         engine, timer = self._engine, self._timer
         self._status(phase="rollout")
-        with BackgroundScorer(self._rewards, overlap=self._config.sampling.overlap_scoring) as scorer:
+        overlap = self._config.sampling.overlap_scoring
+        with BackgroundScorer(self._rewards, overlap=overlap, poll=self._is_stopping) as scorer:
             rollout = self._unscored.take(engine.next_pair, engine.weights_version, engine.device)
             with timer.phase("rollout"):
                 if rollout is None:
@@ -176,17 +181,17 @@ class _Run:
                     engine.next_pair += rollout.num_pairs
                     _submit_all(scorer, rollout)
             self._status(phase="reward")
-            with timer.phase("reward"), self._kept_on_reward_errors(rollout):
+            with timer.phase("reward"), self._kept_unless_scored(rollout):
                 scores = together(scorer.scores)
         timer.seconds |= {"reward_waited": scorer.waited_s, "reward_hidden": scorer.hidden_s}
         return rollout, scores
 
     @contextmanager
-    def _kept_on_reward_errors(self, rollout: Rollout) -> Iterator[None]:
+    def _kept_unless_scored(self, rollout: Rollout) -> Iterator[None]:
         """Nothing was learnt from these pairs: they are next again, and need not be sampled again."""
         try:
             yield
-        except RewardError:
+        except (RewardError, Stopped):
             self._engine.next_pair = rollout.first_pair
             self._unscored.keep(rollout)
             raise
@@ -286,6 +291,10 @@ class _Run:
         if self._engine.epoch > self._kept_epoch:
             self._save()
         raise Stopped(f"{self._stop.reason or 'asked on another rank'}: stopped after epoch {self._engine.epoch}")
+
+    def _is_stopping(self) -> bool:
+        self._beat()
+        return self._stop.poll()
 
     def _beat(self) -> None:
         if self._folder is not None:

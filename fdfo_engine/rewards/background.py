@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from fdfo_engine.rewards.weighted import Scores, WeightedRewards
+from fdfo_engine.runtime.errors import Stopped
 
 MAX_BLOCKS_WAITING = 4
+_POLL_S = 1.0
 
 
 class BackgroundScorer:
@@ -23,9 +25,17 @@ class BackgroundScorer:
         busy_s: seconds spent scoring. waited_s: seconds that the caller waited for it.
     """
 
-    def __init__(self, rewards: WeightedRewards, *, overlap: bool = True) -> None:
-        """Starts the thread; `overlap` false scores each block while the caller waits."""
-        self._rewards, self._overlap = rewards, overlap
+    def __init__(
+        self, rewards: WeightedRewards, *, overlap: bool = True, poll: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            rewards: what scores.
+            overlap: false scores each block while the caller waits.
+            poll: called every second while the caller waits; true means that the run stops, and ends the waiting.
+        """
+        self._rewards, self._overlap, self._poll = rewards, overlap, poll
         self._room = threading.Semaphore(MAX_BLOCKS_WAITING)
         self._futures: list[Future[Scores]] = []
         self._has_failed = False
@@ -36,10 +46,12 @@ class BackgroundScorer:
     def submit(self, prompts: Sequence[str], images: Tensor) -> None:
         """Queues images `[N, 3, H, W]`; waits where too many blocks are queued. A failure shows in `scores`."""
         start = time.perf_counter()
-        self._room.acquire()
+        while not self._room.acquire(timeout=_POLL_S):
+            if self._poll():  # what stops the run ends the sampling too, on all ranks together
+                break
         self._futures.append(self._thread.submit(self._score, list(prompts), images))
         if not self._overlap:
-            self._futures[-1].exception()
+            self._is_done(self._futures[-1])
         self.waited_s += time.perf_counter() - start
 
     def scores(self) -> Scores:
@@ -47,9 +59,12 @@ class BackgroundScorer:
 
         Raises:
             RewardError: of the first block that failed; blocks after it are not scored.
+            Stopped: the poll said so.
         """
         start = time.perf_counter()
         try:
+            if not all(map(self._is_done, self._futures)):
+                raise Stopped("asked while images were scored")
             blocks = [future.result() for future in self._futures]
         finally:
             self.waited_s += time.perf_counter() - start
@@ -67,8 +82,17 @@ class BackgroundScorer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._has_failed = self._has_failed or error is not None
+        if error is not None:
+            self._has_failed = True
+            self._rewards.cancel()
         self._thread.shutdown(cancel_futures=True)
+
+    def _is_done(self, future: Future[Scores]) -> bool:
+        """Waits for it; false if the run stops first."""
+        while not wait([future], timeout=_POLL_S).done:
+            if self._poll():
+                return False
+        return True
 
     def _score(self, prompts: list[str], images: Tensor) -> Scores:
         start = time.perf_counter()

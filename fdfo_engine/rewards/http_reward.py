@@ -74,6 +74,10 @@ class HttpReward:
         except ValidationError as error:
             raise RewardError(f'{self.options.url}: no items were not answered by {{"scores": []}}') from error
 
+    def cancel(self) -> None:
+        """Ends all waiting for the server."""
+        self._server.cancel()
+
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`; NaN where the server has no opinion or no good reply."""
         size = self.options.batch_size

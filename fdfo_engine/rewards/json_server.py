@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 from pydantic import Field, field_validator
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
 
 from fdfo_engine.config.section import Section, refuse
 from fdfo_engine.runtime.console import visible, warn
@@ -76,6 +76,7 @@ class JsonServer:
         self.options = options
         self._pool = urllib3.PoolManager(maxsize=options.concurrency)
         self._lock = threading.Lock()
+        self._cancelled = threading.Event()
         self._last_answer = 0.0
         self._is_away = False
 
@@ -92,6 +93,7 @@ class JsonServer:
             wait=wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT_S),
             stop=lambda state: self._has_waited_enough(state, started),
             before_sleep=self._tell_once,
+            sleep=sleep_using_event(self._cancelled),
             reraise=True,
         )
         try:
@@ -102,6 +104,10 @@ class JsonServer:
             if self._answered_since(started):
                 raise BadReplyError(str(error)) from error
             raise RewardError(self._gone(path, f"{error}, for {self.options.give_up_after_s:g} s")) from error
+
+    def cancel(self) -> None:
+        """Ends all waiting: requests that would be repeated fail now. For a run that stops."""
+        self._cancelled.set()
 
     def require_ready(self, method: str, path: str, payload: Any = None) -> Any:
         """The reply to one request, within ten seconds.
@@ -160,6 +166,8 @@ class JsonServer:
 
     def _has_waited_enough(self, state: RetryCallState, started: float) -> bool:
         error = state.outcome.exception() if state.outcome else None
+        if self._cancelled.is_set():
+            return True
         if state.attempt_number >= _TRIES and (isinstance(error, _BrokenError) or self._answered_since(started)):
             return True
         pause = state.upcoming_sleep if isinstance(error, _AwayError) else 0.0

@@ -98,6 +98,10 @@ class VlmServerReward:
         if self.options.model not in there:
             raise RewardError(f"{self.options.url}: has no model {self.options.model!r}; it has {', '.join(there)}")
 
+    def cancel(self) -> None:
+        """Ends all waiting for the server."""
+        self._server.cancel()
+
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`; NaN where the server's answer tells nothing."""
         questions = [asked(self.options.question, prompt) for prompt in prompts]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
 from fdfo_engine.rewards.registry import Reward, build
+from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import FdfoError, RewardError
 
 
@@ -58,6 +59,12 @@ class WeightedRewards:
             if hasattr(reward, "require_ready"):
                 reward.require_ready()
 
+    def cancel(self) -> None:
+        """Ends the waiting of every reward that waits for something outside: the run stops."""
+        for _, reward in self.rewards.values():
+            if hasattr(reward, "cancel"):
+                reward.cancel()
+
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Scores:
         """Scores `[N]` of N images, on the CPU.
 
@@ -85,6 +92,16 @@ class WeightedRewards:
             if int((both := first * second != 0).sum()):
                 found[f"disagreement_{a}_{b}"] = float((first != second)[both].double().mean())
         return found
+
+    def describe(self, parts_PK: dict[str, Tensor]) -> str:
+        """A table of an epoch's scores: what each reward gives, and how hard it pulls within pairs, weight applied."""
+        lines = [f"{'reward':30} {'mean':>10} {'std':>10} {'weight':>8} {'pull':>10}"]
+        for name, part in parts_PK.items():
+            known, weight = part[torch.isfinite(part)].double(), self.rewards[name][0]
+            pull = weight / _scale(part, self.normalize.get(name)) * _scale(part, "pair")
+            mean, std = (float(known.mean()), float(known.std(correction=0))) if len(known) else (0.0, 0.0)
+            lines.append(f"{visible(name)[:30]:30} {mean:10.4g} {std:10.4g} {weight:8.4g} {pull:10.4g}")
+        return "\n".join(lines)
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
         zero = torch.zeros_like(next(iter(parts.values())))

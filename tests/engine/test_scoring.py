@@ -1,6 +1,9 @@
 """How a run scores: overlapped or not, it is the same run; what a reward failed on is scored, not sampled, again."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -8,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_sd3 import tiny_config
 
 from fdfo_engine.loop import run
-from fdfo_engine.rewards import registry
+from fdfo_engine.rewards import background, registry
 from fdfo_engine.rollout.sampler import PairedSampler
-from fdfo_engine.runtime.errors import RewardError
+from fdfo_engine.runtime.errors import RewardError, Stopped
 
 
 @pytest.fixture
@@ -95,6 +98,26 @@ def test_what_a_reward_failed_on_is_scored_again_and_not_sampled_again(tiny_sd3,
     assert sampled == whole
     assert not (tmp_path / "broken/unscored").exists()
     assert "scoring again the 4 pairs" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_stopped_while_it_scores_goes_on_there(tiny_sd3, tmp_path, reward, sampled, monkeypatch):
+    monkeypatch.setattr(background, "_POLL_S", 0.02)
+    run(settings(tiny_sd3, tmp_path / "whole"))
+    whole, sampled[:] = list(sampled), []
+    reward["calls"] = 0
+
+    def terminated(call):
+        if call == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    reward["fail"] = terminated
+    with pytest.raises(Stopped, match="while images were scored"):
+        run(settings(tiny_sd3, tmp_path / "broken", checkpoint={"every": 3}))
+    assert [path.name for path in (tmp_path / "broken/checkpoints").iterdir()] == ["epoch_000001"]
+    run(settings(tiny_sd3, tmp_path / "broken", checkpoint={"every": 3}))
+    assert sampled == whole
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 

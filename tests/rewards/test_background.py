@@ -1,15 +1,16 @@
 """Scoring in a thread: same order, same scores, bounded, and a failure surfaces once."""
 
+import socket
 import threading
 import time
 
 import pytest
 import torch
 
-from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rewards import WeightedRewards, build
 from fdfo_engine.rewards import background as background_module
 from fdfo_engine.rewards.background import BackgroundScorer
-from fdfo_engine.runtime.errors import RewardError
+from fdfo_engine.runtime.errors import RewardError, Stopped
 
 
 def blocks(count):
@@ -89,6 +90,27 @@ def test_after_a_failure_nothing_more_is_scored(overlap):
     with pytest.raises(RewardError, match="the server is gone"):
         score(breaks, overlap=overlap)
     assert len(calls) == 2
+
+
+def test_a_run_that_stops_does_not_wait(monkeypatch):
+    """A server that is away is waited for until the run is told to stop."""
+    monkeypatch.setattr(background_module, "_POLL_S", 0.01)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    rewards = WeightedRewards({"mine": (1.0, build(url, {"give_up_after_s": 600.0}, "x"))})
+    started, polls = time.monotonic(), []
+
+    def poll():
+        polls.append(1)
+        return len(polls) >= 20
+
+    with pytest.raises(Stopped), BackgroundScorer(rewards, poll=poll) as scorer:  # noqa: PT012
+        for block in blocks(8):
+            scorer.submit(["a", "b"], block)
+        scorer.scores()
+    assert len(polls) >= 20
+    assert time.monotonic() - started < 10
 
 
 def test_no_gradients_in_the_thread():

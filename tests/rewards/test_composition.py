@@ -62,6 +62,15 @@ def test_disagreements_count_pairs_with_two_opinions():
     assert rewards().disagreements({"a": A, "b": torch.zeros(4, 2)}) == {}
 
 
+def test_the_table_shows_scales_and_pulls():
+    lines = rewards((2.0, -0.1), ("pair", "none")).describe({"a": A, "b": B}).splitlines()
+    assert lines[0].split() == ["reward", "mean", "std", "weight", "pull"]
+    name, mean, _, weight, pull = lines[1].split()
+    assert (name, float(mean), float(weight), float(pull)) == ("a", pytest.approx(18 / 7, rel=1e-3), 2.0, 2.0)
+    halves = torch.tensor([-10.0, 40.0, -20.0, -5.0])
+    assert float(lines[2].split()[4]) == pytest.approx(-0.1 * halves.square().mean().sqrt().item(), rel=1e-3)
+
+
 def test_normalising_is_an_option_of_each_reward():
     settings = [
         RewardConfig(name="brightness", weight=1.0, normalize="pair"),
