@@ -121,6 +121,34 @@ def test_a_run_stopped_while_it_scores_goes_on_there(tiny_sd3, tmp_path, reward,
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_model_a_server_and_a_question_train_together(tiny_sd3, tmp_path, capsys):
+    """The paper's combination in small, with a server of one's own: from settings to a checkpoint."""
+    from rewards.fake_server import FakeServer
+    from rewards.tiny_clip import build_tiny_clip
+    from rewards.tiny_vlm import build_tiny_llava
+
+    from examples.reward_server import answer
+
+    server = FakeServer(lambda path, request, number: answer(request))
+    clip, vlm = str(build_tiny_clip(tmp_path / "clip")), str(build_tiny_llava(tmp_path / "vlm"))
+    rewards = [
+        {"name": "pickscore", "weight": 1.0, "model": clip, "processor": clip},
+        {"name": "vlm_alignment", "weight": 0.1, "model": vlm, "image_size": 28, "dtype": "float32"},
+        {"name": server.url, "weight": 1.0, "normalize": "pair"},
+    ]
+    try:
+        run(settings(tiny_sd3, tmp_path / "run", rewards=rewards, run={"epochs": 1}))
+    finally:
+        server.close()
+    (row,) = rows(tmp_path / "run")
+    assert row["optimizer_steps"] == 2
+    assert row["lost_pairs"] == 0
+    assert 0 < row["reward_vlm_alignment_mean"] < 100
+    assert 0 < row[f"reward_{server.url}_mean"] < 1
+    assert "disagreement_pickscore_vlm_alignment" in row
+    assert "pull" in capsys.readouterr().out
+
+
 def test_a_damaged_rollout_is_sampled_again(tiny_sd3, tmp_path, reward, sampled, capsys):
     def gone(call):
         raise RewardError("the server is gone")
