@@ -7,8 +7,10 @@ import time
 
 import pytest
 import torch
+import yaml
+from engine.launching import TRAIN, launch
 from safetensors.torch import load_file
-from tiny_sd3 import tiny_config
+from tiny_sd3 import tiny_config, tiny_tree
 
 from fdfo_engine.loop import run
 from fdfo_engine.rewards import background, registry
@@ -98,6 +100,26 @@ def test_what_a_reward_failed_on_is_scored_again_and_not_sampled_again(tiny_sd3,
     assert sampled == whole
     assert not (tmp_path / "broken/unscored").exists()
     assert "scoring again the 4 pairs" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_ranks_stop_together_and_each_keeps_its_part(tiny_sd3, tmp_path):
+    files = {}
+    for name in ("whole", "broken"):
+        rewards = [{"name": "engine.pixel_rewards:gone_on_one_rank", "weight": 1.0}]
+        tree = tiny_tree(tiny_sd3, tmp_path / name, rewards=rewards)
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(tree))
+    assert launch(TRAIN, "--config", files["whole"], by="torchrun", ranks=2).returncode == 0
+    assert launch(TRAIN, "--config", files["broken"], by="torchrun", ranks=2, GONE="1").returncode != 0
+    status = json.loads((tmp_path / "broken/status.json").read_text())
+    assert (status["exit_code"], status["epoch"]) == (5, 1)
+    assert "the server of rank 1 is gone" in status["message"]
+    kept = {file.stem for file in (tmp_path / "broken/unscored").iterdir()}
+    assert kept == {"rollout_00000", "rollout_00001"}
+    again = launch(TRAIN, "--config", files["broken"], by="torchrun", ranks=2)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "scoring again the 4 pairs" in again.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
