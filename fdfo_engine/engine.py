@@ -36,6 +36,7 @@ from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 
 Weights = Literal["auto", "ema", "raw"]
+OnBlock = Callable[[Sequence[str], Tensor], None]
 WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "lora")
 
 
@@ -102,8 +103,13 @@ class Engine:
         """Optimiser steps applied so far."""
         return self.trainer.step_count
 
-    def rollout(self, prompts: Sequence[str]) -> Rollout:
+    def rollout(self, prompts: Sequence[str], on_block: OnBlock | None = None) -> Rollout:
         """Samples one pair a prompt, with the next global pair indices.
+
+        Args:
+            prompts: P texts.
+            on_block: called after each of this rank's blocks with its prompts and images `[p, 2, 3, height, width]`,
+                so that they can be scored while the next block is sampled; must not raise.
 
         Raises:
             UsageError: no prompts, or fewer blocks than ranks.
@@ -119,6 +125,9 @@ class Engine:
             block = together(partial(self._block, prompts, number))
             if i < len(own):
                 _keep(kept, block, i, len(own))
+                if on_block is not None:
+                    texts = prompts[number * self._block_pairs : (number + 1) * self._block_pairs]
+                    on_block(texts, block.images[: len(texts)])
         self.next_pair += count
         grid, joined = self.sampler.grid, {name: rows[: len(local)] for name, rows in kept.items()}
         return Rollout(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.rewards import Scores, WeightedRewards
+from fdfo_engine.rewards.background import BackgroundScorer
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
@@ -39,7 +43,7 @@ from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_c
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
-from fdfo_engine.trajectory import Rollout
+from fdfo_engine.trajectory import Rollout, UnscoredRollout
 
 MAX_TIED_EPOCHS = 3
 ROOM_FOR_CHECKPOINTS = 3  # those that are kept, and the one that is written before the oldest goes
@@ -64,7 +68,9 @@ def run(config: Config, *, resume: bool = False) -> None:
     all_agree_hash(prompts.sha256, "the prompt list")
     evaluation_prompts(config)
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
-    metric_rewards(config)
+    metrics = metric_rewards(config)
+    on_main(rewards.require_ready)
+    on_main(metrics.require_ready)
     _require_resumable(config, resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
@@ -90,6 +96,8 @@ class _Run:
         self._config, self._prompts, self._rewards, self._folder, self._stop = config, prompts, rewards, folder, stop
         self._metrics = metric_rewards(config)
         self._tied_epochs = 0
+        self._has_described = False
+        self._unscored = UnscoredRollout(Path(config.run.dir) / "unscored")
         self._status("starting")
         self._engine = Engine(config)
         say(f"pair ops run on {self._engine.backend}, the model on {self._engine.device}")
@@ -128,7 +136,7 @@ class _Run:
                 every = self._config.evaluation.every
                 if every and (engine.epoch % every == 0 or engine.epoch == epochs):
                     self._evaluate()
-            except (RewardError, NumericsError):
+            except (RewardError, NumericsError, Stopped):
                 self._keep_whole_epochs()
                 raise
             if engine.epoch % self._config.checkpoint.every == 0 or engine.epoch == epochs:
@@ -143,17 +151,15 @@ class _Run:
         engine, timer = self._engine, self._timer
         timer.take()
         engine.poll = self._stop_before_update
-        pair_ids = range(engine.next_pair, engine.next_pair + self._config.sampling.pairs_per_epoch)
-        self._status(phase="rollout")
-        with timer.phase("rollout"):
-            rollout = engine.rollout(self._prompts.of_pairs(pair_ids))
-        self._status(phase="reward")
-        with timer.phase("reward"):
-            scores = together(lambda: self._score(rollout))
-        total_PK = all_gather_rows(_by_pair(scores.total))
+        rollout, scores = self._sample_and_score()
         parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
+        total_PK = self._rewards.combined(parts_PK)
+        if len(parts_PK) > 1 and not self._has_described:
+            say(self._rewards.describe(parts_PK))
+            self._has_described = True
         self._draw(rollout, total_PK)
-        self._guard_failures(rollout, total_PK, parts_PK)
+        with self._kept_unless_scored(rollout):
+            self._guard_failures(rollout, total_PK, parts_PK)
         engine.poll = self._beat
         self._is_updating = True
         self._status(phase="update")
@@ -164,9 +170,35 @@ class _Run:
         self._status("running", phase=None)
         self._guard_ties(metrics)
 
-    def _score(self, rollout: Rollout) -> Scores:
-        prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
-        return self._rewards(prompts, rollout.images.flatten(0, 1))
+    def _sample_and_score(self) -> tuple[Rollout, Scores]:
+        """The next pairs and their scores; or those that a reward failed on when the run stopped."""
+        engine, timer = self._engine, self._timer
+        self._status(phase="rollout")
+        overlap = self._config.sampling.overlap_scoring
+        with BackgroundScorer(self._rewards, overlap=overlap, poll=self._is_stopping) as scorer:
+            rollout = self._unscored.take(engine.next_pair, engine.weights_version, engine.device)
+            with timer.phase("rollout"):
+                if rollout is None:
+                    pair_ids = range(engine.next_pair, engine.next_pair + self._config.sampling.pairs_per_epoch)
+                    rollout = engine.rollout(self._prompts.of_pairs(pair_ids), partial(_submit, scorer))
+                else:
+                    engine.next_pair += rollout.num_pairs
+                    _submit_all(scorer, rollout)
+            self._status(phase="reward")
+            with timer.phase("reward"), self._kept_unless_scored(rollout):
+                scores = together(scorer.scores)
+        timer.seconds |= {"reward_waited": scorer.waited_s, "reward_hidden": scorer.hidden_s}
+        return rollout, scores
+
+    @contextmanager
+    def _kept_unless_scored(self, rollout: Rollout) -> Iterator[None]:
+        """Nothing was learnt from these pairs: they are next again, and need not be sampled again."""
+        try:
+            yield
+        except (RewardError, Stopped):
+            self._engine.next_pair = rollout.first_pair
+            self._unscored.keep(rollout)
+            raise
 
     def _record(
         self, rollout: Rollout, total_PK: Tensor, parts_PK: dict[str, Tensor], metrics: dict[str, float]
@@ -182,6 +214,7 @@ class _Run:
             "reward_mean": float(known.mean()),
             "reward_std": float(known.std()) if len(known) > 1 else 0.0,
             **parts,
+            **self._rewards.disagreements(parts_PK),
             **metrics,
             "lr": self._config.optimizer.lr,
             "kernel_backend": self._engine.backend,
@@ -265,6 +298,10 @@ class _Run:
             self._save()
         raise Stopped(f"{self._stop.reason or 'asked on another rank'}: stopped after epoch {self._engine.epoch}")
 
+    def _is_stopping(self) -> bool:
+        self._beat()
+        return self._stop.poll()
+
     def _beat(self) -> None:
         if self._folder is not None:
             self._folder.status.beat()
@@ -273,6 +310,17 @@ class _Run:
         if self._folder is not None:
             epoch = self._engine.epoch if hasattr(self, "_engine") else 0
             self._folder.status.update(state, epoch=epoch, epochs=self._config.run.epochs, **fields)
+
+
+def _submit(scorer: BackgroundScorer, prompts: Sequence[str], images_PK: Tensor) -> None:
+    scorer.submit([prompt for prompt in prompts for _ in range(2)], images_PK.flatten(0, 1))
+
+
+def _submit_all(scorer: BackgroundScorer, rollout: Rollout) -> None:
+    """By the blocks in which it was sampled: scores then are as they would have been."""
+    for block in sorted(set(rollout.blocks.tolist())):
+        rows = (rollout.blocks == block).nonzero()[:, 0].tolist()
+        _submit(scorer, [rollout.prompts[row] for row in rows], rollout.images[rows])
 
 
 def _by_pair(scores: Tensor) -> Tensor:

@@ -143,12 +143,15 @@ class SamplingConfig(Section):
     block_pairs: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Pairs that are sampled together; auto is the largest divisor of pairs_per_epoch up to 12."""
 
+    overlap_scoring: bool = True
+    """Scores a block of images in a thread while the next block is sampled; the scores are the same either way."""
+
     churn: ChurnConfig = RawChurn()
     """Fresh noise that makes the two images of a pair differ."""
 
 
 class RewardConfig(Section):
-    """One reward; the run's reward is the weighted sum. Further keys are the reward's own options."""
+    """One reward; the run's reward is the weighted sum. Further keys are the reward's own options (its docstring)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -157,6 +160,10 @@ class RewardConfig(Section):
 
     weight: float
     """Factor in the sum; negative to push away from what the reward likes, never 0."""
+
+    normalize: Literal["none", "std", "pair"] = "none"
+    """Divides its scores, each epoch, by their standard deviation (std) or by the root mean square of the half
+    differences within pairs (pair), so that rewards of different scales can be weighed against each other."""
 
     @field_validator("name")
     @classmethod

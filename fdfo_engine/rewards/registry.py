@@ -4,25 +4,47 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from torch import Tensor
 
+from fdfo_engine.config.section import Section
 from fdfo_engine.runtime.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Reward(Protocol):
-    """Scores images: `(prompts, images [N, 3, H, W] float32 in 0..1) -> [N]`, higher is better, NaN = no opinion."""
+    """Scores images: `(prompts, images [N, 3, H, W] float32 in 0..1) -> [N]`, higher is better, NaN = no opinion.
+
+    A reward that depends on something outside may also have `require_ready()`, which is called once before the model
+    loads and raises `RewardError` where scoring could not work, and `cancel()`, which ends its waiting as a run stops.
+    """
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """One score an image."""
         ...
 
 
-_BUILT_IN = {"shapes": "shapes", "shapes_strict": "shapes", "brightness": "brightness"}
+_BUILT_IN = {
+    "shapes": "shapes",
+    "shapes_strict": "shapes",
+    "brightness": "brightness",
+    "clip": "clip",
+    "pickscore": "clip",
+    "hpsv2": "clip",
+    "aesthetic": "aesthetic",
+    "vlm": "vlm",
+    "vlm_alignment": "vlm",
+    "vlm_quality": "vlm",
+    "vlm_photorealism": "vlm",
+    "vlm_server": "vlm_server",
+    "ocr": "ocr",
+    "http": "http_reward",
+}
 """Registered name to the module of this package that registers it: imported only when asked for."""
 
 _registered: dict[str, Callable[..., Any]] = {}
@@ -31,7 +53,8 @@ _registered: dict[str, Callable[..., Any]] = {}
 def register(name: str) -> Callable[[F], F]:
     """Registers a reward under `name`: a function, or a class whose instances are called.
 
-    Options of the config go to the function as keyword arguments, or to the class's constructor.
+    Options of the config go to the function as keyword arguments, or to the class's constructor. A class with an
+    attribute `Options`, a `Section`, gets them as one checked object instead.
     """
 
     def keep(reward: F) -> F:
@@ -49,12 +72,17 @@ def names() -> list[str]:
 
 
 def build(name: str, options: dict[str, Any], where: str) -> Reward:
-    """The reward `name` (registered, or `module:attribute`) with its `options`.
+    """The reward `name` (registered, `module:attribute`, or the URL of a reward server) with its `options`.
 
     Raises:
         UsageError: no such reward, or it takes no such option; `where` is the config key the message names.
     """
+    if name.startswith(("http://", "https://")):
+        return build("http", {"url": name, **options}, where)
     target = _find(name, where)
+    if hasattr(target, "Options"):
+        configured: Reward = target(_checked(target.Options, options, where.removesuffix(".name")))
+        return configured
     is_class = inspect.isclass(target)
     _check_options(target, options, where, bound=0 if is_class else 2)
     reward: Reward = target(**options) if is_class else functools.partial(target, **options)
@@ -73,7 +101,7 @@ def _find(name: str, where: str) -> Callable[..., Any]:
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UsageError(
         f"{where} = {name!r}: no such reward. {hint}Registered: {', '.join(names())}; your own: module:attribute, "
-        "or @fdfo_engine.rewards.register"
+        "http(s)://server, or @fdfo_engine.rewards.register"
     )
 
 
@@ -93,3 +121,24 @@ def _check_options(target: Callable[..., Any], options: dict[str, Any], where: s
         inspect.signature(target).bind(*[None] * bound, **options)
     except TypeError as error:
         raise UsageError(f"{where}: options {sorted(options)}: {error}") from error
+
+
+def _checked(kind: type[Section], options: dict[str, Any], where: str) -> Section:
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        problems = [_sentence(kind, detail, where) for detail in error.errors(include_url=False, include_input=False)]
+        raise UsageError("\n".join(problems)) from None
+
+
+def _sentence(kind: type[Section], detail: ErrorDetails, where: str) -> str:
+    key = ".".join(map(str, (where, *detail["loc"])))
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown option; {'; '.join(_advice(kind, str(detail['loc'][-1])))}"
+    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _advice(kind: type[Section], key: str) -> Iterator[str]:
+    if near := difflib.get_close_matches(key, kind.model_fields, n=1):
+        yield f"did you mean {near[0]}?"
+    yield f"takes {', '.join(kind.model_fields)}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,12 +15,16 @@ from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
 from fdfo_engine.rewards.registry import Reward, build
+from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import FdfoError, RewardError
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`total` float32 `[N]`, the weighted sum, NaN where any part had no opinion; `parts` by name, unweighted."""
+    """`parts` float32 `[N]` by name, unweighted; `total`, their weighted sum, NaN where any part had no opinion.
+
+    `total` knows no `normalize`, which takes all scores of an epoch: see `WeightedRewards.combined`.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -30,15 +36,34 @@ class WeightedRewards:
 
     rewards: dict[str, tuple[float, Reward]]
     log_folder: Path | None = None
+    normalize: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, settings: Sequence[RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
         """Builds every reward of the list; two of one name are told apart by their position."""
         rewards: dict[str, tuple[float, Reward]] = {}
+        normalize = {}
         for i, part in enumerate(settings):
             label = part.name if part.name not in rewards else f"{part.name}_{i}"
             rewards[label] = (part.weight, build(part.name, dict(part.model_extra or {}), f"rewards.{i}.name"))
-        return cls(rewards, log_folder)
+            normalize[label] = part.normalize
+        return cls(rewards, log_folder, normalize)
+
+    def require_ready(self) -> None:
+        """Asks every reward that depends on something outside whether it can score, before a model is loaded.
+
+        Raises:
+            RewardError: one cannot, with its reason.
+        """
+        for _, reward in self.rewards.values():
+            if hasattr(reward, "require_ready"):
+                reward.require_ready()
+
+    def cancel(self) -> None:
+        """Ends the waiting of every reward that waits for something outside: the run stops."""
+        for _, reward in self.rewards.values():
+            if hasattr(reward, "cancel"):
+                reward.cancel()
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Scores:
         """Scores `[N]` of N images, on the CPU.
@@ -47,15 +72,48 @@ class WeightedRewards:
             RewardError: a reward returned something other than N numbers.
         """
         parts = {name: self._score(name, reward, prompts, images) for name, (_, reward) in self.rewards.items()}
-        total = sum((self.rewards[name][0] * score for name, score in parts.items()), torch.zeros(len(images)))
-        return Scores(torch.where(torch.isfinite(total), total, torch.nan), parts)
+        return Scores(self._sum(parts), parts)
+
+    def combined(self, parts_PK: dict[str, Tensor]) -> Tensor:
+        """The reward `[P, 2]` of an epoch's scores: the weighted sum of the parts, each as its `normalize` says."""
+        return self._sum({name: part / _scale(part, self.normalize.get(name)) for name, part in parts_PK.items()})
+
+    def disagreements(self, parts_PK: dict[str, Tensor]) -> dict[str, float]:
+        """`disagreement_a_b`: share of the pairs in which a and b, as weighted, prefer different images.
+
+        Of the pairs in which both prefer one; left out where there are none.
+        """
+        prefers = {
+            name: torch.sign(part[:, 0] - part[:, 1]).nan_to_num(0.0) * (1 if self.rewards[name][0] > 0 else -1)
+            for name, part in parts_PK.items()
+        }
+        found = {}
+        for (a, first), (b, second) in itertools.combinations(prefers.items(), 2):
+            if int((both := first * second != 0).sum()):
+                found[f"disagreement_{a}_{b}"] = float((first != second)[both].double().mean())
+        return found
+
+    def describe(self, parts_PK: dict[str, Tensor]) -> str:
+        """A table of an epoch's scores: what each reward gives, and how hard it pulls within pairs, weight applied."""
+        lines = [f"{'reward':30} {'mean':>10} {'std':>10} {'weight':>8} {'pull':>10}"]
+        for name, part in parts_PK.items():
+            known, weight = part[torch.isfinite(part)].double(), self.rewards[name][0]
+            pull = weight / _scale(part, self.normalize.get(name)) * _scale(part, "pair")
+            mean, std = (float(known.mean()), float(known.std(correction=0))) if len(known) else (0.0, 0.0)
+            lines.append(f"{visible(name)[:30]:30} {mean:10.4g} {std:10.4g} {weight:8.4g} {pull:10.4g}")
+        return "\n".join(lines)
+
+    def _sum(self, parts: dict[str, Tensor]) -> Tensor:
+        zero = torch.zeros_like(next(iter(parts.values())))
+        total = sum((self.rewards[name][0] * part for name, part in parts.items()), zero)
+        return torch.where(torch.isfinite(total), total, torch.nan)
 
     def _score(self, name: str, reward: Reward, prompts: Sequence[str], images: Tensor) -> Tensor:
         for attempt in (1, 2):
             try:
                 with torch.no_grad():
                     scores = reward(list(prompts), images)
-            except FdfoError:
+            except (FdfoError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - a reward is anybody's code; its failure costs an opinion only
                 self._report(name, error, attempt)
@@ -68,8 +126,22 @@ class WeightedRewards:
         print(f"warning: reward {name!r}: {type(error).__name__}: {error}; {what}", file=sys.stderr)  # noqa: T201
         if self.log_folder is not None:
             self.log_folder.mkdir(parents=True, exist_ok=True)
-            with (self.log_folder / f"reward_{name.replace(':', '_')}.log").open("a") as file:
+            with (self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log").open("a") as file:
                 traceback.print_exception(error, file=file)
+
+
+def _scale(part_PK: Tensor, normalize: str | None) -> float:
+    """What a part is divided by; 1 where it prefers nothing, and so pulls at nothing whatever its scale."""
+    if normalize == "std":
+        spread = part_PK[torch.isfinite(part_PK)].double()
+        scale = float(spread.std(correction=0)) if len(spread) else 0.0
+    elif normalize == "pair":
+        halves = (part_PK[:, 0] - part_PK[:, 1]).double() / 2
+        halves = halves[torch.isfinite(halves)]
+        scale = float(halves.square().mean().sqrt()) if len(halves) else 0.0
+    else:
+        return 1.0
+    return scale if scale > 0 else 1.0
 
 
 def _checked(name: str, scores: Tensor, count: int) -> Tensor:

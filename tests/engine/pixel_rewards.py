@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fdfo_engine.runtime.errors import RewardError
+
 calls = 0
 
 
@@ -37,6 +39,14 @@ def blind_from_third_call(prompts, images):
 
 def never(prompts, images):
     raise RuntimeError("the server is on fire")
+
+
+def gone_on_one_rank(prompts, images):
+    """With GONE set, rank 1 fails on its block of epoch 2."""
+    scores = left_bright(prompts, images)
+    if "GONE" in os.environ and os.environ["RANK"] == "1" and calls == 2:
+        raise RewardError("the server of rank 1 is gone")
+    return scores
 
 
 def one_too_few(prompts, images):

@@ -16,6 +16,7 @@ from fdfo_engine.loop import run
 from fdfo_engine.runtime.errors import CheckpointError, UsageError, exit_code
 from fdfo_engine.trajectory import Rollout
 
+ONE_BLOCK = {"block_pairs": 4}  # is scored in one call
 REWARDS = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
 
 
@@ -73,13 +74,15 @@ def test_steps_that_do_not_divide_are_refused_with_the_nearest(attempt):
 
 
 def test_lost_pairs_are_counted_and_up_to_the_limit_training_goes_on(attempt, tmp_path):
-    assert attempt(reward="blank_one_pair", update={"max_bad_pairs": 0.25}, run={"epochs": 2})[0] == 0
+    assert (
+        attempt(reward="blank_one_pair", update={"max_bad_pairs": 0.25}, sampling=ONE_BLOCK, run={"epochs": 2})[0] == 0
+    )
     assert [row["lost_pairs"] for row in metrics(tmp_path)] == [1, 1]
     assert all(row["optimizer_steps"] == 2 for row in metrics(tmp_path))
 
 
 def test_lost_pairs_over_the_limit_stop_the_run(attempt, tmp_path):
-    status, message = attempt(reward="blank_one_pair", update={"max_bad_pairs": 0.2})
+    status, message = attempt(reward="blank_one_pair", update={"max_bad_pairs": 0.2}, sampling=ONE_BLOCK)
     assert status == 5
     assert "1 of 4 pairs have no reward (update.max_bad_pairs = 0.2)" in message
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 5
@@ -100,7 +103,7 @@ def test_a_reward_without_any_preference_stops_after_three_epochs(attempt, tmp_p
 def test_a_reward_of_the_wrong_length_stops(attempt):
     status, message = attempt(reward="one_too_few")
     assert status == 5
-    assert "returned 7 scores for 8 images" in message
+    assert "returned 3 scores for 4 images" in message
 
 
 def test_other_settings_in_the_same_folder_are_refused(attempt):
@@ -262,7 +265,7 @@ def test_other_prompts_in_the_same_folder_are_refused(attempt, tmp_path):
 
 def test_a_reward_that_fails_later_is_named_and_costs_no_whole_epoch(attempt, tmp_path, monkeypatch):
     monkeypatch.setattr(pixel_rewards, "calls", 0)
-    settings = {"run": {"epochs": 5}, "checkpoint": {"every": 10}}
+    settings = {"run": {"epochs": 5}, "checkpoint": {"every": 10}, "sampling": ONE_BLOCK}
     status, message = attempt(reward="blind_from_third_call", **settings)
     assert status == 5
     assert (

@@ -42,8 +42,8 @@ def runs(tiny_sd3, tmp_path_factory):
     done = start(write_config(tiny_sd3, whole), base / "whole.txt")
     assert done.returncode == 0, done.stderr[-3000:]
     config = write_config(tiny_sd3, broken)
-    # calls: an evaluation before epoch 1, epochs 1 and 2, the evaluation after 2, epochs 3 and 4
-    killed = start(config, base / "killed.txt", kill_at_call=6)
+    # calls: an evaluation before epoch 1, two blocks of epochs 1 and 2, the evaluation after 2, blocks of 3 and 4
+    killed = start(config, base / "killed.txt", kill_at_call=10)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert [row["epoch"] for row in lines(broken / "run" / "metrics.jsonl")] == [1, 2, 3]
     again = start(config, base / "again.txt")
@@ -73,7 +73,7 @@ def test_nothing_before_the_checkpoint_is_sampled_again(runs):
     whole, again = ((runs / f"{run}.txt").read_text().splitlines() for run in ("whole", "again"))
     assert len(set(whole)) == len(whole)
     assert again == whole[-len(again) :]
-    assert len(again) == 3 + 2
+    assert len(again) == 3 * 2 + 2
 
 
 def test_both_checkpoints_left_are_the_same(runs):

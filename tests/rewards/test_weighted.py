@@ -127,7 +127,13 @@ def test_a_reward_that_cannot_be_built_is_named(name, options, message):
         build(name, options, "rewards.0.name")
 
 
-def test_every_built_in_name_builds_and_scores():
+@pytest.mark.parametrize("name", ["shapes", "shapes_strict", "brightness"])
+def test_a_reward_without_a_model_scores_at_once(name):
+    scores = build(name, {}, "rewards.0.name")(["a red circle"], torch.rand(1, 3, 64, 64))
+    assert scores.shape == (1,)
+
+
+def test_every_built_in_name_is_found_and_says_what_it_takes():
     for name in names():
-        scores = build(name, {}, "rewards.0.name")(["a red circle"], torch.rand(1, 3, 64, 64))
-        assert scores.shape == (1,), name
+        with pytest.raises(UsageError, match=r"rewards\.0.*no_such_option"):
+            build(name, {"no_such_option": 1}, "rewards.0.name")

@@ -1,0 +1,94 @@
+"""The LAION aesthetic predictor: a stack of linear layers on a CLIP image embedding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fdfo_engine.rewards.clip import ClipEmbedder
+from fdfo_engine.rewards.model_options import ModelOptions, loaded, micro_batches
+from fdfo_engine.rewards.registry import register
+from fdfo_engine.runtime.errors import RewardError
+
+
+class AestheticOptions(ModelOptions):
+    """The CLIP model and the predictor on it."""
+
+    model: str = "openai/clip-vit-large-patch14"
+    """Hub id or folder of the CLIP model that the predictor was made for."""
+
+    head: str = Field(default="trl-lib/ddpo-aesthetic-predictor", min_length=1)
+    """Hub id or folder of the predictor."""
+
+    head_file: str = Field(default="aesthetic-model.pth", min_length=1)
+    """Its file there: `.safetensors`, or `.pth`, of which only tensors are read."""
+
+    head_revision: str | None = None
+    """Branch, tag or commit of the predictor on the hub; null takes the newest."""
+
+
+@register("aesthetic")
+class Aesthetic:
+    """How much people like the looks of an image, about 1..10, as in a survey; the prompt does not matter.
+
+    LAION's predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0) on CLIP-L (MIT). One micro-batch of `batch_size`
+    images at a time, on `device`; the head computes in float32; loads at the first call.
+    """
+
+    Options: type[AestheticOptions] = AestheticOptions
+
+    def __init__(self, options: AestheticOptions) -> None:
+        self.options = options
+
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """Scores `[N]` of images `[N, 3, H, W]`."""
+        batches = micro_batches(prompts, images, self.options.batch_size)
+        return torch.cat([self._batch(batch) for _, batch in batches])
+
+    @torch.no_grad()
+    def _batch(self, images: Tensor) -> Tensor:
+        values = self._clip.embed_images(images)
+        for weight, bias in self._layers:
+            values = torch.nn.functional.linear(values, weight, bias)
+        return values.squeeze(-1).cpu()
+
+    @functools.cached_property
+    def _clip(self) -> ClipEmbedder:
+        return ClipEmbedder.load(self.options, self.options.model)
+
+    @functools.cached_property
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        """The predictor has no nonlinearity: between its layers were only dropouts."""
+        tensors = _head_tensors(self.options)
+        numbers = sorted(int(name.split(".")[-2]) for name in tensors if name.endswith(".weight"))
+        prefix = next(iter(tensors)).rpartition(".")[0].rpartition(".")[0]
+        layers = [(tensors[f"{prefix}.{n}.weight"].float(), tensors[f"{prefix}.{n}.bias"].float()) for n in numbers]
+        widths = [self._clip.network.config.projection_dim, *(len(weight) for weight, _ in layers)]
+        if [weight.shape[1] for weight, _ in layers] != widths[:-1] or widths[-1] != 1:
+            shapes = [tuple(weight.shape) for weight, _ in layers]
+            raise RewardError(f"{self.options.head_file}: layers {shapes} do not lead from {widths[0]} numbers to one")
+        device = self._clip.network.device
+        return [(weight.to(device), bias.to(device)) for weight, bias in layers]
+
+
+def _head_tensors(options: AestheticOptions) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = loaded("aesthetic predictor", options.head, lambda: _head_path(options))
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return tensors
+
+
+def _head_path(options: AestheticOptions) -> Path:
+    if Path(options.head).is_dir():
+        return Path(options.head) / options.head_file
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(options.head, options.head_file, revision=options.head_revision))

@@ -1,0 +1,114 @@
+"""Scores blocks of images in a thread, while the next ones are sampled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.rewards.weighted import Scores, WeightedRewards
+from fdfo_engine.runtime.errors import Stopped
+
+MAX_BLOCKS_WAITING = 4
+_POLL_S = 1.0
+
+
+class BackgroundScorer:
+    """Scores blocks one after another, in the order given, whether or not that overlaps: so scores are the same.
+
+    Attributes:
+        busy_s: seconds spent scoring. waited_s: seconds that the caller waited for it.
+    """
+
+    def __init__(
+        self, rewards: WeightedRewards, *, overlap: bool = True, poll: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            rewards: what scores.
+            overlap: false scores each block while the caller waits.
+            poll: called every second while the caller waits; true means that the run stops, and ends the waiting.
+        """
+        self._rewards, self._overlap, self._poll = rewards, overlap, poll
+        self._room = threading.Semaphore(MAX_BLOCKS_WAITING)
+        self._futures: list[Future[Scores]] = []
+        self._has_failed = False
+        self.busy_s = self.waited_s = 0.0
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, "scoring", _use_device, (device,))
+
+    def submit(self, prompts: Sequence[str], images: Tensor) -> None:
+        """Queues images `[N, 3, H, W]`; waits where too many blocks are queued. A failure shows in `scores`."""
+        start = time.perf_counter()
+        while not self._room.acquire(timeout=_POLL_S):
+            if self._poll():  # what stops the run ends the sampling too, on all ranks together
+                break
+        self._futures.append(self._thread.submit(self._score, list(prompts), images))
+        if not self._overlap:
+            self._is_done(self._futures[-1])
+        self.waited_s += time.perf_counter() - start
+
+    def scores(self) -> Scores:
+        """Scores of everything submitted, in order.
+
+        Raises:
+            RewardError: of the first block that failed; blocks after it are not scored.
+            Stopped: the poll said so.
+        """
+        start = time.perf_counter()
+        try:
+            if not all(map(self._is_done, self._futures)):
+                raise Stopped("asked while images were scored")
+            blocks = [future.result() for future in self._futures]
+        finally:
+            self.waited_s += time.perf_counter() - start
+        parts = {name: torch.cat([block.parts[name] for block in blocks]) for name in blocks[0].parts}
+        return Scores(torch.cat([block.total for block in blocks]), parts)
+
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of scoring that nobody waited for."""
+        return max(0.0, self.busy_s - self.waited_s)
+
+    def __enter__(self) -> BackgroundScorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._has_failed = True
+            self._rewards.cancel()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _is_done(self, future: Future[Scores]) -> bool:
+        """Waits for it; false if the run stops first."""
+        while not wait([future], timeout=_POLL_S).done:
+            if self._poll():
+                return False
+        return True
+
+    def _score(self, prompts: list[str], images: Tensor) -> Scores:
+        start = time.perf_counter()
+        try:
+            if self._has_failed:  # an outage would be waited out once for every block
+                raise RuntimeError("an earlier block failed")
+            return self._rewards(prompts, images)
+        except BaseException:
+            self._has_failed = True
+            raise
+        finally:
+            self._room.release()
+            self.busy_s += time.perf_counter() - start
+
+
+def _use_device(index: int | None) -> None:
+    """A new thread would take GPU 0, whatever its rank's is."""
+    if index is not None:
+        torch.cuda.set_device(index)

@@ -1,0 +1,142 @@
+"""A vision-language model is asked about the image; the reward is how much it leans to the wanted answer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fdfo_engine.rewards.model_options import ModelOptions, device_of, loaded, micro_batches, ready_network
+from fdfo_engine.rewards.pixels import to_pil
+from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, QuestionOptions, asked, score_of, seen
+from fdfo_engine.rewards.registry import register
+from fdfo_engine.runtime.errors import RewardError
+
+
+class VlmOptions(QuestionOptions, ModelOptions):
+    """Any image-text-to-text chat model of transformers."""
+
+    model: str = Field(default="Qwen/Qwen2.5-VL-7B-Instruct", min_length=1)
+    """Hub id or folder."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type the model computes in; scores are float32 in any case."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Images asked about together."""
+
+
+class QualityOptions(VlmOptions):
+    """`vlm` with another question."""
+
+    question: str = QUALITY
+    """What is asked; {prompt} stands for the image's prompt."""
+
+
+class PhotorealismOptions(VlmOptions):
+    """`vlm` with another question."""
+
+    question: str = PHOTOREALISM
+    """What is asked; {prompt} stands for the image's prompt."""
+
+
+@register("vlm")
+@register("vlm_alignment")
+class VlmReward:
+    """100 * sigmoid(logit(target) - logit(contrast)) at the first answer token: 0..100, percent.
+
+    The question goes through the model's own chat template, the image first. Qwen2.5-VL-7B-Instruct by default
+    (Apache-2.0; 17 GB in bfloat16), as in the paper. One micro-batch of `batch_size` images at a time, padded on the
+    left, on `device`, in `dtype`; only the last token's logits are computed; loads at the first call. The processors of
+    some families, Qwen-VL among them, need the package torchvision.
+    """
+
+    Options: type[VlmOptions] = VlmOptions
+
+    def __init__(self, options: VlmOptions) -> None:
+        self.options = options
+
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """Scores `[N]` of images `[N, 3, H, W]`."""
+        batches = micro_batches(prompts, images, self.options.batch_size)
+        return torch.cat([self._batch(*batch) for batch in batches])
+
+    @torch.no_grad()
+    def _batch(self, prompts: list[str], images: Tensor) -> Tensor:
+        chat = self._chat
+        pictures = [to_pil(image) for image in seen(images, self.options.image_size)]
+        inputs = chat.inputs([asked(self.options.question, prompt) for prompt in prompts], pictures)
+        logits = chat.network(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        return score_of(logits[:, chat.target] - logits[:, chat.contrast]).cpu()
+
+    @functools.cached_property
+    def _chat(self) -> _Chat:
+        options = self.options
+        network, processor = _load(options.model, options.revision or "main", options.dtype, device_of(options))
+        return _Chat(network, processor, *(_token(processor.tokenizer, t) for t in (options.target, options.contrast)))
+
+
+@register("vlm_quality")
+class VlmQuality(VlmReward):
+    """`vlm`, asked whether the image looks like the work of a professional; the prompt does not matter. 0..100."""
+
+    Options = QualityOptions
+
+
+@register("vlm_photorealism")
+class VlmPhotorealism(VlmReward):
+    """`vlm`, asked whether the image looks like a real photograph; the prompt does not matter. 0..100."""
+
+    Options = PhotorealismOptions
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A loaded chat model, its processor, and the two tokens that matter."""
+
+    network: Any
+    processor: Any
+    target: int
+    contrast: int
+
+    def inputs(self, questions: list[str], pictures: list[Any]) -> Any:
+        """What the network takes, one row a question."""
+        texts = [self._templated(question, picture) for question, picture in zip(questions, pictures, strict=True)]
+        # a template writes its own special tokens: adding them here would double the first
+        inputs = self.processor(
+            text=texts, images=[[p] for p in pictures], padding=True, add_special_tokens=False, return_tensors="pt"
+        )
+        return inputs.to(self.network.device, dtype=self.network.dtype)
+
+    def _templated(self, question: str, picture: Any) -> str:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        text: str = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return text
+
+
+@functools.cache
+def _load(model: str, revision: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """Network and processor; rewards that ask the same model different questions share them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = loaded("processor", model, lambda: AutoProcessor.from_pretrained(model, revision=revision))
+    if not getattr(processor, "chat_template", None):
+        raise RewardError(f"{model}: its processor has no chat template; takes an image-text-to-text chat model")
+    processor.tokenizer.padding_side = "left"
+    load = functools.partial(
+        AutoModelForImageTextToText.from_pretrained, revision=revision, dtype=getattr(torch, dtype)
+    )
+    return ready_network(loaded("chat model", model, lambda: load(model)), device), processor
+
+
+def _token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise RewardError(f"{text!r} is not one token of this model ({ids}); take another target or contrast")
+    return int(ids[0])

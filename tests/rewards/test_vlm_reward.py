@@ -1,0 +1,136 @@
+"""The VLM reward against one-token generation by transformers, one image at a time, on tiny random chat models."""
+
+import pytest
+import torch
+from PIL import Image
+from rewards.tiny_vlm import WORDS, build_tiny_llava, build_tiny_qwen
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+
+from fdfo_engine.rewards import build
+from fdfo_engine.rewards.questions import asked, seen
+from fdfo_engine.runtime.errors import RewardError, UsageError
+
+PROMPTS = ["red circle", "blue", "red red red square square circle so so so", "blue square"]
+QUESTION = "Is it {prompt} ?"
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = build_tiny_llava(tmp_path_factory.mktemp("llava"))
+    return str(folder), LlavaProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen")
+    return str(folder), build_tiny_qwen(folder)
+
+
+@pytest.fixture(params=["llava", "qwen"])
+def chat(request, monkeypatch):
+    folder, processor = request.getfixturevalue(request.param)
+    if request.param == "qwen":
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    return folder, processor
+
+
+def pictures(count, side=56):
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    return (torch.nn.functional.interpolate(coarse, size=(side, side), mode="nearest") * 255).round() / 255
+
+
+def by_generation(chat, prompts, images, question=QUESTION, dtype=torch.float32):
+    """100 * sigmoid(Yes - No) of the first generated token's logits."""
+    folder, processor = chat
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    scores = []
+    for prompt, image in zip(prompts, images, strict=True):
+        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        content = [{"type": "image"}, {"type": "text", "text": question.replace("{prompt}", prompt)}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=text, images=Image.fromarray(pixels), add_special_tokens=False, return_tensors="pt")
+        out = model.generate(
+            **inputs.to(dtype=dtype), max_new_tokens=1, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        logits = out.logits[0][0].double()
+        scores.append(100 * torch.sigmoid(logits[WORDS.index("Yes")] - logits[WORDS.index("No")]))
+    return torch.stack(scores).float()
+
+
+def reward(folder, **options):
+    settings = {"model": folder, "question": QUESTION, "image_size": 56, "dtype": "float32", **options}
+    return build("vlm", settings, "rewards.0.name")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_score_is_the_first_answer_tokens(chat, batch_size):
+    images = pictures(4)
+    expected = by_generation(chat, PROMPTS, images)
+    scores = reward(chat[0], batch_size=batch_size)(PROMPTS, images)
+    assert scores.shape == (4,)
+    assert scores.dtype == torch.float32
+    assert (scores - expected).abs().max() < 1e-3
+    assert scores.std() > 1  # it tells them apart
+
+
+def test_one_image_alone(chat):
+    images = pictures(1)
+    assert (reward(chat[0])(PROMPTS[:1], images) - by_generation(chat, PROMPTS[:1], images)).abs() < 1e-3
+
+
+def test_bfloat16_is_near_and_padding_changes_little(chat):
+    images = pictures(4)
+    exact = reward(chat[0])(PROMPTS, images)
+    alone = reward(chat[0], dtype="bfloat16", batch_size=1)(PROMPTS, images)
+    together = reward(chat[0], dtype="bfloat16")(PROMPTS, images)
+    assert together.dtype == torch.float32
+    assert (alone - exact).abs().max() < 4
+    assert (together - exact).abs().max() < 4
+
+
+def test_the_image_and_the_question_matter(chat):
+    images = pictures(2)
+    scores = reward(chat[0])(["red", "red"], images)
+    assert abs(scores[0] - scores[1]) > 0.1
+    assert abs(reward(chat[0], target="No", contrast="Yes")(["red"], images[:1]) + scores[0] - 100) < 1e-3
+
+
+def test_images_get_the_papers_size():
+    assert seen(torch.rand(1, 3, 512, 512), 504).shape == (1, 3, 504, 504)
+    assert seen(torch.rand(1, 3, 256, 512), 504).shape == (1, 3, 364, 700)  # the same shape and number of pixels
+    assert seen(torch.rand(1, 3, 30, 41), None).shape == (1, 3, 30, 41)
+
+
+def test_a_prompt_is_text():
+    assert asked("Is it {prompt}? {x}", "{prompt} {0} %s") == "Is it {prompt} {0} %s? {x}"
+
+
+def test_an_answer_of_two_tokens_is_refused(llava):
+    with pytest.raises(RewardError, match="'Yes No' is not one token"):
+        reward(llava[0], target="Yes No")(["red"], pictures(1))
+    with pytest.raises(RewardError, match="'maybe' is not one token"):
+        reward(llava[0], contrast="maybe")(["red"], pictures(1))
+
+
+def test_the_answers_must_differ():
+    with pytest.raises(UsageError, match=r"rewards\.0\.contrast: is the target too"):
+        build("vlm", {"target": "Yes", "contrast": "Yes"}, "rewards.0.name")
+
+
+def test_a_model_without_a_template_is_refused(tmp_path):
+    with pytest.raises(RewardError, match="no chat template"):
+        reward(str(build_tiny_llava(tmp_path, template=None)))(["red"], pictures(1))
+
+
+def test_two_questions_share_one_model(llava):
+    first, second = reward(llava[0]), reward(llava[0], target="No", contrast="Yes")
+    images = pictures(1)
+    first(["red"], images), second(["red"], images)
+    assert first._chat.network is second._chat.network
+
+
+def test_presets_ask_their_questions():
+    questions = {build(f"vlm_{name}", {}, "x").options.question for name in ("alignment", "quality", "photorealism")}
+    assert len(questions) == 3
+    assert build("vlm_alignment", {}, "x").options.model == "Qwen/Qwen2.5-VL-7B-Instruct"
