@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.results_file import RESULTS, header, write
 from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import add_lora
 from fdfo_engine.models.sd3 import ATTENTION_PROJECTIONS
@@ -219,8 +220,17 @@ def fused() -> dict[str, Count]:
 
 
 def main() -> None:
-    """Prints both."""
+    """Prints both and writes `benchmarks/results/counts.json`."""
     found = {"plain": plain(), "fused": fused()}
+    rows = [
+        {
+            "candidate": name, "pass": which, "launches": count.launches.total(), "other_bytes": count.bytes.total(),
+            "saved_bytes_a_sample": count.saved_bytes // TRAIN_BATCH, "by_kernel": dict(count.launches.most_common()),
+        }
+        for name, counts in found.items()
+        for which, count in counts.items()
+    ]  # fmt: skip
+    write(RESULTS / "counts.json", header("benchmarks.counts") | {"rows": rows})
     print(f"{'':18}{'launches':>10}{'other GB':>10}{'saved GB a sample':>20}")
     for name, counts in found.items():
         for which, count in counts.items():

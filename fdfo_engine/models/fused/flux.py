@@ -51,10 +51,9 @@ class FusedDoubleBlock:
         n, text_n = layer_norm_modulate(x, scale, shift), layer_norm_modulate(text, text_scale, text_shift)
         text_mixed, mixed = self.attention(text_n, n, rotary=image_rotary_emb)
         out, text_out = project(block.attn.to_out[0], mixed), project(block.attn.to_add_out, text_mixed)
-        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute).joined()
-        text = attend_and_feed(
-            text, text_out, text_gate, text_feed, block.ff_context, recompute=self.recompute
-        ).joined()
+        text_ff, recompute = block.ff_context, self.recompute
+        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=recompute).joined()
+        text = attend_and_feed(text, text_out, text_gate, text_feed, text_ff, recompute=recompute).joined()
         return within_half(text), x
 
 
