@@ -5,7 +5,9 @@ from ops.exact import check, draw, modulated_norm
 from fdfo_engine import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1), (1, 2, 1536), (2, 33, 17), (2, 3, 130)]  # 33: one past the tokens of a partial sum
+SHAPES = [(1, 1, 1), (1, 2, 1536), (2, 3, 130)]
+CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+CASES.append(((2, 33, 17), torch.bfloat16))  # one past the tokens of a partial sum; slow where interpreted
 NAMES = ("x", "y", "gate", "scale", "shift", "scale2", "shift2")
 
 
@@ -49,8 +51,7 @@ def exact(tensors, upstreams, x_new):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5], ids=["residual", "norm", "two norms"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_value_and_gradient(shape, dtype, rows, device, gated_residual, gated_residual_norm):
     tensors = inputs(shape, dtype, device, rows)
     outputs = (gated_residual(*tensors),) if rows == 1 else gated_residual_norm(*tensors)
@@ -133,7 +134,7 @@ def test_strided_input_and_upstream(rows, device, gated_residual, gated_residual
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_repeats_bit_for_bit_and_writes_into_no_input(rows, device, gated_residual, gated_residual_norm):
-    tensors = inputs((1, 33, 17), torch.bfloat16, device, rows)
+    tensors = inputs((1, 33, 5), torch.bfloat16, device, rows)
     before = [t.detach().clone() for t in tensors]
     found = []
     for _ in range(2):

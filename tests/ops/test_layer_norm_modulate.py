@@ -5,7 +5,9 @@ from ops.exact import check, draw, modulated_norm
 from fdfo_engine import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1), (1, 2, 1536), (2, 33, 17), (2, 3, 130)]  # 33: one past the tokens of a partial sum
+SHAPES = [(1, 1, 1), (1, 2, 1536), (2, 3, 130)]
+CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+CASES.append(((2, 33, 17), torch.bfloat16))  # one past the tokens of a partial sum; slow where interpreted
 NAMES = ("x", "scale", "shift", "scale2", "shift2")
 
 
@@ -39,8 +41,7 @@ def exact(tensors, upstreams):
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["one", "two"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_value_and_gradient(shape, dtype, second, device, layer_norm_modulate):
     tensors = inputs(shape, dtype, device, second)
     outputs = layer_norm_modulate(*tensors)
@@ -112,7 +113,7 @@ def test_strided_input_and_upstream(device, layer_norm_modulate):
 
 
 def test_repeats_bit_for_bit_and_writes_into_no_input(device, layer_norm_modulate):
-    tensors = inputs((1, 33, 17), torch.bfloat16, device, second=True)
+    tensors = inputs((1, 33, 5), torch.bfloat16, device, second=True)
     before = [t.detach().clone() for t in tensors]
     found = []
     for _ in range(2):
