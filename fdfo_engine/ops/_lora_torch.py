@@ -59,25 +59,34 @@ def forward(x: Tensor, linears: Sequence[Linear], scaling: float, *, gelu: bool,
     return Outputs(y, h, thin)
 
 
-def input_gradient(grads: Sequence[Tensor | None], linears: Sequence[Linear], scaling: float) -> Tensor | None:
+def thin_gradients(grads: Sequence[Tensor | None], linears: Sequence[Linear], scaling: float) -> list[Tensor | None]:
+    """`g B` of each layer, `[M, r]`, where the gradient of x takes it; the scaling is applied later."""
+    live = _live(grads, linears)
+    if not live or merges(live[0][0], [linear for _, linear in live]):
+        return [None] * len(grads)
+    return [
+        None if grad is None or linear.lora_b is None else grad @ linear.lora_b.to(grad.dtype)
+        for grad, linear in zip(grads, linears, strict=True)
+    ]
+
+
+def input_gradient(
+    grads: Sequence[Tensor | None], thins: Sequence[Tensor | None], linears: Sequence[Linear], scaling: float
+) -> Tensor | None:
     """`sum_i g_i (W_i + s B_i A_i)`, accumulated in place; None where no gradient came."""
-    live = [(grad, linear) for grad, linear in zip(grads, linears, strict=True) if grad is not None]
-    if not live:
-        return None
-    used = [linear for _, linear in live]
-    merged = merges(live[0][0], used)
+    live, thin = _live(grads, linears), [part for part in thins if part is not None]
     dx: Tensor | None = None
     for grad, linear in live:
-        weight = merged_weight(linear, scaling) if merged else linear.weight
+        weight = linear.weight if thin else merged_weight(linear, scaling)
         dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-    thin = [grad @ linear.lora_b.to(grad.dtype) for grad, linear in live if linear.lora_b is not None and not merged]
     if dx is not None and thin:
-        dx.addmm_(thin[0] if len(thin) == 1 else torch.cat(thin, 1), joined_a(used, dx.dtype), alpha=scaling)
+        factor = joined_a([linear for _, linear in live], dx.dtype)
+        dx.addmm_(thin[0] if len(thin) == 1 else torch.cat(thin, 1), factor, alpha=scaling)
     return dx
 
 
 def parameter_gradients(
-    grad: Tensor, x: Tensor, thin: Tensor | None, linear: Linear, scaling: float, wants: Wants
+    grad: Tensor, x: Tensor, thin: Tensor | None, thin_grad: Tensor | None, linear: Linear, scaling: float, wants: Wants
 ) -> Gradients:
     """Of weight, bias and both factors, where `wants` asks; those of the factors are float32."""
     want_weight, want_bias, want_a, want_b = wants
@@ -85,14 +94,17 @@ def parameter_gradients(
     bias = grad.sum(0) if want_bias else None
     a, b = linear.lora_a, linear.lora_b
     da = db = None
-    if a is not None and b is not None and (want_a or want_b):
-        if whole is not None and grad.dtype == torch.float32:
-            da, db = scaling * (b.T @ whole), scaling * (whole @ a.T)
-        else:
-            wide, wide_grad = x.float(), grad.float()
-            thin = wide @ a.T if thin is None else thin.float()
-            da, db = scaling * ((wide_grad @ b).T @ wide), scaling * (wide_grad.T @ thin)
-    return whole if want_weight else None, bias, da if want_a else None, db if want_b else None
+    if a is not None and b is not None and whole is not None and grad.dtype == torch.float32:
+        da = scaling * (b.T @ whole) if want_a else None
+        db = scaling * (whole @ a.T) if want_b else None
+    elif a is not None and b is not None:
+        if want_a:
+            thin_grad = grad @ b if thin_grad is None else thin_grad.float()
+            da = scaling * (thin_grad.T @ x.float())
+        if want_b:
+            thin = x @ a.T if thin is None else thin.float()
+            db = scaling * (grad.float().T @ thin)
+    return whole if want_weight else None, bias, da, db
 
 
 def merges(rows: Tensor, linears: Sequence[Linear]) -> bool:
@@ -121,6 +133,11 @@ def split_ranks(thin: Tensor | None, linears: Sequence[Linear]) -> list[Tensor |
         return [None] * len(linears)
     parts = thin.split([linear.rank for linear in linears], dim=1)
     return [part if linear.rank else None for part, linear in zip(parts, linears, strict=True)]
+
+
+def _live(grads: Sequence[Tensor | None], linears: Sequence[Linear]) -> list[tuple[Tensor, Linear]]:
+    """Layers whose output was used."""
+    return [(grad, linear) for grad, linear in zip(grads, linears, strict=True) if grad is not None]
 
 
 def _whole_is_less(grad: Tensor, linear: Linear) -> bool:

@@ -86,9 +86,9 @@ def thin_gradients(grads: Sequence[Tensor | None], linears: Sequence[Linear], sc
 
 
 def input_gradient(
-    grads: Sequence[Tensor | None], thins: Sequence[Tensor | None], linears: Sequence[Linear]
+    grads: Sequence[Tensor | None], thins: Sequence[Tensor | None], linears: Sequence[Linear], _scaling: float
 ) -> Tensor | None:
-    """`sum_i g_i W_i + (s g_i B_i) A_i`; None where no gradient came."""
+    """`sum_i g_i W_i + (s g_i B_i) A_i`; None where no gradient came. The thin products are scaled already."""
     dx: Tensor | None = None
     for grad, thin, linear in zip(grads, thins, linears, strict=True):
         if grad is None:
@@ -102,9 +102,15 @@ def input_gradient(
 
 
 def parameter_gradients(
-    grad: Tensor, x: Tensor, thin: Tensor | None, thin_grad: Tensor | None, linear: Linear, wants: Wants
+    grad: Tensor,
+    x: Tensor,
+    thin: Tensor | None,
+    thin_grad: Tensor | None,
+    _linear: Linear,
+    _scaling: float,
+    wants: Wants,
 ) -> Gradients:
-    """As `_lora_torch.parameter_gradients`; `thin` and `thin_grad` are scaled."""
+    """As `_lora_torch.parameter_gradients`; both thin products are scaled already."""
     want_weight, want_bias, want_a, want_b = wants
     da = db = None
     if thin is not None and thin_grad is not None and (want_a or want_b):

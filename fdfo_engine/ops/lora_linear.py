@@ -102,8 +102,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, scaling: float, gelu: bool, keep: bool, backend: str, *parts: Tensor | None
     ) -> tuple[Tensor, ...]:
         linears, rows = list(_linears(parts)), x.reshape(-1, x.shape[-1])
-        run = _lora_triton.forward if backend == "triton" else _lora_torch.forward
-        out = run(rows, linears, scaling, gelu=gelu, keep=keep, backend=backend)
+        out = _implementation(backend).forward(rows, linears, scaling, gelu=gelu, keep=keep, backend=backend)
         wants_x = any(weight or a or b for weight, _, a, b in _wants(ctx))
         ctx.save_for_backward(rows if wants_x else None, out.thin if wants_x else None, *out.h, *parts)
         ctx.num_h, ctx.settings, ctx.shape = len(out.h), (scaling, gelu, backend), x.shape
@@ -119,44 +118,18 @@ class _LoraLinears(torch.autograd.Function):
         if ctx.num_h and grads[0] is not None:
             bias = linears[0].bias if _gelu.fuses_bias(backend, grads[0].dtype) else None
             grads = [_gelu.backward(rest[0], bias, grads[0], backend, inplace=False, activation=False)[0]]
-        run = _backward_triton if backend == "triton" else _backward_torch
-        dx, found = run(ctx.needs_input_grad[0], grads, x, thin, linears, scaling, list(_wants(ctx)))
-        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *(g for four in found for g in four)
+        run, found = _implementation(backend), list[Tensor | None]()
+        thin_grads = run.thin_gradients(grads, linears, scaling)
+        dx = run.input_gradient(grads, thin_grads, linears, scaling) if ctx.needs_input_grad[0] else None
+        thins = _lora_torch.split_ranks(thin, linears)
+        for g, t, tg, linear, wants in zip(grads, thins, thin_grads, linears, _wants(ctx), strict=True):
+            found += NOTHING if g is None else run.parameter_gradients(g, x, t, tg, linear, scaling, wants)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *found
 
 
-def _backward_torch(
-    need_x: bool,
-    grads: Grads,
-    x: Tensor,
-    thin: Tensor | None,
-    linears: list[Linear],
-    scaling: float,
-    wants: list[Wants],
-) -> tuple[Tensor | None, list[Gradients]]:
-    dx = _lora_torch.input_gradient(grads, linears, scaling) if need_x else None
-    each = zip(grads, _lora_torch.split_ranks(thin, linears), linears, wants, strict=True)
-    return dx, [
-        NOTHING if g is None else _lora_torch.parameter_gradients(g, x, t, linear, scaling, want)
-        for g, t, linear, want in each
-    ]
-
-
-def _backward_triton(
-    need_x: bool,
-    grads: Grads,
-    x: Tensor,
-    thin: Tensor | None,
-    linears: list[Linear],
-    scaling: float,
-    wants: list[Wants],
-) -> tuple[Tensor | None, list[Gradients]]:
-    thin_grads = _lora_triton.thin_gradients(grads, linears, scaling)
-    dx = _lora_triton.input_gradient(grads, thin_grads, linears) if need_x else None
-    each = zip(grads, _lora_torch.split_ranks(thin, linears), thin_grads, linears, wants, strict=True)
-    return dx, [
-        NOTHING if g is None else _lora_triton.parameter_gradients(g, x, t, tg, linear, want)
-        for g, t, tg, linear, want in each
-    ]
+def _implementation(backend: str) -> Any:
+    """The module that computes: torch's products, or Triton's."""
+    return _lora_triton if backend == "triton" else _lora_torch
 
 
 def _linears(parts: Sequence[Tensor | None]) -> Iterator[Linear]:

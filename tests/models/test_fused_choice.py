@@ -94,7 +94,6 @@ def test_zero3_gathers_what_fused_blocks_read(tmp_path, train, ranks):
         "tests/models/fused_zero_worker.py", tmp_path / "model", tmp_path, train, by="torchrun", ranks=ranks
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "as one rank without ZeRO" in done.stdout
 
 
 def test_doctor_lists_attention(tmp_path):

@@ -9,7 +9,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from fdfo_engine.models.fused.linear import parts_of, project
-from fdfo_engine.models.fused.modulation import Modulations, attend_and_feed, modulation_of, refuse_attention_kwargs
+from fdfo_engine.models.fused.modulation import (
+    Modulations,
+    Residual,
+    attend_and_feed,
+    modulation_of,
+    refuse_attention_kwargs,
+)
 from fdfo_engine.models.fused.sd3 import Rows, final_layer, run_block
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
 from fdfo_engine.ops import feed_forward, gated_residual, layer_norm_modulate
@@ -45,8 +51,9 @@ class FusedDoubleBlock:
         n, text_n = layer_norm_modulate(x, scale, shift), layer_norm_modulate(text, text_scale, text_shift)
         text_mixed, mixed = self.attention(text_n, n, rotary=image_rotary_emb)
         out, text_out = project(block.attn.to_out[0], mixed), project(block.attn.to_add_out, text_mixed)
-        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute)
-        text = attend_and_feed(text, text_out, text_gate, text_feed, block.ff_context, recompute=self.recompute)
+        text_ff, recompute = block.ff_context, self.recompute
+        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=recompute).joined()
+        text = attend_and_feed(text, text_out, text_gate, text_feed, text_ff, recompute=recompute).joined()
         return within_half(text), x
 
 
@@ -134,7 +141,8 @@ class FusedFlux:
         told = [1000 * t.to(x.dtype) for t in (timestep, guidance) if t is not None]
         temb = model.time_text_embed(*told, pooled_projections)
         rotary = model.pos_embed(torch.cat([unbatched(txt_ids), unbatched(img_ids)]))
-        sample = final_layer(model, *self._blocks(x, text, temb, rotary))
+        x, temb, last = self._blocks(x, text, temb, rotary)
+        sample = final_layer(model, Residual(x), temb, last)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _blocks(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import silu
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.linear import feed_forward_of, project
-from fdfo_engine.ops import gated_residual, gated_residual_norm
+from fdfo_engine.ops import gated_residual, gated_residual_norm, layer_norm_modulate
 
 
 class Modulations:
@@ -32,13 +32,32 @@ def modulation_of(norm: Any, temb: Tensor, row: Tensor | None) -> Tensor:
     return project(norm.linear, silu(temb)) if row is None else row
 
 
+class Residual(NamedTuple):
+    """The residual stream `x + gate * y` of a block's end, not yet summed: the next norm does that on its way."""
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+    def normed(self, scale: Tensor, shift: Tensor, **second: Any) -> tuple[Tensor, ...]:
+        """The sum and its norm, modulated, once or twice."""
+        if self.y is not None and self.gate is not None:
+            return gated_residual_norm(self.x, self.y, self.gate, scale, shift, **second)
+        found: Any = layer_norm_modulate(self.x, scale, shift, **second)
+        return (self.x, *found) if second else (self.x, found)
+
+    def joined(self) -> Tensor:
+        """The sum."""
+        return self.x if self.y is None or self.gate is None else gated_residual(self.x, self.y, self.gate)
+
+
 def attend_and_feed(
     x: Tensor, out: Tensor, gate: Tensor, feed: Sequence[Tensor], module: Any, *, recompute: bool
-) -> Tensor:
+) -> Residual:
     """The residual stream after attention's `out` and the feed-forward `module`; `feed` are shift, scale and gate."""
     shift, scale, feed_gate = feed
     x, n = gated_residual_norm(x, out, gate, scale, shift)
-    return gated_residual(x, feed_forward_of(module, n, recompute=recompute), feed_gate)
+    return Residual(x, feed_forward_of(module, n, recompute=recompute), feed_gate)
 
 
 def refuse_attention_kwargs(kwargs: dict[str, Any] | None) -> None:

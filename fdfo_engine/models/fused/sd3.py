@@ -10,11 +10,19 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from fdfo_engine.models.fused.linear import project
-from fdfo_engine.models.fused.modulation import Modulations, attend_and_feed, modulation_of, refuse_attention_kwargs
+from fdfo_engine.models.fused.modulation import (
+    Modulations,
+    Residual,
+    attend_and_feed,
+    modulation_of,
+    refuse_attention_kwargs,
+)
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
-from fdfo_engine.ops import gated_residual, layer_norm_modulate
+from fdfo_engine.ops import gated_residual
 
 Rows = tuple[Tensor | None, Tensor | None]
+Carried = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NOTHING: Carried = (None, None, None, None)
 
 
 class FusedJointBlock:
@@ -35,36 +43,57 @@ class FusedJointBlock:
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulation: Rows = (None, None),
-    ) -> tuple[Tensor | None, Tensor]:
-        """As the block's own; `modulation` are the rows of its norms, where the transformer has made them."""
+        carried: Carried | None = None,
+    ) -> tuple[Any, ...]:
+        """As the block's own; `modulation` are the rows of its norms, where the transformer has made them.
+
+        With `carried`, the last gated outputs of image and text, their gates, or Nones before the first block, they are
+        summed here, and this block's own are handed on: text, image, `carried`.
+        """
         refuse_attention_kwargs(joint_attention_kwargs)
-        block, x, text = self.block, hidden_states, encoder_hidden_states
+        y, gate, text_y, text_gate = carried or NOTHING
         row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
-        shift, scale, gate, *more = row.chunk(6 if self.attention2 is None else 9, 1)
-        feed, second = more[:3], more[3:]
+        image = self._image_norm(Residual(hidden_states, y, gate), row)
+        text, text_n, text_gates = self._text_norm(Residual(encoder_hidden_states, text_y, text_gate), text_row)
+        found_text, found = self._attend(image, text, text_n, text_gates)
+        if carried is None:
+            return None if found_text is None else found_text.joined(), found.joined()
+        text_x, *text_rest = found_text or (None, None, None)
+        return text_x, found.x, (*found[1:], *text_rest)
+
+    def _image_norm(self, residual: Residual, row: Tensor) -> tuple[Any, ...]:
+        """The stream, its norms, and the rest of its modulation."""
         if self.attention2 is None:
-            n = layer_norm_modulate(x, scale, shift)
+            shift, scale, *gates = row.chunk(6, 1)
+            x, *norms = residual.normed(scale, shift)
         else:
-            n, n2 = layer_norm_modulate(x, scale, shift, shift2=second[0], scale2=second[1])
-        text_n, text_gates = self._text_norm(text, text_row)
-        mixed, text_mixed = self.attention(n, text_n)
+            shift, scale, gate, *feed, shift2, scale2, gate2 = row.chunk(9, 1)
+            x, *norms = residual.normed(scale, shift, scale2=scale2, shift2=shift2)
+            gates = [gate, *feed, gate2]
+        return x, norms, gates
+
+    def _text_norm(self, residual: Residual, row: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        if self.block.context_pre_only:
+            scale, shift = row.chunk(2, 1)
+            return *residual.normed(scale, shift), ()  # type: ignore[return-value]
+        shift, scale, *gates = row.chunk(6, 1)
+        return *residual.normed(scale, shift), tuple(gates)  # type: ignore[return-value]
+
+    def _attend(
+        self, image: tuple[Any, ...], text: Tensor, text_n: Tensor, text_gates: tuple[Tensor, ...]
+    ) -> tuple[Residual | None, Residual]:
+        block, (x, norms, (gate, *feed)) = self.block, image
+        mixed, text_mixed = self.attention(norms[0], text_n)
         out = project(block.attn.to_out[0], mixed)
         if self.attention2 is not None:
             x = gated_residual(x, out, gate)
-            out, gate = project(block.attn2.to_out[0], *self.attention2(n2)), second[2]
-        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute)
+            out, gate = project(block.attn2.to_out[0], *self.attention2(norms[1])), feed.pop()
+        found = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute)
         if block.context_pre_only:
-            return None, x
-        text_out = project(block.attn.to_add_out, text_mixed)
-        text_gate, *text_feed = text_gates
-        return attend_and_feed(text, text_out, text_gate, text_feed, block.ff_context, recompute=self.recompute), x
-
-    def _text_norm(self, text: Tensor, row: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if self.block.context_pre_only:
-            scale, shift = row.chunk(2, 1)
-            return layer_norm_modulate(text, scale, shift), ()
-        shift, scale, *gates = row.chunk(6, 1)
-        return layer_norm_modulate(text, scale, shift), tuple(gates)
+            return None, found
+        text_out, (text_gate, *text_feed) = project(block.attn.to_add_out, text_mixed), text_gates
+        ff = block.ff_context
+        return attend_and_feed(text, text_out, text_gate, text_feed, ff, recompute=self.recompute), found
 
 
 class FusedSD3:
@@ -101,23 +130,31 @@ class FusedSD3:
         temb = model.time_text_embed(timestep, pooled_projections)
         text = model.context_embedder(encoder_hidden_states)
         *rows, last = self.modulations(temb)
+        carried = None if is_checkpointed(model) else NOTHING  # a checkpoint would keep what is carried, too
         for i, block in enumerate(model.transformer_blocks):
-            text, x = run_block(model, block, x, text, temb, None, (rows[2 * i], rows[2 * i + 1]))
-        sample = unpatchify(final_layer(model, x, temb, last), height, width, model.config.patch_size)
+            found = run_block(model, block, x, text, temb, None, (rows[2 * i], rows[2 * i + 1]), carried)
+            text, x, carried = found if len(found) == 3 else (*found, None)
+        residual = Residual(x, *carried[:2]) if carried else Residual(x)
+        sample = unpatchify(final_layer(model, residual, temb, last), height, width, model.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def is_checkpointed(model: Any) -> bool:
+    """Whether the backward computes blocks again."""
+    return bool(torch.is_grad_enabled() and model.gradient_checkpointing)
 
 
 def run_block(model: Any, block: Any, *arguments: Any) -> Any:
     """`block(*arguments)`, checkpointed where the model says so."""
-    if torch.is_grad_enabled() and model.gradient_checkpointing:
+    if is_checkpointed(model):
         return model._gradient_checkpointing_func(block, *arguments)
     return block(*arguments)
 
 
-def final_layer(model: Any, x: Tensor, temb: Tensor, row: Tensor | None) -> Tensor:
+def final_layer(model: Any, residual: Residual, temb: Tensor, row: Tensor | None) -> Tensor:
     """The last norm and projection, whose layers are called as modules: ZeRO-3 gathers them in the call."""
     scale, shift = (model.norm_out.linear(silu(temb)) if row is None else row).chunk(2, 1)
-    out: Tensor = model.proj_out(layer_norm_modulate(x, scale, shift))
+    out: Tensor = model.proj_out(residual.normed(scale, shift)[1])
     return out
 
 
