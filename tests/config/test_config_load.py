@@ -60,7 +60,7 @@ def accepts(help_, kind: str) -> bool:
     takes = help_.takes
     return (
         ("null" in takes and kind == "null")
-        or (takes.endswith("text") and "list" not in takes and kind in ("text", "number text"))
+        or ("text" in takes and "list" not in takes and kind in ("text", "number text"))
         or ("true" in takes and kind == "true")
     )
 
