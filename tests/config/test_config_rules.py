@@ -11,6 +11,8 @@ BREAKS = {
     "lora": (["model.train=full", "lora.rank=4"], "remove the lora section"),
     "zero.stage": (["model.train=full", "zero.stage=0"], "set zero.stage to 1, 2 or 3"),
     "update.kl_weight": (["model.train=full", "update.kl_weight=0.1"], "set update.kl_weight to 0"),
+    "evaluation.guard.action": (["evaluation.guard.action=stop", "evaluation.every=0"], "set evaluation.every"),
+    "evaluation.guard.bands": (["evaluation.health=[]", "evaluation.guard.bands.clipped=[0.0, 0.5]"], "add it there"),
     "model.max_sequence_length": (["model.id=shapes"], "set model.max_sequence_length to 0"),
 }
 
