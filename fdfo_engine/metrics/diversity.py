@@ -32,9 +32,7 @@ def structure_diversity(images: Tensor) -> Tensor:
     8 x 8 cells of 8 unsigned orientations, each gradient weighted by its length, as in Dalal and Triggs (2005) without
     their blocks. Two images without any edge are equal.
     """
-    return mean_pairwise(
-        functional.normalize(_flat(images, _orientations), dim=-1), lambda a, b: (a - b).square().sum(-1) / 2
-    )
+    return embedding_diversity(images, _orientations)
 
 
 def embedding_diversity(images: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:

@@ -60,9 +60,7 @@ class ClipEmbedder:
         factor = self._side / min(images.shape[-2:])
         size = [max(self._side, int(n * factor)) for n in images.shape[-2:]]
         if size != list(images.shape[-2:]):
-            images = functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(
-                0, 1
-            )
+            images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = ((n - self._side) // 2 for n in size)
         images = images[..., top : top + self._side, left : left + self._side]
         mean, std = (images.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))

@@ -1,8 +1,8 @@
 """Image-health measures: plain statistics of pixels that move when a run pleases its reward by an artefact.
 
 None of them is good or bad by itself: what counts is how far a trained model moved from its base on the same prompts
-and seeds (`health_drift`). All take images `[N, 3, H, W]` in 0..1, at least 8 pixels a side, and give float32 `[N]` on the
-CPU; an image's value does not depend on the others in its batch.
+and seeds (`health_drift`). All take images `[N, 3, H, W]` in 0..1, at least 8 pixels a side, and give float32 `[N]`
+on the CPU; an image's value does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def grid_energy(images: Tensor) -> Tensor:
     """How much luma's steps repeat every 8 or 16 pixels: the seams of latent pixels and patches.
 
     For each axis, `d` = mean over lines of `|luma step|` along it; of `d`'s power spectrum, the share at the harmonics
-    of 1 / period, less the share b of such frequencies, over 1 - b: 0 where no frequency is preferred (it may be a little
-    below), 1 where nothing but the grid is there. Mean of both axes, largest of the periods that fit twice. After Wang,
+    of 1 / period, less the share b of such frequencies, over 1 - b: 0 where no frequency is preferred (or a
+    little less), 1 where nothing but the grid is there. Mean of both axes, largest of the periods that fit twice. After Wang,
     Bovik and Evans, Blind measurement of blocking artifacts in images (2000).
     """
     y = luma(images)
