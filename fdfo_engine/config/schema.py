@@ -3,7 +3,7 @@
 Rules between two keys are in `cross_checks.py`; `batch.py` has the arithmetic with the number of ranks.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -18,7 +18,8 @@ AUTO_MICRO_BATCH = 24
 
 MAX_SEED = 2**64 - 1
 
-HEALTH_MEASURES = ("saturation", "clipped", "sharpness", "edge_density", "checkerboard", "grid_energy")
+HealthName = Literal["saturation", "clipped", "sharpness", "edge_density", "checkerboard", "grid_energy"]
+HEALTH_MEASURES: tuple[HealthName, ...] = get_args(HealthName)
 """Names of the image-health measures; `fdfo_engine.metrics.health` says what each is."""
 
 Auto = Literal["auto"]
@@ -251,9 +252,6 @@ class ZeroConfig(Section):
     def _known_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
         refuse(deepspeed_problems(value))
         return value
-
-
-HealthName = Literal["saturation", "clipped", "sharpness", "edge_density", "checkerboard", "grid_energy"]
 
 
 class GuardConfig(Section):

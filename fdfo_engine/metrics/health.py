@@ -69,8 +69,8 @@ def grid_energy(images: Tensor) -> Tensor:
 
     For each axis, `d` = mean over lines of `|luma step|` along it; of `d`'s power spectrum, the share at the harmonics
     of 1 / period, less the share b of such frequencies, over 1 - b: 0 where no frequency is preferred (or a
-    little less), 1 where nothing but the grid is there. Mean of both axes, largest of the periods that fit twice. After Wang,
-    Bovik and Evans, Blind measurement of blocking artifacts in images (2000).
+    little less), 1 where nothing but the grid is there. Mean of both axes, largest of the periods that fit twice. After
+    Wang, Bovik and Evans, Blind measurement of blocking artifacts in images (2000).
     """
     y = luma(images)
     lines = [y.diff(dim=2).abs().mean(1), y.diff(dim=1).abs().mean(2)]
