@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 
 from fdfo_engine import __version__
-from fdfo_engine.cli import doctor, export, generate, pretrain_shapes, report, status, train
+from fdfo_engine.cli import doctor, evaluate, export, generate, pretrain_shapes, report, status, train
 from fdfo_engine.runtime.errors import report_and_exit_code
 
 Verb = Callable[[argparse.Namespace], int]
-_VERBS = (train, generate, report, export, status, doctor, pretrain_shapes)
+_VERBS = (train, generate, evaluate, report, export, status, doctor, pretrain_shapes)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -260,7 +260,7 @@ class GuardConfig(Section):
     action: Literal["off", "warn", "stop", "rollback"] = "off"
     """rollback stops too, with the checkpoint of the last evaluation that was in order as the newest."""
 
-    max_drift: float = Field(default=2.0, gt=0)
+    max_drift: float = Field(default=1.0, gt=0)
     """How far a health measure may move from the first evaluation, in standard deviations over its images."""
 
     bands: dict[HealthName, Annotated[tuple[float, float], BeforeValidator(frozen_list)]] = Field(default={})
