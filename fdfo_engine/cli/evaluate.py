@@ -30,7 +30,10 @@ def add_parser(verbs: Any) -> None:
         "evaluation.json, pictures and report.html. A score depends on the seed, the prompt's index, the prompt and "
         "the weights only.",
     )
-    parse.add_argument("--run", type=Path, metavar="DIR", help="a run folder; its newest checkpoint unless named")
+    parse.add_argument(
+        "--run", "--run-dir", type=Path, metavar="DIR",
+        help="a run folder; its newest checkpoint unless named (torchrun takes --run for its own: there --run-dir)",
+    )  # fmt: skip
     parse.add_argument(
         "--checkpoint", action="append", metavar="NAME|PATH", default=[],
         help="such as epoch_000010, `all`, or a path DIR/checkpoints/NAME; may be repeated",

@@ -45,7 +45,7 @@ def health_findings(now: Record, base: Record, settings: GuardConfig) -> Iterato
         drift = health_drift(name, mean, before, spread)
         if abs(drift) > settings.max_drift:
             yield (
-                f"{name} went from {before:.4g} to {mean:.4g}, {abs(drift):.1f} standard deviations of the first "
+                f"{name} went from {before:.4g} to {mean:.4g}, {abs(drift):.1f} standard deviations of the reference "
                 f"images (limit {settings.max_drift:g})"
             )
 
