@@ -69,7 +69,9 @@ def trade_off_chart(points: Sequence[tuple[str, float, float]], label: str) -> s
         where = f'cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4"'
         told = escape(f"{name}: {x:.5g}, {y:.5g}")
         spots.append(f'<circle class="spot" {style} {where}><title>{told}</title></circle>')
-        spots.append(f'<text x="{axes.x(x) + 7:.1f}" y="{axes.y(y) - 6:.1f}">{escape(name)}</text>')
+        anchor, shift = ("end", -7) if axes.x(x) > WIDTH / 2 else ("start", 7)
+        place = f'x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 6:.1f}" text-anchor="{anchor}"'
+        spots.append(f"<text {place}>{escape(name)}</text>")
     return _svg(label, [axes.grid(whole=False), path, *spots])
 
 

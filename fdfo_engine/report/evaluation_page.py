@@ -83,7 +83,7 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "facts": _facts(result),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "confidence": f"{result['confidence']:.0%}",
-        "tables": [_table(result, name) for name in list(result["differences"]) or names],
+        "tables": [_table(result, name) for name in [*reversed(result["differences"])] or names],
         "findings": [(n, s) for n, sentences in result["health_findings"].items() for s in sentences],
         "compares": len(names) > 1,
         "trade_offs": _trade_offs(result),
@@ -137,12 +137,12 @@ def _rows(result: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _mean(interval: Mapping[str, Any], sign: str = "") -> str:
     mean = _number(interval["mean"])
-    return f"{mean:{sign}.4g} {_range(interval['low'], interval['high'])}" if math.isfinite(mean) else "none"
+    return f"{mean:{sign}.4g} {_range(interval['low'], interval['high'])}".rstrip() if math.isfinite(mean) else "none"
 
 
 def _range(low: Any, high: Any) -> str:
     low, high = _number(low), _number(high)
-    return f"[{low:.4g}, {high:.4g}]" if math.isfinite(low) and math.isfinite(high) else ""
+    return f"[{low:.3g}, {high:.3g}]" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def _trend(kind: str, difference: Mapping[str, Any]) -> str:

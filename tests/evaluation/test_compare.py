@@ -151,7 +151,8 @@ def test_pictures_are_those_that_were_scored(trained, result):
     assert winners == [i for i in np.argsort(-changes) if changes[i] > 0][:6]
     assert losers == [i for i in np.argsort(changes) if changes[i] < 0][:6]
     for index in (0, COUNT - 1):
-        saved = np.asarray(Image.open(trained / f"out/pictures/epoch_000002/{index:05d}.png"))
+        with Image.open(trained / f"out/pictures/epoch_000002/{index:05d}.png") as file:
+            saved = np.asarray(file)
         expected = (images[index, 0] * 255).round().byte().permute(1, 2, 0).numpy()
         assert np.abs(saved.astype(int) - expected.astype(int)).max() <= 1
 
