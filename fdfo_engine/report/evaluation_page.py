@@ -192,11 +192,15 @@ def _cards(folder: Path, result: Mapping[str, Any], indices: Sequence[int]) -> l
     for index in indices:
         views = []
         for name in (s["name"] for s in result["sets"]):
-            scores = [(r, short(_number(result["scores"][name][r][index]))) for r in rewards]
+            scores = [(r, _score(result["scores"][name][r][index])) for r in rewards]
             picture = embedded(folder / PICTURES_NAME / name / f"{index:05d}.png", _MAX_SIDE)
             views.append({"name": name, "picture": picture, "scores": scores})
         cards.append({"prompt": result["prompts"][index], "views": views})
     return cards
+
+
+def _score(value: Any) -> str:
+    return short(float(value)) if math.isfinite(_number(value)) else "none"
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
