@@ -5,12 +5,16 @@ import json
 import pytest
 import torch
 import yaml
+from engine.launching import TRAIN, launch
 from evaluation import pixel_rewards
 from safetensors.torch import load_file
 from tiny_sd3 import tiny_tree
 
-from fdfo_engine.config import load_config
+from fdfo_engine import Engine
+from fdfo_engine.config import HEALTH_MEASURES, load_config
+from fdfo_engine.evaluation import evaluation_prompts
 from fdfo_engine.loop import run
+from fdfo_engine.metrics import measure_health
 from fdfo_engine.report import write_report
 from fdfo_engine.runtime.errors import GuardStop
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, read_log
@@ -53,6 +57,19 @@ def test_a_guard_with_nothing_to_say_changes_nothing(start, tmp_path):
     assert checkpoints(tmp_path) == ["epoch_000005", "epoch_000006"]
 
 
+def test_health_is_logged_with_every_evaluation(start, tmp_path):
+    start()
+    records = read_log(tmp_path / "run" / EVALUATIONS_NAME)
+    assert all(tuple(record["health"]) == HEALTH_MEASURES for record in records)
+    assert not any("guard" in record for record in records)
+    engine = Engine.resume(tmp_path / "run")
+    images = engine.generate(evaluation_prompts(engine.config), seed=0)
+    for name, values in measure_health(images, HEALTH_MEASURES).items():
+        assert records[-1]["health"][name] == pytest.approx(values.mean().item(), rel=1e-6)
+        assert records[-1]["health_std"][name] == pytest.approx(values.std().item(), rel=1e-5)
+    assert "Image health" in write_report(tmp_path / "run").read_text()
+
+
 def test_warn_goes_on_and_the_report_says_why(start, tmp_path, capsys):
     start(action="warn", bands=ALWAYS_AFTER_0)
     assert status(tmp_path)["state"] == "finished"
@@ -90,6 +107,21 @@ def test_rollback_ends_at_the_last_evaluation_in_order(start, tmp_path, monkeypa
     weights = load_file(tmp_path / "run/checkpoints/epoch_000000/weights.safetensors")
     assert all(not w.any() for name, w in weights.items() if "lora_B" in name), "those of the untrained adapter"
     assert [e["epoch"] for e in read_log(tmp_path / "run" / EVALUATIONS_NAME)] == [0, 2, 4, 6], "what happened is kept"
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(tiny_sd3, tmp_path):
+    tree = tiny_tree(
+        tiny_sd3, tmp_path / "run", run={"dir": str(tmp_path / "run"), "epochs": 4},
+        rewards=[{"name": "evaluation.pixel_rewards:ever_better", "weight": 1.0}],
+        evaluation={"every": 2, "count": 2, "guard": {"action": "rollback", "bands": ALWAYS_AFTER_0, "patience": 2}},
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    done = launch(TRAIN, "--config", tmp_path / "config.yaml", by="torchrun", ranks=2)
+    assert done.returncode != 0
+    assert "is back at epoch_000000" in done.stderr
+    assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("stopped", 5)
+    assert checkpoints(tmp_path) == ["epoch_000000"]
 
 
 @pytest.fixture(scope="module")
