@@ -49,6 +49,7 @@ class Engine:
         epoch: updates done. next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
         memory: what an epoch is predicted to take of a GPU; None on a CPU.
+        pinned: name of a checkpoint that `save` keeps however many newer ones there are, or None.
         poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
     """
 
@@ -78,6 +79,7 @@ class Engine:
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
         self.next_pair = 0
+        self.pinned: str | None = None
         self._owns_checkpoints = False
         self.ema: dict[str, Tensor] | None = None
         if config.update.ema is not None:
@@ -180,10 +182,12 @@ class Engine:
         steps: int | None = None,
         guidance_scale: float | None = None,
         weights: Weights = "auto",
+        first: int = 0,
     ) -> Tensor:
         """Images `[N, 3, height, width]` in 0..1 by plain Euler without churn, the same on every rank.
 
-        Image i depends on (seed, i, prompt, weights) only. `steps` and `guidance_scale` default to the sampling
+        Image i depends on (seed, first + i, prompt, weights) only: a long list can be cut at multiples of
+        `evaluation.batch` without changing a bit. `steps` and `guidance_scale` default to the sampling
         settings; `weights` "auto" takes the average where the run keeps one.
 
         Raises:
@@ -201,7 +205,7 @@ class Engine:
                 batch = [prompts[i] for i in indices]
                 images.append(
                     self.sampler.generate_batch(
-                        self.trainer, batch, indices, seed=seed, grid=grid, guidance=guidance
+                        self.trainer, batch, [first + i for i in indices], seed=seed, grid=grid, guidance=guidance
                     ).cpu()
                 )
         rows = torch.cat(images)[: max(0, min(own.stop * size, count) - own.start * size)]
@@ -327,7 +331,7 @@ class Engine:
         store.save(name, tensors, state)
 
     def _store(self) -> CheckpointStore:
-        return CheckpointStore(Path(self.config.run.dir) / CHECKPOINTS_NAME, self.config.checkpoint.keep)
+        return CheckpointStore(Path(self.config.run.dir) / CHECKPOINTS_NAME, self.config.checkpoint.keep, self.pinned)
 
     def _refuse_foreign(self, checkpoint: Checkpoint) -> None:
         settings = differing_settings(checkpoint.state["settings"], dump_config(self.config), WHAT_WEIGHTS_BELONG_TO)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,8 @@ from torch import Tensor
 from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation.guard import findings, last_in_order, out_of_order
+from fdfo_engine.resources import memory_record
 from fdfo_engine.rewards import Scores, WeightedRewards
 from fdfo_engine.rewards.background import BackgroundScorer
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
@@ -25,6 +26,7 @@ from fdfo_engine.runtime.distributed import (
     all_gather_rows,
     any_rank,
     barrier,
+    max_over_ranks,
     on_main,
     setup_distributed,
     together,
@@ -32,21 +34,28 @@ from fdfo_engine.runtime.distributed import (
 )
 from fdfo_engine.runtime.errors import (
     CheckpointError,
+    GuardStop,
     NumericsError,
     RewardError,
     Stopped,
     error_message,
     exit_code,
 )
-from fdfo_engine.runtime.memory import GIB
-from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, RunFolder, stored_config
+from fdfo_engine.runtime.run_folder import (
+    CHECKPOINTS_NAME,
+    EVALUATIONS_NAME,
+    METRICS_NAME,
+    RunFolder,
+    read_log,
+    stored_config,
+)
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
 from fdfo_engine.trajectory import Rollout, UnscoredRollout
 
 MAX_TIED_EPOCHS = 3
-ROOM_FOR_CHECKPOINTS = 3  # those that are kept, and the one that is written before the oldest goes
+ROOM_FOR_CHECKPOINTS = 4  # those that are kept, a pinned one, and the one that is written before the oldest goes
 
 
 def run(config: Config, *, resume: bool = False) -> None:
@@ -129,6 +138,7 @@ class _Run:
             say(f"finished already: {engine.epoch} of {epochs} epochs; raise run.epochs to go on")
         if not self._resumed:
             self._evaluate()
+        self._heed_guard()
         self._status("running")
         while engine.epoch < epochs:
             try:
@@ -136,6 +146,9 @@ class _Run:
                 every = self._config.evaluation.every
                 if every and (engine.epoch % every == 0 or engine.epoch == epochs):
                     self._evaluate()
+                    self._heed_guard()
+            except GuardStop:
+                raise
             except (RewardError, NumericsError, Stopped):
                 self._keep_whole_epochs()
                 raise
@@ -152,7 +165,7 @@ class _Run:
         timer.take()
         engine.poll = self._stop_before_update
         rollout, scores = self._sample_and_score()
-        parts_PK = {name: all_gather_rows(_by_pair(s)) for name, s in scores.parts.items()}
+        parts_PK = {name: all_gather_rows(s.view(-1, 2)) for name, s in scores.parts.items()}
         total_PK = self._rewards.combined(parts_PK)
         if len(parts_PK) > 1 and not self._has_described:
             say(self._rewards.describe(parts_PK))
@@ -219,7 +232,7 @@ class _Run:
             "lr": self._config.optimizer.lr,
             "kernel_backend": self._engine.backend,
             "micro_batch": self._engine.micro_batch,
-            **_memory(self._engine),
+            **memory_record(self._engine.memory, self._engine.device),
             **seconds,
             "images_per_second": images / seconds["seconds_rollout"],
         }
@@ -230,10 +243,52 @@ class _Run:
             return
         self._status(phase="evaluation")
         result = evaluate(self._engine, evaluation_prompts(self._config), self._metrics, seed=settings.seed)
-        self._log.evaluation(result.record(self._engine, "auto", settings.seed))
+        record = result.record(self._engine, "auto", settings.seed)
+        if settings.guard.action != "off":
+            record["guard"] = on_main(lambda: self._findings(record))
+        self._log.evaluation(record)
         scores = {name: values.tolist() for name, values in result.scores.items()}
         self._log.evaluation_images(self._engine.epoch, result.prompts, result.images, scores)
         self._status(phase=None)
+
+    def _findings(self, record: dict[str, Any]) -> list[str]:
+        folder = Path(self._config.run.dir)
+        evaluations, epochs = (read_log(folder / name) for name in (EVALUATIONS_NAME, METRICS_NAME))
+        found = findings([*evaluations, record], epochs, self._config.evaluation.guard)
+        for sentence in found:
+            warn(f"guard, epoch {record['epoch']}: {sentence}")
+        return found
+
+    def _heed_guard(self) -> None:
+        """Acts on what the evaluations so far say; the same whether the run was resumed since or not."""
+        guard = self._config.evaluation.guard
+        if guard.action == "off":
+            return
+        evaluations = on_main(lambda: read_log(Path(self._config.run.dir) / EVALUATIONS_NAME)) or []
+        if guard.action == "rollback":
+            self._pin_last_in_order(evaluations)
+        if guard.action in ("stop", "rollback") and any_rank(out_of_order(evaluations) >= guard.patience):
+            self._stop_by_guard(evaluations)
+
+    def _pin_last_in_order(self, evaluations: list[dict[str, Any]]) -> None:
+        epoch = last_in_order(evaluations)
+        number = max_over_ranks(-1 if epoch is None else epoch)
+        self._engine.pinned = None if number < 0 else f"epoch_{number:06d}"
+        saved = CheckpointStore(Path(self._config.run.dir) / CHECKPOINTS_NAME).names()
+        if number == self._engine.epoch and not any_rank(self._engine.pinned in saved):
+            self._save()
+
+    def _stop_by_guard(self, evaluations: list[dict[str, Any]]) -> None:
+        if self._engine.epoch > self._kept_epoch:
+            self._save()
+        stopped_at, pinned = self._engine.epoch, self._engine.pinned
+        end = f"the run stops after epoch {stopped_at}"
+        if self._config.evaluation.guard.action == "rollback" and pinned is not None:
+            self._engine.load(pinned)
+            self._save()  # drops what came after it
+            end += f" and is back at {pinned}; the same settings would take the same way again"
+        reasons = on_main(lambda: "; ".join(evaluations[-1]["guard"])) or "see rank 0"
+        raise GuardStop(f"evaluation.guard: the training reward climbs, but {reasons}\n{end}")
 
     def _save(self) -> None:
         path = self._engine.save()
@@ -323,20 +378,6 @@ def _submit_all(scorer: BackgroundScorer, rollout: Rollout) -> None:
         _submit(scorer, [rollout.prompts[row] for row in rows], rollout.images[rows])
 
 
-def _by_pair(scores: Tensor) -> Tensor:
-    return scores.view(-1, 2)
-
-
-def _memory(engine: Engine) -> dict[str, float]:
-    """The peak since the start beside its prediction, GiB; on a CPU the process's own peak, and no prediction."""
-    if engine.memory is None:
-        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
-    return {
-        "peak_gib": torch.cuda.max_memory_allocated(engine.device) / GIB,
-        "predicted_gib": engine.memory.peak / GIB,
-    }
-
-
 def _require_resumable(config: Config, resume: bool) -> None:
     """`--resume` on a folder without a checkpoint is an error, never a fresh start."""
     if not resume:
@@ -349,7 +390,7 @@ def _require_resumable(config: Config, resume: bool) -> None:
 def _tell(folder: RunFolder | None, error: BaseException) -> None:
     if folder is not None:
         folder.status.update(
-            "stopped" if isinstance(error, Stopped) else "failed",
+            "stopped" if isinstance(error, Stopped | GuardStop) else "failed",
             exit_code=exit_code(error),
             message=error_message(error),
         )

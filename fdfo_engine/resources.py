@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import torch
 
 from fdfo_engine.config import Config
@@ -12,7 +14,7 @@ from fdfo_engine.ops import backend_for, backends
 from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.distributed import max_over_ranks, world_size
 from fdfo_engine.runtime.errors import EnvironmentProblem
-from fdfo_engine.runtime.memory import Prediction, choose_micro_batch, refusal
+from fdfo_engine.runtime.memory import GIB, Prediction, choose_micro_batch, refusal
 
 
 def pair_backend(config: Config, device: torch.device) -> str:
@@ -51,3 +53,10 @@ def plan_memory(model: FlowModel, config: Config) -> Prediction:
     if prediction.needed > free:
         warn(refusal(prediction, free))
     return prediction
+
+
+def memory_record(prediction: Prediction | None, device: torch.device) -> dict[str, float]:
+    """The peak since the start beside its `prediction`, GiB; on a CPU the process's own, which nothing predicts."""
+    if prediction is None:
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    return {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB, "predicted_gib": prediction.peak / GIB}

@@ -29,21 +29,53 @@ def add_parser(verbs: Any) -> None:
         "and the weights only.",
     )
     parse.add_argument("source", metavar="RUN_DIR|CONFIG", help="a run folder, or a config, which stands for its run")
-    prompts = parse.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
-    prompts.add_argument("--prompts", metavar="FILE", help="text or .jsonl file, or `shapes`: its held-out captions")
+    add_prompt_files(parse, required=True).add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated"
+    )
     parse.add_argument("--count", type=int, help=f"the first N prompts; default all, {_SHAPES_COUNT} of shapes")
     parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     parse.add_argument("--seed", type=int, default=0, help="key of the noise; default 0")
     parse.add_argument("--steps", type=int, help="solver steps; default: the run's")
     parse.add_argument("--guidance-scale", type=float, help="default: the run's")
-    parse.add_argument("--checkpoint", metavar="NAME", help="such as epoch_000010; default: the newest")
+    parse.add_argument(
+        "--checkpoint", action="append", default=[], metavar="NAME",
+        help="such as epoch_000010, or `all`; may be repeated: the grid has a column for each; default: the newest",
+    )  # fmt: skip
     add_weights(parse)
     which = parse.add_mutually_exclusive_group()
     which.add_argument("--base", action="store_true", help="the untrained model")
     which.add_argument("--compare", action="store_true", help="both; the grid shows untrained left, trained right")
+    parse.add_argument(
+        "--film", choices=("gif", "apng"), help="also a film of the grid: the untrained model, then each checkpoint"
+    )
+    parse.add_argument("--frame-ms", type=int, default=800, metavar="MS", help="of the film; default 800")
     parse.set_defaults(verb=run)
+
+
+def add_prompt_files(parse: argparse.ArgumentParser, *, required: bool) -> Any:
+    """`--prompts` with its options; returns the exclusive group, to which a verb may add."""
+    group = parse.add_mutually_exclusive_group(required=required)
+    group.add_argument(
+        "--prompts", metavar="FILE|SET",
+        help="text, .jsonl, .json, .csv, .tsv or .parquet file; drawbench, parti, hpdv2, pickscore or "
+        "hub:OWNER/NAME/FILE; or `shapes`: its held-out captions",
+    )  # fmt: skip
+    parse.add_argument("--column", help="column of the prompt in a file that has several; default: the run's")
+    parse.add_argument("--allow-download", action="store_true", help="let a prompt set or a metric's model be fetched")
+    return group
+
+
+def load_prompt_list(arguments: argparse.Namespace, config: Config) -> list[str]:
+    """The prompts of `--prompts`, the first `--count` of them."""
+    from fdfo_engine.rollout.prompts import load_prompts
+
+    count = arguments.count or (_SHAPES_COUNT if arguments.prompts == "shapes" else None)
+    changes: dict[str, Any] = {"source": arguments.prompts, "allow_download": arguments.allow_download}
+    changes |= {"count": count} if count else {}
+    changes |= {"column": arguments.column} if arguments.column else {}
+    settings = config.prompts.model_copy(update=changes)
+    return load_prompts(settings, config.evaluation.seed, split="heldout").prompts[:count]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,10 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     config = _config(arguments.source)
     prompts = _prompts(arguments, config)
-    if not arguments.base:
-        _require_checkpoint(config)
-    sets = _images(arguments, config, prompts)
+    checkpoints = [] if arguments.base else _checkpoints(config, arguments.checkpoint)
+    sets = _images(arguments, config, prompts, checkpoints)
     _write(arguments.out, prompts, sets)
+    if arguments.film:
+        _write_film(arguments, prompts, sets)
     from fdfo_engine.runtime.console import say
 
     say(f"{len(prompts)} prompts, {' and '.join(sets)}: {arguments.out / 'grid.png'}")
@@ -62,7 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    bounds = {"steps": (1, 10_000), "count": (1, 10**9), "seed": (0, 2**64 - 1), "guidance_scale": (0, 1e6)}
+    bounds = {
+        "steps": (1, 10_000), "count": (1, 10**9), "seed": (0, 2**64 - 1), "guidance_scale": (0, 1e6),
+        "frame_ms": (20, 60_000),
+    }  # fmt: skip
     for name, (least, most) in bounds.items():
         refuse_outside(arguments, name, least, most)
     refuse_filled(arguments.out, arguments.overwrite)
@@ -79,32 +115,35 @@ def _config(source: str) -> Config:
 def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
     if arguments.prompt:
         return list(arguments.prompt)[: arguments.count]
-    from fdfo_engine.rollout.prompts import load_prompts
-
-    count = arguments.count or (_SHAPES_COUNT if arguments.prompts == "shapes" else None)
-    settings = config.prompts.model_copy(update={"source": arguments.prompts} | ({"count": count} if count else {}))
-    return load_prompts(settings, config.evaluation.seed, split="heldout").prompts[:count]
+    return load_prompt_list(arguments, config)
 
 
-def _require_checkpoint(config: Config) -> None:
+def _checkpoints(config: Config, wanted: list[str]) -> list[str | None]:
+    """Names of the checkpoints to show; None is the newest whole one."""
     from fdfo_engine.runtime.checkpoint import CheckpointStore
     from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME
 
-    if not CheckpointStore(Path(config.run.dir) / CHECKPOINTS_NAME).names():
+    found = CheckpointStore(Path(config.run.dir) / CHECKPOINTS_NAME).names()
+    if not found:
         raise CheckpointError(f"{config.run.dir}: no checkpoint there; --base takes the untrained model")
+    if "all" in wanted:
+        return list(found)
+    return list(dict.fromkeys(wanted)) if wanted else [None]
 
 
-def _images(arguments: argparse.Namespace, config: Config, prompts: list[str]) -> dict[str, Tensor]:
+def _images(
+    arguments: argparse.Namespace, config: Config, prompts: list[str], checkpoints: list[str | None]
+) -> dict[str, Tensor]:
     """Name of a set of weights -> images `[N, 3, H, W]`."""
     from fdfo_engine.engine import Engine
 
     engine = Engine(config)
     options = {"seed": arguments.seed, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sets = {}
-    if arguments.base or arguments.compare:
+    if arguments.base or arguments.compare or arguments.film:
         sets["untrained"] = engine.generate(prompts, weights="raw", **options)
-    if not arguments.base:
-        engine.load(arguments.checkpoint)
+    for name in checkpoints:
+        engine.load(name)
         sets[f"epoch {engine.epoch}"] = engine.generate(prompts, weights=arguments.weights, **options)
     return sets
 
@@ -114,9 +153,9 @@ def _write(out: Path, prompts: list[str], sets: dict[str, Tensor]) -> None:
 
     from fdfo_engine.runtime.picture import draw_grid, save_png, to_picture
 
-    records = []
+    records, main = [], list(sets)[-1]
     for name, images in sets.items():
-        suffix = "_untrained" if len(sets) > 1 and name == "untrained" else ""
+        suffix = "" if name == main else f"_{_slug(name)}"
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             file = f"{i:04d}_{_slug(prompt)}{suffix}.png"
             save_png(to_picture(image), out / file)
@@ -124,7 +163,21 @@ def _write(out: Path, prompts: list[str], sets: dict[str, Tensor]) -> None:
     (out / "images.jsonl").write_text("".join(records), encoding="utf-8")
     rows = torch.stack(list(sets.values()), 1).flatten(0, 1)
     captions = [f"{name}: {prompt}" if len(sets) > 1 else prompt for prompt in prompts for name in sets]
-    save_png(draw_grid(rows, captions, min(_COLUMNS, len(rows))), out / "grid.png")
+    columns = len(sets) * max(1, min(_COLUMNS // len(sets), len(prompts)))
+    save_png(draw_grid(rows, captions, columns), out / "grid.png")
+
+
+def _write_film(arguments: argparse.Namespace, prompts: list[str], sets: dict[str, Tensor]) -> None:
+    from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.picture import draw_grid, save_film
+
+    frames = [
+        draw_grid(images, [f"{name}: {prompt}" for prompt in prompts], min(_COLUMNS, len(prompts)))
+        for name, images in sets.items()
+    ]
+    path = arguments.out / ("film.gif" if arguments.film == "gif" else "film.png")
+    save_film(frames, path, arguments.frame_ms)
+    say(f"film of {len(frames)} frames: {path}")
 
 
 def _slug(prompt: str) -> str:

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 
 from fdfo_engine import __version__
-from fdfo_engine.cli import bench, doctor, export, generate, plan, pretrain_shapes, report, status, train
+from fdfo_engine.cli import bench, doctor, evaluate, export, generate, plan, pretrain_shapes, report, status, train
 from fdfo_engine.runtime.errors import report_and_exit_code
 
 Verb = Callable[[argparse.Namespace], int]
-_VERBS = (train, generate, report, export, status, doctor, plan, bench, pretrain_shapes)
+_VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, pretrain_shapes)
 
 
 def parser() -> argparse.ArgumentParser:

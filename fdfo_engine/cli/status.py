@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fdfo_engine.runtime.console import say, visible
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.errors import CheckpointError, GuardStop, UsageError
 
 _ADVICE = {
     "died": "the process is gone without a word; the same command resumes from the last checkpoint",
     "stopped": "the same command resumes",
 }
+_STOPPED_BY_GUARD = (
+    "evaluation.guard ended it; evaluation.guard.action=off goes on, another reward takes another run.dir"
+)
 
 
 def add_parser(verbs: Any) -> None:
@@ -56,5 +59,6 @@ def describe(run_dir: Path, status: dict[str, Any]) -> list[str]:
         f"  heartbeat   {age:.0f} s ago, process {status.get('pid')} on {status.get('host')}",
     ]
     lines += [f"  message     {part}" for part in str(status.get("message") or "").splitlines()]
-    lines += [f"  {_ADVICE[state]}"] if state in _ADVICE else []
+    advice = _STOPPED_BY_GUARD if state == "stopped" and code == GuardStop.exit_code else _ADVICE.get(state)
+    lines += [f"  {advice}"] if advice else []
     return [visible(line) for line in lines]

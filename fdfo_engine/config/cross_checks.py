@@ -92,6 +92,22 @@ RULES: tuple[Rule, ...] = (
             "set model.max_sequence_length to 0"
         ),
     ),
+    Rule(
+        ("evaluation.guard.action", "evaluation.every"),
+        lambda c: c.evaluation.guard.action != "off" and c.evaluation.every == 0,
+        lambda c: (
+            f"is {c.evaluation.guard.action}, and with evaluation.every = 0 there is nothing it could look at; "
+            "set evaluation.every, or evaluation.guard.action: off"
+        ),
+    ),
+    Rule(
+        ("evaluation.guard.bands", "evaluation.health"),
+        lambda c: bool(set(c.evaluation.guard.bands) - set(c.evaluation.health)),
+        lambda c: (
+            f"{', '.join(sorted(set(c.evaluation.guard.bands) - set(c.evaluation.health)))} is not among the measures "
+            "of evaluation.health; add it there"
+        ),
+    ),
 )
 
 

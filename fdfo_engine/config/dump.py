@@ -5,7 +5,9 @@ import yaml
 from fdfo_engine.config.schema import Config
 from fdfo_engine.config.yaml_source import CoreDumper
 
-RESUMABLE_KEYS = ("run.epochs", "run.dir", "log", "checkpoint", "model.prompt_cache", "model.prompt_cache_gib")
+RESUMABLE_KEYS = (
+    "run.epochs", "run.dir", "log", "checkpoint", "evaluation.guard", "model.prompt_cache", "model.prompt_cache_gib",
+)  # fmt: skip
 """Keys and whole sections that may differ when a run is resumed: none of them changes what a past epoch computed.
 
 `run.dir` is among them because a folder can be named in several ways, or moved.

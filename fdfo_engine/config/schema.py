@@ -3,7 +3,7 @@
 Rules between two keys are in `cross_checks.py`; `batch.py` has the arithmetic with the number of ranks.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,10 @@ AUTO_MICRO_BATCH = 24
 """Items that `update.micro_batch: auto` stands for on a CPU, and the most on a GPU."""
 
 MAX_SEED = 2**64 - 1
+
+HealthName = Literal["saturation", "clipped", "sharpness", "edge_density", "checkerboard", "grid_energy"]
+HEALTH_MEASURES: tuple[HealthName, ...] = get_args(HealthName)
+"""Names of the image-health measures; `fdfo_engine.metrics.health` says what each is."""
 
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
@@ -113,10 +117,14 @@ class PromptsConfig(Section):
     """The prompts the run samples from."""
 
     source: str = Field(min_length=1)
-    """Text file (one prompt a line), .jsonl file, or `shapes`, which generates them."""
+    """Text file (one prompt a line), .jsonl, .json, .csv, .tsv or .parquet file, the name of a prompt set (`drawbench`,
+    `parti`, `hpdv2`, `pickscore`), `hub:OWNER/NAME/FILE`, or `shapes`, which generates them."""
 
     column: str = Field(default="prompt", min_length=1)
-    """Key of the prompt in each line of a .jsonl file."""
+    """Key or column of the prompt in a file that has several; the prompt sets know their own."""
+
+    allow_download: bool = False
+    """Lets a prompt set be fetched from the hub; otherwise only what is on this machine is taken."""
 
     dedup: bool = False
     """Drops repeated prompts; otherwise they count as weights."""
@@ -265,6 +273,25 @@ class ZeroConfig(Section):
         return value
 
 
+class GuardConfig(Section):
+    """What to do when the training reward climbs while the evaluation says that the images get worse."""
+
+    action: Literal["off", "warn", "stop", "rollback"] = "off"
+    """rollback stops too, with the checkpoint of the last evaluation that was in order as the newest."""
+
+    max_drift: float = Field(default=1.0, gt=0)
+    """How far a health measure may move from the first evaluation, in standard deviations over its images."""
+
+    bands: dict[HealthName, Annotated[tuple[float, float], BeforeValidator(frozen_list)]] = Field(default={})
+    """Least and largest mean of a health measure, by name, instead of `max_drift`."""
+
+    reward_drop: float = Field(default=2.0, gt=0)
+    """How far the held-out reward, or one of evaluation.metrics, may fall below its best, in standard errors."""
+
+    patience: int = Field(default=2, ge=1)
+    """Evaluations in a row that must be out of order before the run stops."""
+
+
 class EvaluationConfig(Section):
     """Images of fixed prompts and noise, scored while training."""
 
@@ -285,6 +312,12 @@ class EvaluationConfig(Section):
 
     metrics: Annotated[tuple[Name, ...], BeforeValidator(frozen_list)] = ()
     """Rewards to score besides the run's own, by registered name or `module:attribute`."""
+
+    health: Annotated[tuple[HealthName, ...], BeforeValidator(frozen_list)] = HEALTH_MEASURES
+    """Image-health measures to log: they move when a run pleases its reward by an artefact."""
+
+    guard: GuardConfig = GuardConfig()
+    """Stops a run that pleases its training reward at the expense of its images."""
 
 
 class CheckpointConfig(Section):

@@ -55,6 +55,26 @@ def stacked_chart(names: Sequence[str], rows: Sequence[tuple[int, Sequence[float
     return _svg(label, [axes.grid(), *bars])
 
 
+def trade_off_chart(points: Sequence[tuple[str, float, float]], label: str) -> str | None:
+    """SVG of named points (name, x, y), joined in their order; None if none is finite."""
+    known = [(name, x, y) for name, x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if not known:
+        return None
+    xs, ys = [x for _, x, _ in known], [y for _, _, y in known]
+    axes = _Axes(*_padded(min(xs), max(xs)), *_padded(min(ys), max(ys)))
+    style = 'style="--c: var(--series-0)"'
+    path = f'<polyline class="curve faint" {style} points="{_path(axes, [(x, y) for _, x, y in known])}"/>'
+    spots = []
+    for name, x, y in known:
+        where = f'cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4"'
+        told = escape(f"{name}: {x:.5g}, {y:.5g}")
+        spots.append(f'<circle class="spot" {style} {where}><title>{told}</title></circle>')
+        anchor, shift = ("end", -7) if axes.x(x) > WIDTH / 2 else ("start", 7)
+        place = f'x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 6:.1f}" text-anchor="{anchor}"'
+        spots.append(f"<text {place}>{escape(name)}</text>")
+    return _svg(label, [axes.grid(whole=False), path, *spots])
+
+
 def smoothed(points: Sequence[Point]) -> list[Point]:
     """Trailing mean over a twentieth of the points, at least five; gaps stay out of it."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
@@ -97,14 +117,15 @@ class _Axes:
     def y(self, value: float) -> float:
         return HEIGHT - _BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - _TOP - _BOTTOM)
 
-    def grid(self) -> str:
+    def grid(self, *, whole: bool = True) -> str:
+        """Lines and numbers; `whole` numbers only along x, where that is an epoch."""
         parts = []
         for value in ticks(self.y0, self.y1):
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
-        for value in ticks(self.x0, self.x1, 7):
-            if value == round(value):
+        for value in ticks(self.x0, self.x1, 7 if whole else 5):
+            if not whole or value == round(value):
                 where = f'x="{self.x(value):.1f}" y="{HEIGHT - 10}"'
                 parts.append(f'<text {where} text-anchor="middle">{short(value)}</text>')
         return "".join(parts)

@@ -49,11 +49,15 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     data = read_run(Path(run_dir))
     out = Path(out) if out is not None else data.path / REPORT_NAME
+    replace_file(out, render("template.html", _view(data)))
+    return out
+
+
+def render(template: str, view: Mapping[str, Any]) -> bytes:
+    """A page of this folder's `template`; every text of the view is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = templates.get_template("template.html").render(_view(data))
-    replace_file(out, page.encode("utf-8", "replace"))
-    return out
+    return templates.get_template(template).render(view).encode("utf-8", "replace")
 
 
 def _view(data: RunData) -> dict[str, Any]:
@@ -67,6 +71,8 @@ def _view(data: RunData) -> dict[str, Any]:
         "rewards": _reward_charts(data.metrics),
         "evaluations": _evaluation_charts(data.evaluations),
         "changes": _changes(data.evaluations),
+        "health": _health_charts(data.evaluations),
+        "guard": _guard_findings(data.evaluations),
         "gallery": _comparison(data.galleries),
         "gallery_epochs": [gallery.epoch for gallery in data.galleries],
         "pairs": data.pairs,
@@ -193,6 +199,20 @@ def _evaluation_series(metric: str, weights: str, color: int, evaluations: Seque
 
 def _metric_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for evaluation in evaluations for name in evaluation["metrics"]))
+
+
+def _health_charts(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    charts = []
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.get("health") or {}):
+        own = [e for e in evaluations if name in (e.get("health") or {})]
+        points = [(float(e["epoch"]), _number(e["health"][name])) for e in own]
+        spreads = [(e.get("health_std") or {}).get(name) for e in own]
+        charts += _chart(name, [Series(name, points, spreads)], "bars: standard deviation over the images")
+    return charts
+
+
+def _guard_findings(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    return [(int(e["epoch"]), str(sentence)) for e in evaluations for sentence in e.get("guard") or []]
 
 
 def _changes(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import torch
 
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
+from fdfo_engine.rollout.prompt_sets import READERS, local_files, named_set, read_table
 from fdfo_engine.runtime.errors import PromptError
 from fdfo_engine.shapes.scene import Split, captions
 
@@ -44,23 +45,20 @@ class PromptList:
 
 
 def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") -> PromptList:
-    """Reads `prompts.source`: a text file, a .jsonl file, or the shapes generator (its `split`).
+    """Reads `prompts.source`: a file, a prompt set by its name or from the hub, or the shapes generator (its `split`).
 
     Raises:
-        PromptError: the file is missing, holds no usable prompt, an oversized line or not the column.
+        PromptError: the file is missing, holds no usable prompt, an oversized line or not the column; or the set is not
+            on this machine and `prompts.allow_download` is not set.
     """
     if settings.source == "shapes":
         return PromptList(captions(split, settings.count, seed), seed)
-    path = Path(settings.source).expanduser()
-    if not path.is_file():
-        raise PromptError(
-            f"prompts.source = {settings.source!r}: no such file ({path.resolve()}; working folder {Path.cwd()})"
-        )
-    lines = _lines(path)
-    read = _read_jsonl if path.suffix == ".jsonl" else _read_text
-    prompts = read(path, lines, settings.column)
-    if not prompts:
-        raise PromptError(f"prompts.source = {settings.source!r}: 0 usable prompts in {len(lines)} lines")
+    known = named_set(settings.source, settings.column)
+    if known is None:
+        prompts = _read(Path(settings.source).expanduser(), settings.source, settings.column)
+    else:
+        files = local_files(known, allow_download=settings.allow_download)
+        prompts = [prompt for file in files for prompt in _read(file, str(file), known.column)]
     return PromptList(list(dict.fromkeys(prompts)) if settings.dedup else prompts, seed)
 
 
@@ -73,6 +71,22 @@ def describe_prompts(prompts: PromptList, pairs_per_epoch: int) -> str:
     if len(prompts) < pairs_per_epoch:
         line += f", each used about {pairs_per_epoch / len(prompts):.1f} times an epoch"
     return line
+
+
+def _read(path: Path, source: str, column: str) -> list[str]:
+    if not path.is_file():
+        raise PromptError(f"prompts.source = {source!r}: no such file ({path.resolve()}; working folder {Path.cwd()})")
+    if path.suffix in READERS:
+        rows = read_table(path, column)
+        for number, row in enumerate(rows, 1):
+            _check_length(path, number, row)
+        prompts, unit = [row.strip() for row in rows if row.strip()], "rows"
+    else:
+        rows, unit = _lines(path), "lines"
+        prompts = (_read_jsonl if path.suffix == ".jsonl" else _read_text)(path, rows, column)
+    if not prompts:
+        raise PromptError(f"prompts.source = {source!r}: 0 usable prompts in {len(rows)} {unit}")
+    return prompts
 
 
 def _lines(path: Path) -> list[str]:

@@ -68,12 +68,13 @@ class CheckpointStore:
     One process at a time may save (the run folder's lock sees to it); any number may read meanwhile.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 2) -> None:
-        """`folder` is created by the first save; `keep` >= 2 newest checkpoints are kept."""
+    def __init__(self, folder: Path | str, keep: int = 2, pinned: str | None = None) -> None:
+        """`folder` is created by the first save; `keep` >= 2 newest checkpoints are kept, and `pinned` beside them."""
         if keep < 2:
             raise ValueError(f"keep = {keep}: takes 2 or more, or a damaged newest checkpoint would be the only one")
         self.folder = Path(folder)
         self.keep = keep
+        self.pinned = pinned
         self._tidied = False
 
     def names(self) -> list[str]:
@@ -182,7 +183,8 @@ class CheckpointStore:
             say(f"checkpoint {name} removed: the run went on from before it")
             self._drop(name)
         for name in [n for n in names if n <= newest][: -self.keep]:
-            self._drop(name)
+            if name != self.pinned:
+                self._drop(name)
 
     def _drop(self, name: str) -> None:
         """Out of sight by one rename first: a kill during the deletion must not leave half a checkpoint."""

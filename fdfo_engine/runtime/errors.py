@@ -51,6 +51,10 @@ class RewardError(FdfoError):
     exit_code = 5
 
 
+class GuardStop(RewardError):  # noqa: N818 - a rule that was followed, not an error
+    """`evaluation.guard` stopped the run: its reward is pleased at the expense of the images."""
+
+
 class NumericsError(FdfoError):
     """NaN or infinity where training cannot go on."""
 

@@ -46,6 +46,16 @@ def save_png(picture: Image.Image, path: Path) -> None:
     picture.save(path, format="PNG")
 
 
+def save_film(frames: Sequence[Image.Image], path: Path, frame_ms: int) -> None:
+    """Writes frames of one size as an endless film: `.gif` (256 colours a frame) or `.png` (APNG, lossless).
+
+    The last frame stays twice as long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [frame_ms] * (len(frames) - 1) + [2 * frame_ms]
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+
+
 def _fit(picture: Image.Image) -> Image.Image:
     """Large images are scaled down to the cell, tiny ones up by whole factors so that they can be seen."""
     side = max(picture.size)

@@ -30,7 +30,7 @@ class SilentLog:
         """Logs the metrics of one finished epoch; `record["epoch"]` counts finished epochs, so the first is 1."""
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Logs one evaluation: `epoch`, `count`, `seed`, `weights`, `metrics`, `metrics_stderr`."""
+        """Logs one evaluation: `epoch`, `count`, `seed`, `weights`, `metrics`, `metrics_stderr`, `health`, ..."""
 
     def images(self, name: str, images: Tensor, captions: Sequence[str], columns: int = 2) -> None:
         """Draws a captioned grid to `images/<name>.png`: `[N, 3, H, W]` in 0..1; 2 columns put a pair side by side."""
@@ -94,6 +94,7 @@ class RunLog(SilentLog):
         append_line(self._folder / EVALUATIONS_NAME, record)
         metrics, errors = record["metrics"], record.get("metrics_stderr") or {}
         self._track(metrics, int(record["epoch"]), "evaluation")
+        self._track(record.get("health") or {}, int(record["epoch"]), "health")
         shown = "  ".join(f"{name} {mean:.4f}{_plus_minus(errors.get(name))}" for name, mean in metrics.items())
         say(f"evaluation after epoch {record['epoch']} ({record['count']} images, {record['weights']}): {shown}")
 

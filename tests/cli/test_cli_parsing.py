@@ -8,7 +8,7 @@ import pytest
 
 from fdfo_engine.cli.main import main, parser
 
-VERBS = ("train", "generate", "report", "export", "status", "doctor", "pretrain-shapes")
+VERBS = ("train", "generate", "evaluate", "report", "export", "status", "doctor", "pretrain-shapes")
 
 
 @pytest.mark.parametrize("verb", VERBS)

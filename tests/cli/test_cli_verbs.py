@@ -27,6 +27,14 @@ def test_status_in_words_and_as_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["epoch"] == 3
 
 
+def test_status_of_a_run_that_its_guard_stopped(tmp_path, capsys):
+    RunStatus(tmp_path).update("stopped", epoch=3, epochs=9, exit_code=5, message="saturation left its band")
+    assert main(["status", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "evaluation.guard ended it" in text
+    assert "the same command resumes" not in text
+
+
 def test_status_of_a_vanished_process(tmp_path, capsys):
     record = {"state": "running", "epoch": 1, "epochs": 2, "heartbeat": time.time(), "pid": 2**30}
     (tmp_path / "status.json").write_text(json.dumps(record | {"host": socket.gethostname()}))

@@ -13,6 +13,8 @@ BREAKS = {
     "update.kl_weight": (["model.train=full", "update.kl_weight=0.1"], "set update.kl_weight to 0"),
     "model.fused": (["model.fused=true", "model.compile=true"], "set one of them to false"),
     "model.compile": (["model.compile=true", "zero.stage=3"], "lower zero.stage"),
+    "evaluation.guard.action": (["evaluation.guard.action=stop", "evaluation.every=0"], "set evaluation.every"),
+    "evaluation.guard.bands": (["evaluation.health=[]", "evaluation.guard.bands.clipped=[0.0, 0.5]"], "add it there"),
     "model.max_sequence_length": (["model.id=shapes"], "set model.max_sequence_length to 0"),
 }
 

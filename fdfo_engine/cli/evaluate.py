@@ -1,0 +1,198 @@
+"""`fdfo evaluate`: base against tuned on the same prompts and seeds, as a table, JSON and a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdfo_engine.cli.export import add_weights, refuse_filled, refuse_outside
+from fdfo_engine.cli.generate import add_prompt_files, load_prompt_list
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from fdfo_engine.config import Config
+    from fdfo_engine.engine import Engine
+    from fdfo_engine.evaluation.compare import Measured, Request
+    from fdfo_engine.evaluation.measures import Measures
+
+BASE = "base"
+_LARGER_PROMPTS = 64
+_SIZE_UNIT = 16
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parse = verbs.add_parser(
+        "evaluate",
+        help="compare checkpoints with the untrained model on the same prompts and seeds",
+        description="Scores images of the untrained model and of checkpoints: rewards, diversity, image health; writes "
+        "evaluation.json, pictures and report.html. A score depends on the seed, the prompt's index, the prompt and "
+        "the weights only.",
+    )
+    parse.add_argument(
+        "--run", "--run-dir", type=Path, metavar="DIR",
+        help="a run folder; its newest checkpoint unless named (torchrun takes --run for its own: there --run-dir)",
+    )  # fmt: skip
+    parse.add_argument(
+        "--checkpoint", action="append", metavar="NAME|PATH", default=[],
+        help="such as epoch_000010, `all`, or a path DIR/checkpoints/NAME; may be repeated",
+    )  # fmt: skip
+    parse.add_argument("--base", action="store_true", help="the untrained model alone")
+    add_prompt_files(parse, required=False)
+    parse.add_argument("--count", type=int, help="the first N prompts")
+    parse.add_argument(
+        "--metrics", metavar="A,B,...", default="",
+        help="rewards by name or module:attribute, health or diversity measures, or the groups `health`, `diversity`; "
+        "the first one picks winners and losers; default: the run's rewards and metrics, and both groups",
+    )  # fmt: skip
+    parse.add_argument("--images-per-prompt", type=int, default=2, metavar="K", help="seeds a prompt; default 2")
+    parse.add_argument("--seed", type=int, default=0, help="key of the noise; default 0")
+    parse.add_argument("--steps", type=int, help="solver steps; default: the run's")
+    parse.add_argument("--guidance-scale", type=float, help="default: the run's")
+    add_weights(parse)
+    parse.add_argument("--clip", metavar="MODEL", help="CLIP model of clip_diversity: a folder or a hub id")
+    parse.add_argument(
+        "--larger", type=float, default=1.5, metavar="X",
+        help="measure health at X times the run's size too, where the model allows; 1: don't; default 1.5",
+    )  # fmt: skip
+    parse.add_argument("--confidence", type=float, default=0.95, help="of the intervals; default 0.95")
+    parse.add_argument("--pictures", type=int, default=16, metavar="N", help="prompts shown side by side; default 16")
+    parse.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; default: RUN/evaluation")
+    parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parse.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluates and writes."""
+    run_dir, names = _checkpoints(arguments)
+    out = arguments.out or run_dir / "evaluation"
+    _check(arguments, out)
+    from fdfo_engine.evaluation.compare import Request, summarize
+    from fdfo_engine.evaluation.measures import build_measures
+    from fdfo_engine.runtime.distributed import setup_distributed
+    from fdfo_engine.runtime.run_folder import run_config
+
+    config = run_config(run_dir)
+    prompts = _prompts(arguments, config)
+    device = setup_distributed(_device())
+    options = {"clip": arguments.clip} if arguments.clip else {}
+    measures = build_measures(
+        config, [name for name in arguments.metrics.split(",") if name], images_per_prompt=arguments.images_per_prompt,
+        device=device, allow_download=arguments.allow_download, **options,
+    )  # fmt: skip
+    request = Request(
+        prompts, arguments.seed, arguments.images_per_prompt, arguments.steps, arguments.guidance_scale
+    )  # fmt: skip
+    sets = _measure(config, names, request, measures, arguments.weights)
+    result = summarize(sets, measures.kinds, request, config.evaluation.guard, confidence=arguments.confidence)
+    result |= {
+        "title": run_dir.resolve().name, "model": config.model.id, "height": config.model.height,
+        "width": config.model.width, "larger": _larger(arguments, config, names, request, measures),
+    }  # fmt: skip
+    _write(out, result, sets, arguments.pictures)
+    return 0
+
+
+def _checkpoints(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The run folder and the names of the checkpoints to evaluate, oldest first."""
+    paths = [Path(name) for name in arguments.checkpoint if len(Path(name).parts) > 1]
+    folders = {path.parent.parent for path in paths} | ({arguments.run} if arguments.run else set())
+    if len(folders) != 1:
+        raise UsageError("takes --run DIR, or --checkpoint DIR/checkpoints/NAME, of one run")
+    (run_dir,) = folders
+    from fdfo_engine.runtime.checkpoint import CheckpointStore
+    from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME
+
+    found = CheckpointStore(run_dir / CHECKPOINTS_NAME).names()
+    if arguments.base:
+        return run_dir, []
+    if not found:
+        raise CheckpointError(f"{run_dir}: no checkpoint there; --base takes the untrained model")
+    wanted = {Path(name).name for name in arguments.checkpoint} or {found[-1]}
+    if missing := wanted - {*found, "all"}:
+        raise CheckpointError(f"{run_dir}: no checkpoint {', '.join(sorted(missing))}; found: {', '.join(found)}")
+    return run_dir, found if "all" in wanted else sorted(wanted)
+
+
+def _check(arguments: argparse.Namespace, out: Path) -> None:
+    bounds = {
+        "steps": (1, 10_000), "count": (1, 10**9), "seed": (0, 2**64 - 1), "guidance_scale": (0, 1e6),
+        "images_per_prompt": (1, 1000), "larger": (1, 8), "confidence": (0.01, 0.9999), "pictures": (0, 1000),
+    }  # fmt: skip
+    for name, (least, most) in bounds.items():
+        refuse_outside(arguments, name, least, most)
+    refuse_filled(out, arguments.overwrite)
+
+
+def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
+    if arguments.prompts:
+        return load_prompt_list(arguments, config)
+    from fdfo_engine.evaluation import evaluation_prompts
+
+    return evaluation_prompts(config)[: arguments.count]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _measure(
+    config: Config, names: list[str], request: Request, measures: Measures, weights: Any
+) -> list[Measured]:  # fmt: skip
+    from fdfo_engine.engine import Engine
+    from fdfo_engine.evaluation.compare import measure_weights
+    from fdfo_engine.runtime.console import say
+
+    engine: Engine = Engine(config)
+    images = f"{len(request.prompts)} prompts x {request.images_per_prompt}"
+    say(f"{BASE}: {images}")
+    sets = [measure_weights(engine, request, measures, name=BASE, weights="raw")]
+    for name in names:
+        engine.load(name)
+        say(f"{name}: {images}")
+        sets.append(measure_weights(engine, request, measures, name=name, weights=weights))
+    return sets
+
+
+def _larger(
+    arguments: argparse.Namespace, config: Config, names: list[str], request: Request, measures: Measures
+) -> dict[str, Any] | None:
+    """Health of base and last checkpoint at a larger size, a note where the model does not allow it, or None."""
+    if arguments.larger == 1 or not measures.health:
+        return None
+    from dataclasses import replace
+
+    from fdfo_engine.evaluation.compare import summarize
+    from fdfo_engine.evaluation.measures import Measures
+    from fdfo_engine.rewards import WeightedRewards
+
+    height, width = (
+        round(n * arguments.larger / _SIZE_UNIT) * _SIZE_UNIT for n in (config.model.height, config.model.width)
+    )
+    size = {"height": height, "width": width}
+    larger = config.model_copy(update={"model": config.model.model_copy(update=size)})
+    few = replace(request, prompts=request.prompts[:_LARGER_PROMPTS], images_per_prompt=1)
+    only_health = Measures(WeightedRewards({}), measures.health, {})
+    try:
+        sets = _measure(larger, names[-1:], few, only_health, arguments.weights)
+    except UsageError as error:
+        return size | {"note": str(error)}
+    result = summarize(sets, only_health.kinds, few, config.evaluation.guard, confidence=arguments.confidence)
+    kept = ("sets", "metrics", "summary", "differences", "health_findings")
+    return size | {"prompts": len(few.prompts)} | {key: result[key] for key in kept}
+
+
+def _write(out: Path, result: dict[str, Any], sets: list[Measured], pictures: int) -> None:
+    from fdfo_engine.report.evaluation_files import write_evaluation
+    from fdfo_engine.report.evaluation_page import evaluation_table
+    from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.distributed import on_main
+
+    previews = {s.name: s.previews for s in sets if s.previews is not None}
+    page = on_main(lambda: write_evaluation(out, result, previews, pictures))
+    for line in evaluation_table(result):
+        say(line)
+    say(f"report: {page}")

@@ -1,0 +1,97 @@
+"""Scores churn-free images of fixed prompts and fixed noise: what a run is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import Config, RewardConfig
+from fdfo_engine.engine import Engine, Weights
+from fdfo_engine.metrics import measure_health
+from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rollout.prompts import load_prompts
+from fdfo_engine.runtime.distributed import all_gather_rows, rank, together, world_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Images `[N, 3, H, W]`, their prompts, and every metric's and health measure's value `[N]`; NaN is no opinion."""
+
+    prompts: list[str]
+    images: Tensor
+    scores: dict[str, Tensor]
+    health: dict[str, Tensor] = field(default_factory=dict)
+
+    def record(self, engine: Engine, weights: Weights, seed: int) -> dict[str, Any]:
+        """The line of evaluations.jsonl: means over the images that were scored, with their standard errors.
+
+        Of a health measure the standard deviation over images instead; `reward` is the run's weighted sum.
+        """
+        means, errors = _means_and_errors(self.scores)
+        total = _run_reward(engine.config, self.scores)
+        reward, reward_error = _means_and_errors({"reward": total})
+        used = "raw" if weights == "raw" or engine.ema is None else "ema"
+        return {
+            "epoch": engine.epoch, "count": len(self.prompts), "seed": seed, "weights": used,
+            "metrics": means, "metrics_stderr": errors,
+            "reward": reward["reward"], "reward_stderr": reward_error["reward"],
+            "health": {name: float(_known(values).mean()) for name, values in self.health.items()},
+            "health_std": {name: _spread(values) for name, values in self.health.items()},
+        }  # fmt: skip
+
+
+def evaluation_prompts(config: Config) -> list[str]:
+    """`evaluation.prompts`, or the run's own source; of the shapes generator the held-out captions."""
+    settings = config.evaluation
+    source = config.prompts.model_copy(update={"source": settings.prompts} if settings.prompts else {})
+    if source.source == "shapes":
+        source = source.model_copy(update={"count": settings.count})
+    return load_prompts(source, settings.seed, split="heldout").prompts[: settings.count]
+
+
+def metric_rewards(config: Config) -> WeightedRewards:
+    """The run's rewards and then `evaluation.metrics`, each scored once."""
+    own = {part.name for part in config.rewards}
+    extra = [RewardConfig(name=name, weight=1.0) for name in config.evaluation.metrics if name not in own]
+    return WeightedRewards.from_config([*config.rewards, *extra])
+
+
+def evaluate(
+    engine: Engine, prompts: list[str], metrics: WeightedRewards, *, seed: int, weights: Weights = "auto"
+) -> Evaluation:
+    """Generates one image a prompt and scores it; collective, and the result is the same on every rank."""
+    images = engine.generate(prompts, seed=seed, weights=weights)
+    count, ranks = len(prompts), world_size()
+    own = slice(rank() * count // ranks, (rank() + 1) * count // ranks)
+    parts = together(lambda: metrics(prompts[own], images[own])).parts
+    health = measure_health(images[own], engine.config.evaluation.health)
+    return Evaluation(prompts, images, _gathered(parts), _gathered(health))
+
+
+def _gathered(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: all_gather_rows(value) for name, value in values.items()}
+
+
+def _run_reward(config: Config, scores: Mapping[str, Tensor]) -> Tensor:
+    """The weighted sum of the run's own rewards, which come first in `scores`; `normalize` would move with the images."""
+    own = zip(config.rewards, scores.values(), strict=False)
+    return torch.stack([part.weight * score for part, score in own]).sum(0)
+
+
+def _means_and_errors(scores: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    known = {name: _known(values) for name, values in scores.items()}
+    errors = {name: _spread(values) / max(len(values), 1) ** 0.5 for name, values in known.items()}
+    return {name: float(values.mean()) for name, values in known.items()}, errors
+
+
+def _known(values: Tensor) -> Tensor:
+    return values[torch.isfinite(values)].double()
+
+
+def _spread(values: Tensor) -> float:
+    known = _known(values)
+    return float(known.std()) if len(known) > 1 else 0.0

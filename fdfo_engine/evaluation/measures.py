@@ -1,0 +1,86 @@
+"""The list of what an evaluation measures: rewards, image health and within-prompt diversity, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import Config, RewardConfig
+from fdfo_engine.metrics import DIVERSITY, HEALTH, DiversityMeasure, measure_health
+from fdfo_engine.metrics.embeddings import DEFAULT_CLIP, clip_diversity, dreamsim_diversity
+from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.runtime.errors import UsageError
+
+Kind = Literal["reward", "health", "diversity"]
+GROUPS = {"health": tuple(HEALTH), "diversity": tuple(DIVERSITY)}
+"""Names that `--metrics` takes for several."""
+
+MODEL_DIVERSITY = ("clip_diversity", "dreamsim_diversity")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Scores images `[P, K, 3, H, W]` of P prompts, K seeds each, by everything in the list."""
+
+    rewards: WeightedRewards
+    health: tuple[str, ...]
+    diversity: Mapping[str, DiversityMeasure]
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Every metric's name and kind, in the order of the tables."""
+        kinds: dict[str, Kind] = dict.fromkeys(self.rewards.rewards, "reward")
+        return kinds | dict.fromkeys(self.diversity, "diversity") | dict.fromkeys(self.health, "health")
+
+    def __call__(self, prompts: Sequence[str], images_PK: Tensor) -> dict[str, Tensor]:
+        """Float32 by name: `[P, K]` of rewards and health, `[P, 1]` of diversity; NaN is no opinion."""
+        prompt_count, seeds = images_PK.shape[:2]
+        if not prompt_count:
+            return {n: torch.zeros(0, 1 if kind == "diversity" else seeds) for n, kind in self.kinds.items()}
+        repeated, images = [p for p in prompts for _ in range(seeds)], images_PK.flatten(0, 1)
+        by_image = self.rewards(repeated, images).parts | measure_health(images, self.health)
+        by_prompt = {name: measure(images_PK)[:, None] for name, measure in self.diversity.items()}
+        found = {name: score.view(prompt_count, seeds) for name, score in by_image.items()} | by_prompt
+        return {name: found[name] for name in self.kinds}
+
+
+def build_measures(
+    config: Config,
+    names: Sequence[str],
+    *,
+    images_per_prompt: int,
+    device: torch.device,
+    clip: str = DEFAULT_CLIP,
+    allow_download: bool = False,
+) -> Measures:
+    """The measures `names`: rewards (with the run's options where the run has them), health, diversity, their groups.
+
+    Without names: the run's rewards and its `evaluation.metrics`, all health measures, and the diversity that needs no
+    model.
+
+    Raises:
+        UsageError: no such reward; diversity of one image a prompt.
+        EnvironmentProblem: a measure's package or model is not here.
+    """
+    wanted = list(dict.fromkeys(n for name in names or _defaults(config) for n in GROUPS.get(name, (name,))))
+    diverse = [n for n in wanted if n in DIVERSITY or n in MODEL_DIVERSITY]
+    if images_per_prompt < 2:
+        if asked := [n for n in diverse if names]:
+            raise UsageError(f"--metrics {asked[0]}: needs two or more images a prompt; set --images-per-prompt")
+        diverse = []
+    own = {part.name: part for part in config.rewards}
+    rewards = [
+        own.get(n) or RewardConfig(name=n, weight=1.0) for n in wanted if n not in (*HEALTH, *diverse, *DIVERSITY)
+    ]
+    special = {"clip_diversity": lambda: clip_diversity(clip, device, allow_download=allow_download),
+               "dreamsim_diversity": lambda: dreamsim_diversity(device, allow_download=allow_download)}  # fmt: skip
+    diversity = {n: DIVERSITY[n] if n in DIVERSITY else special[n]() for n in diverse}
+    return Measures(WeightedRewards.from_config(rewards), tuple(n for n in wanted if n in HEALTH), diversity)
+
+
+def _defaults(config: Config) -> list[str]:
+    return [*(part.name for part in config.rewards), *config.evaluation.metrics, "diversity", "health"]

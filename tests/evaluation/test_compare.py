@@ -1,0 +1,179 @@
+"""Base against tuned on a tiny pipeline: every number by another way, on any batch size and number of ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from engine.launching import ROOT, launch
+from PIL import Image
+from scipy import stats
+from tiny_sd3 import PROMPTS, tiny_config
+
+from fdfo_engine import Engine
+from fdfo_engine.cli.main import main
+from fdfo_engine.config import dump_config
+from fdfo_engine.metrics import measure_health
+from fdfo_engine.metrics.diversity import pixel_diversity
+from fdfo_engine.report.evaluation_page import extremes
+
+SEEDS, COUNT = 3, 7
+METRICS = "engine.pixel_rewards:left_bright,brightness,diversity,health"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sd3, tmp_path_factory):
+    """A run folder with checkpoints of epochs 1 and 2, and a list of seven prompts."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(tiny_sd3, folder / "run", update={"ema": 0.5}, evaluation={"every": 0, "batch": 3})
+    engine = Engine(config)
+    for _ in range(2):
+        rollout = engine.rollout(PROMPTS)
+        engine.update(rollout, 10 * rollout.images.flatten(2).mean(2))
+        engine.save()
+    (folder / "run/config.yaml").write_text(dump_config(config))
+    (folder / "list.txt").write_text("\n".join([*PROMPTS, *PROMPTS[:3]]))
+    return folder
+
+
+def evaluate(trained, out, *words, run="run"):
+    common = ["--prompts", str(trained / "list.txt"), "--images-per-prompt", str(SEEDS), "--metrics", METRICS]
+    code = main(["evaluate", "--run", str(trained / run), "--out", str(out), *common, *words])
+    assert code == 0
+    return json.loads((out / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def result(trained):
+    return evaluate(trained, trained / "out", "--checkpoint", "all", "--seed", "5")
+
+
+def images_of(trained, name, weights, batch=3):
+    engine = Engine.resume(trained / "run", name)
+    prompts = (trained / "list.txt").read_text().split("\n")
+    return torch.stack([engine.generate(prompts, seed=5 + k, weights=weights) for k in range(SEEDS)], 1)
+
+
+def test_scores_are_means_over_the_seeds_of_whole_lists_generated_at_once(trained, result):
+    assert [s["name"] for s in result["sets"]] == ["base", "epoch_000001", "epoch_000002"]
+    assert [s["weights"] for s in result["sets"]] == ["raw", "ema", "ema"]
+    images = images_of(trained, "epoch_000002", "ema")
+    found = result["scores"]["epoch_000002"]
+    assert found["brightness"] == pytest.approx(images.flatten(2).mean(2).mean(1).tolist(), rel=1e-6)
+    left = 100 * (images[..., :8] - images[..., 8:]).flatten(2).mean(2)
+    assert found["engine.pixel_rewards:left_bright"] == pytest.approx(left.mean(1).tolist(), rel=1e-4, abs=1e-5)
+    assert found["pixel_diversity"] == pytest.approx(pixel_diversity(images).tolist(), rel=1e-6)
+    sharp = measure_health(images.flatten(0, 1), ["sharpness"])["sharpness"].view(COUNT, SEEDS)
+    assert found["sharpness"] == pytest.approx(sharp.mean(1).tolist(), rel=1e-6)
+
+
+def test_intervals_are_those_of_scipys_paired_test(result):
+    for metric in ("brightness", "sharpness", "pixel_diversity"):
+        before, after = (np.array(result["scores"][name][metric]) for name in ("base", "epoch_000002"))
+        found = result["differences"]["epoch_000002"][metric]
+        expected = stats.ttest_rel(after, before).confidence_interval(0.95)
+        assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), rel=1e-6)
+        assert found["low"] <= found["bootstrap_low"] <= found["mean"] <= found["bootstrap_high"] <= found["high"]
+        assert found["rose"] == pytest.approx((after > before).mean())
+        assert found["count"] == COUNT
+
+
+def test_scores_do_not_depend_on_the_batch_size(trained, result):
+    """But for the last bits of a forward, which depend on the size of its batch."""
+    config = (trained / "run/config.yaml").read_text()
+    try:
+        (trained / "run/config.yaml").write_text(config.replace("batch: 3", "batch: 2"))
+        other = evaluate(trained, trained / "out_batch", "--checkpoint", "all", "--seed", "5", "--larger", "1")
+    finally:
+        (trained / "run/config.yaml").write_text(config)
+    for name, scores in result["scores"].items():
+        for metric, values in scores.items():
+            assert other["scores"][name][metric] == pytest.approx(values, rel=1e-4, abs=1e-5), (name, metric)
+
+
+def test_two_ranks_score_the_same_bits(trained, result):
+    done = launch(
+        ROOT / "fdfo_engine/cli/main.py", "evaluate", "--run-dir", trained / "run", "--out", trained / "out_ranks",
+        "--checkpoint", "all", "--seed", 5, "--prompts", trained / "list.txt", "--images-per-prompt", SEEDS,
+        "--metrics", METRICS, "--larger", 1, by="torchrun", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = json.loads((trained / "out_ranks/evaluation.json").read_text())
+    assert other["scores"] == result["scores"]
+    assert other["differences"] == result["differences"]
+    assert done.stdout.count("report:") == 1
+
+
+def test_a_prompt_keeps_its_scores_when_the_list_grows(trained, result):
+    few = evaluate(
+        trained, trained / "out_few", "--checkpoint", "epoch_000002", "--seed", "5", "--count", "3", "--larger", "1"
+    )
+    for metric, values in few["scores"]["epoch_000002"].items():
+        assert values == pytest.approx(result["scores"]["epoch_000002"][metric][:3], rel=1e-4, abs=1e-5), metric
+
+
+def test_the_larger_size_is_measured_where_the_model_allows_it(trained, result):
+    assert (result["larger"]["height"], result["larger"]["width"]) == (32, 32)
+    assert [s["name"] for s in result["larger"]["sets"]] == ["base", "epoch_000002"]
+    assert {m["kind"] for m in result["larger"]["metrics"]} == {"health"}
+    assert np.isfinite(result["larger"]["summary"]["base"]["sharpness"]["mean"])
+    beyond = evaluate(trained, trained / "out_beyond", "--base", "--larger", "3", "--count", "2")
+    assert "multiple of 4 up to 32" in beyond["larger"]["note"]
+
+
+def test_base_alone_and_a_checkpoint_by_its_path(trained):
+    alone = evaluate(trained, trained / "out_base", "--base", "--larger", "1")
+    assert [s["name"] for s in alone["sets"]] == ["base"]
+    assert alone["differences"] == {}
+    path = trained / "run/checkpoints/epoch_000001"
+    words = [
+        "--prompts",
+        str(trained / "list.txt"),
+        "--count",
+        "2",
+        "--larger",
+        "1",
+        "--images-per-prompt",
+        "1",
+        "--raw",
+    ]
+    assert main(["evaluate", "--checkpoint", str(path), "--out", str(trained / "out_path"), *words]) == 0
+    found = json.loads((trained / "out_path/evaluation.json").read_text())
+    assert [(s["name"], s["weights"]) for s in found["sets"]] == [("base", "raw"), ("epoch_000001", "raw")]
+    assert "pixel_diversity" not in found["scores"]["base"], "one image has no diversity"
+
+
+def test_pictures_are_those_that_were_scored(trained, result):
+    images = images_of(trained, None, "ema")
+    winners, losers = extremes(result)
+    metric = result["metrics"][0]["name"]
+    changes = np.subtract(*(result["scores"][name][metric] for name in ("epoch_000002", "base")))
+    assert winners == [i for i in np.argsort(-changes) if changes[i] > 0][:6]
+    assert losers == [i for i in np.argsort(changes) if changes[i] < 0][:6]
+    for index in (0, COUNT - 1):
+        with Image.open(trained / f"out/pictures/epoch_000002/{index:05d}.png") as file:
+            saved = np.asarray(file)
+        expected = (images[index, 0] * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.abs(saved.astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--metrics", "brightnes"], 2, "did you mean 'brightness'"),
+        (["--metrics", "diversity", "--images-per-prompt", "1"], 2, "--images-per-prompt"),
+        (["--metrics", "clip_diversity", "--clip", "nobody/none"], 3, "--allow-download"),
+        (["--metrics", "dreamsim_diversity"], 3, "--allow-download"),
+        (["--checkpoint", "epoch_000009"], 7, "no checkpoint epoch_000009; found: epoch_000001, epoch_000002"),
+        (["--checkpoint", "/elsewhere/checkpoints/epoch_000001"], 2, "of one run"),
+        (["--prompts", "drawbench"], 4, "nothing is fetched unasked"),
+        (["--confidence", "1"], 2, "--confidence"),
+        (["--out", "FULL"], 2, "--overwrite"),
+    ],
+)
+def test_refusals(trained, words, code, says, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [str(trained / "out") if word == "FULL" else word for word in words]
+    assert main(["evaluate", "--run", str(trained / "run"), "--larger", "1", *words]) == code
+    assert says in capsys.readouterr().err
+    assert not (trained / "run/evaluation").exists()

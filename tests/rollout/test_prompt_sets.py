@@ -1,0 +1,156 @@
+"""Small local files in the formats of the known sets; a hub that only gives what was allowed."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from fdfo_engine.config import PromptsConfig
+from fdfo_engine.rollout import prompt_sets
+from fdfo_engine.rollout.prompt_sets import PROMPT_SETS
+from fdfo_engine.rollout.prompts import MAX_PROMPT_BYTES, load_prompts
+from fdfo_engine.runtime.errors import EnvironmentProblem, PromptError
+
+NASTY = 'a "quoted" cat, on\u2028two <b>lines</b>'
+
+
+def load(source, **options):
+    return load_prompts(PromptsConfig(source=str(source), **options), 0).prompts
+
+
+def write_parti(folder):
+    rows = ["Prompt\tCategory\tChallenge\tNote", "bond\tAbstract\tBasic\tBiology-inspired concepts",
+            '"a ""red"" cube"\tArts\tBasic\t', "\tArts\tBasic\tempty", "ein Bär\tAnimals\tBasic\t"]  # fmt: skip
+    (folder / "PartiPrompts.tsv").write_text("\n".join(rows), encoding="utf-8")
+    return ["bond", 'a "red" cube', "ein Bär"]
+
+
+def write_drawbench(folder):
+    (folder / "drawbench.csv").write_text('Prompts,Category\n"A red car, and a dog.",Colors\nfoo,Text\n')
+    return ["A red car, and a dog.", "foo"]
+
+
+def write_hpdv2(folder):
+    (folder / "benchmark").mkdir()
+    for style in ("anime", "concept-art", "paintings", "photo", "unwanted"):
+        (folder / "benchmark" / f"{style}.json").write_text(json.dumps([f"{style} one", f" {NASTY} ", ""]))
+    return [p for s in ("anime", "concept-art", "paintings", "photo") for p in (f"{s} one", NASTY)]
+
+
+def write_pickscore(folder):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra [parquet]")
+    from pyarrow import parquet
+
+    (folder / "data").mkdir()
+    for name, captions in (
+        ("test-00000-of-00002", ["one", "two"]),
+        ("test-00001-of-00002", ["two"]),
+        ("train-0", ["no"]),
+    ):
+        table = pyarrow.table({"caption": captions, "label_0": [0.5] * len(captions)})
+        parquet.write_table(table, folder / "data" / f"{name}.parquet")
+    return ["one", "two", "two"]
+
+
+WRITERS = {"parti": write_parti, "drawbench": write_drawbench, "hpdv2": write_hpdv2, "pickscore": write_pickscore}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose datasets are folders here; it keeps what it was asked, and has cached what it was let fetch."""
+    asked, cached = [], set()
+
+    def snapshot_download(repo, *, repo_type, allow_patterns, local_files_only):
+        assert repo_type == "dataset"
+        asked.append((repo, tuple(allow_patterns), local_files_only))
+        if local_files_only and repo not in cached:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+        cached.add(repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_every_set_has_a_writer():
+    assert set(WRITERS) == set(PROMPT_SETS)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_set_is_fetched_only_if_allowed_and_then_read_from_the_cache(name, tmp_path, hub):
+    expected = WRITERS[name](tmp_path)
+    known = PROMPT_SETS[name]
+    with pytest.raises(PromptError, match="nothing is fetched unasked") as caught:
+        load(name)
+    assert known.repo in str(caught.value)
+    assert known.files[0] in str(caught.value)
+    assert hub == [(known.repo, known.files, True)], "only the cache was looked at"
+    assert load(name, allow_download=True) == expected
+    assert load(name) == expected
+    assert [local for _, _, local in hub] == [True, False, True]
+
+
+def test_any_dataset_of_the_hub_by_id(tmp_path, hub):
+    write_drawbench(tmp_path)
+    assert load("hub:some/where/drawbench.csv", column="Category", allow_download=True) == ["Colors", "Text"]
+    assert hub[-1][:2] == ("some/where", ("drawbench.csv",))
+    with pytest.raises(PromptError, match=r"has no nothing\.csv"):
+        load("hub:some/where/nothing.csv", allow_download=True)
+    with pytest.raises(PromptError, match="hub:OWNER/NAME"):
+        load("hub:some")
+
+
+def test_an_empty_cache_of_the_real_hub_client_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PromptError, match=r"would fetch benchmark/anime\.json.* of the dataset zhwang/HPDv2"):
+        load("hpdv2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_geneval_is_a_local_file(tmp_path):
+    lines = [
+        {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"},
+        {"tag": "counting", "include": [{"class": "cup", "count": 3}], "prompt": "a photo of three cups"},
+    ]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert load(path) == ["a photo of a cat", "a photo of three cups"]
+    with pytest.raises(PromptError, match=r"evaluation_metadata\.jsonl"):
+        load("geneval")
+
+
+def test_local_files_of_every_format(tmp_path):
+    expected = write_parti(tmp_path), write_drawbench(tmp_path)
+    assert load(tmp_path / "PartiPrompts.tsv", column="Prompt") == expected[0]
+    assert load(tmp_path / "drawbench.csv", column="Prompts") == expected[1]
+    objects = tmp_path / "test.json"
+    objects.write_text(json.dumps([{"prompt": NASTY, "image_path": ["x"]}, {"prompt": "b"}]))
+    assert load(objects) == [NASTY, "b"]
+    assert load(tmp_path / "drawbench.csv", column="Category", dedup=True) == ["Colors", "Text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "Prompts,Category\nx,y\n", "row 1: no text under prompts.column = 'prompt'; it has .*'Prompts'"),
+        ("a.json", "{", "not JSON"),
+        ("a.json", '{"prompt": "x"}', "takes a list"),
+        ("a.json", "[3]", "row 1.*int"),
+        ("a.json", "[]", "0 usable prompts in 0 rows"),
+        ("a.tsv", "prompt\n" + "x" * (MAX_PROMPT_BYTES + 1), "at most"),
+        ("a.parquet", "no table", "parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name, text, words, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises((PromptError, EnvironmentProblem), match=words):
+        load(path)
+
+
+def test_a_file_of_a_sets_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("parti").write_text("mine\n")
+    assert load("parti") == ["mine"]
+    assert prompt_sets.named_set("unknown", "prompt") is None
