@@ -199,7 +199,7 @@ class UpdateConfig(Section):
     optimizer_steps: int = Field(default=4, ge=1)
     """Optimizer steps an epoch; each sees every sample, at its share of the trained steps."""
 
-    train_steps: Annotated[int, Field(ge=1)] | None = None
+    train_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Solver steps of each sample that are trained, drawn at random; null takes all of sampling.steps."""
 
     micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"

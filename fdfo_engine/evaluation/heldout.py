@@ -77,7 +77,7 @@ def _gathered(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _run_reward(config: Config, scores: Mapping[str, Tensor]) -> Tensor:
-    """The weighted sum of the run's own rewards, which come first in `scores`; `normalize` would move with the images."""
+    """The weighted sum of the run's own rewards, which come first in `scores`; not normalised, to be comparable."""
     own = zip(config.rewards, scores.values(), strict=False)
     return torch.stack([part.weight * score for part, score in own]).sum(0)
 

@@ -1,5 +1,6 @@
 """Embeddings on disk: the same bits without a text encoder, in another process, and nothing from a damaged file."""
 
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from fdfo_engine.models.prompt_store import PromptStore, open_prompt_store
 from fdfo_engine.models.registry import load_model
 
 CPU = torch.device("cpu")
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # an engine leaves them behind
 
 SECOND_PROCESS = """
 import sys, torch
@@ -46,7 +49,9 @@ def test_a_second_process_gets_the_same_bits_and_encodes_nothing(tiny_sd3, tmp_p
     same(PromptCache(model, open_prompt_store(config, CPU)).encode(PROMPTS), exact)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     words = [str(tmp_path / "config.yaml"), str(tmp_path / "out.safetensors"), *PROMPTS]
-    done = subprocess.run([sys.executable, "-c", SECOND_PROCESS, *words], capture_output=True, text=True, timeout=200)
+    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    command = [sys.executable, "-c", SECOND_PROCESS, *words]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     save_file(exact.tensors, tmp_path / "exact.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "exact.safetensors").read_bytes()
