@@ -18,7 +18,7 @@ from benchmarks.timing import Spread, copy_bandwidth, interleaved
 from fdfo_engine import ops
 
 SUITES = ("attention_ops", "block_ops", "linear_ops", "pair_ops")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest value; the tests are stricter
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value; plain bfloat16 rounds often
 
 
 def main() -> None:
