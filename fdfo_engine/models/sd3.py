@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from fdfo_engine.config import Config, ModelConfig
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
 from fdfo_engine.models.fused.choice import choose_blocks
+from fdfo_engine.models.fused.fuse import own_forwards
 from fdfo_engine.models.lora import ADAPTER, adapters_off, add_lora, fold_alpha, trainable
 from fdfo_engine.models.sd3_blank import become_fake, blank_conditioning, blank_pipeline
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
@@ -223,7 +224,7 @@ class SD3Model:
         generator = torch.Generator().manual_seed(0)
         latents = torch.randn(1, *self.latent_shape, generator=generator).to(self.device)
         timestep = torch.full((1,), 500.0)
-        with torch.no_grad(), _weights_in(self.network, weights):
+        with torch.no_grad(), own_forwards(self.network), _weights_in(self.network, weights):
             conditioning = self.encode_prompt("a picture")
             trained = self.velocity(self.network, latents, timestep, conditioning).float()
             loaded = self.velocity(exported.eval(), latents, timestep, conditioning).float()

@@ -2,7 +2,7 @@
 
 import sys
 
-from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends
+from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.feed_forward import feed_forward
 from fdfo_engine.ops.gated_residual import gated_residual
@@ -48,6 +48,7 @@ __all__ = [
     "BackendUnavailableError",
     "backend_for",
     "backends",
+    "block_backend",
     "churn_stream",
     "deal_stream",
     "fdfo_loss",

@@ -36,6 +36,11 @@ def backend_for(device: torch.device, forced: str | None = None) -> str:
     return choose("pair ops", BACKENDS, device, forced=forced)
 
 
+def block_backend(device: torch.device) -> str:
+    """The backend that the ops of a transformer block take on `device` where none is forced."""
+    return choose("block ops", ("triton", "cpp", "torch"), device)
+
+
 def refusals(backend: str, device: torch.device) -> list[str]:
     """Reasons why `backend` can't take tensors on `device`; an empty list means it can."""
     if backend in ("cpp", "cuda"):

@@ -38,8 +38,9 @@ def lora_linear(
 ) -> Tensor:
     """`y = x W^T + bias + scaling * (x A^T) B^T`, then tanh-GELU if `gelu`.
 
-    Sums are float32; operands of products have the dtype of `x`, to which A, B and `x A^T` are rounded inside. In
-    float32, `W + scaling * B A` may stand for the sum. Two calls agree bit for bit.
+    Each product sums in float32; its operands have the dtype of `x`, to which A, B and `x A^T` are rounded inside.
+    Backends torch and cpp round the base layer's product before the adapter's is added; the gradient of `x` is rounded
+    after every layer. In float32, `W + scaling * B A` may stand for the sum. Two calls agree bit for bit.
 
     Differentiable once in `x`, `weight`, `bias`, `lora_a` and `lora_b`, where needed. Keeps for the backward: `x`, if a
     parameter needs it; with `gelu`, what that was taken of; `x A^T` where it was made.

@@ -113,7 +113,10 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction
     kept = {"trajectories": trajectory, "images": images}
     rollout = kept | {"gathered weights": gathered}
     rollout["block"] = block * (plan.steps * footprint.velocity + footprint.image)
-    rollout["network or VAE"] = max(footprint.forward.at(guided * block), footprint.decode.at(DECODE_IMAGES))
+    forward, decode = footprint.forward.at(guided * block), footprint.decode.at(DECODE_IMAGES)
+    if config.model.cuda_graphs:  # a graph keeps what it was captured with
+        resident["rollout graph"] = forward
+    rollout["network or VAE"] = decode if config.model.cuda_graphs else max(forward, decode)
     update = kept | {"gathered weights": gathered}
     update["micro-batch"] = footprint.training.at(guided * plan.micro_batch)
     update["gradient exchange"] = _exchange_bytes(footprint, config.zero.stage)

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from fdfo_engine.models.fused import fuse, fused_blocks, fusion_refusals, is_fused, unfuse
+from fdfo_engine.models.fused.fuse import own_forwards
 
 
 @pytest.fixture(params=VARIANTS)
@@ -138,7 +139,7 @@ REFUSED = {
     "biased LoRA": (lambda m: lora(m, lora_bias=True), "adapter 'default' has a bias"),
     "two adapters": (two_adapters, "several adapters are active at once: default, second"),
     "merged": (merged, "an adapter is merged into its weights"),
-    "half LoRA": (lambda m: (lora(m), m.bfloat16()), "adapter 'default' is torch.bfloat16, not float32"),
+    "offloaded": (lambda m: setattr(m, "_hf_hook", object()), "accelerate's hooks offload it"),
     "chunks": (chunked, "forward chunking is on"),
     "activation": (lambda m: setattr(m.transformer_blocks[0].ff.net[0], "approximate", "none"), "not tanh-GELU"),
     "processor": (
@@ -164,6 +165,38 @@ def test_what_does_not_fit_is_refused_with_its_reason(name):
     with pytest.raises(ValueError, match=re.escape(message)):
         fuse(model)
     assert not is_fused(model)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("name", ["DoRA", "biased LoRA", "two adapters", "merged"])
+def test_an_adapter_that_stops_fitting_is_noticed(name):
+    change, message = REFUSED[name]
+    model = build("sd35-medium")
+    fuse(model)
+    change(model)
+    with pytest.raises(ValueError, match=re.escape(f"fused blocks: {message}")):
+        model(**inputs("sd35-medium"))
+
+
+def test_an_adapter_of_the_models_short_dtype_runs():
+    model = build("sd35-medium").bfloat16()
+    lora(model)
+    model.bfloat16()
+    batch = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs("sd35-medium").items()}
+    exact = model(**batch, return_dict=False)[0]
+    fuse(model)
+    found = model(**batch, return_dict=False)[0]
+    assert (found - exact).float().norm() < 1e-2 * exact.float().norm()
+
+
+def test_it_computes_as_diffusers_for_a_while(variant):
+    model, batch = build(variant), inputs(variant)
+    exact = model(**batch, return_dict=False)[0]
+    fuse(model)
+    fused = model(**batch, return_dict=False)[0]
+    with own_forwards(model):
+        assert torch.equal(model(**batch, return_dict=False)[0], exact)
+    assert torch.equal(model(**batch, return_dict=False)[0], fused)
 
 
 def test_other_arguments_are_refused():

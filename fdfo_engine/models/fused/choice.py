@@ -5,7 +5,7 @@ from typing import Any
 from fdfo_engine.config import ModelConfig
 from fdfo_engine.models.fused.fuse import fuse
 from fdfo_engine.models.fused.refusals import fusion_refusals
-from fdfo_engine.ops import BackendUnavailableError
+from fdfo_engine.ops import BackendUnavailableError, block_backend
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
@@ -43,4 +43,9 @@ def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> N
 def _refusals(transformer: Any, settings: ModelConfig) -> list[str]:
     if settings.compile:
         return ["model.compile is true"]
-    return ["model.fused is false"] if settings.fused is False else fusion_refusals(transformer)
+    if settings.fused is False:
+        return ["model.fused is false"]
+    reasons = fusion_refusals(transformer)
+    if settings.fused == "auto" and block_backend(transformer.proj_out.weight.device) == "torch":
+        reasons.append("its ops would run on plain torch here; fdfo doctor says why")
+    return reasons

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
@@ -72,6 +73,20 @@ def unfuse(transformer: Any) -> None:
         joint.release()
     del transformer.forward
     delattr(transformer, _PLAN)
+
+
+@contextmanager
+def own_forwards(transformer: Any) -> Iterator[None]:
+    """Within this context a fused `transformer` computes as diffusers does; nothing where it is not fused."""
+    parts = [transformer, *fused_blocks(transformer)] if is_fused(transformer) else []
+    forwards = [part.forward for part in parts]
+    for part in parts:
+        del part.forward
+    try:
+        yield
+    finally:
+        for part, forward in zip(parts, forwards, strict=True):
+            part.forward = forward
 
 
 def is_fused(transformer: Any) -> bool:

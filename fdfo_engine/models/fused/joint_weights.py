@@ -15,14 +15,15 @@ class JointWeights:
     """Moves the storage of `layers` into one buffer; their parameters stay the same objects, with the same values.
 
     What moves a parameter elsewhere later (`.to`, a new `.data`) or unfreezes it is noticed by `runs`, and the
-    layers then run one by one. `release` gives each parameter storage of its own again.
+    layers then run one by one; after a move for good, so the buffer is let go. `release` gives each parameter storage
+    of its own again.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = list(layers)
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = _gather([layer.weight for layer in layers])
-        self.bias = None if layers[0].bias is None else _gather([layer.bias for layer in layers])
+        self.weight: Tensor | None = _gather([layer.weight for layer in layers])
+        self.bias: Tensor | None = None if layers[0].bias is None else _gather([layer.bias for layer in layers])
         self._places = [p.data_ptr() for p in self._parameters()]
 
     @classmethod
@@ -38,11 +39,13 @@ class JointWeights:
         """Whether `together` is what `layers` compute now: no adapter wraps them, the buffer holds them, all frozen."""
         if any(now is not then for now, then in zip(layers, self.layers, strict=True)):
             return False
-        places = zip(self._parameters(), self._places, strict=True)
-        return all(p.data_ptr() == place and not p.requires_grad for p, place in places)
+        if any(p.data_ptr() != place for p, place in zip(self._parameters(), self._places, strict=True)):
+            self.weight, self.bias = None, None
+        return self.weight is not None and not any(p.requires_grad for p in self._parameters())
 
     def together(self, x: Tensor) -> tuple[Tensor, ...]:
         """Every layer's output for `x` `[..., K]`, views of one tensor; differentiable in `x`, once."""
+        assert self.weight is not None
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _split_linear(x, self.weight, self.bias, self.sizes)
         found: tuple[Tensor, ...] = _Together.apply(x, self.weight, self.bias, self.sizes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
+from fdfo_engine.models.fused.refusals import adapter_refusals
 from fdfo_engine.ops import feed_forward, lora_linear, lora_linear_group
 
 
@@ -30,15 +32,21 @@ def base_of(layer: Any) -> nn.Module:
 
 
 def parts_of(layer: Any) -> LinearParts:
-    """The tensors that `layer` computes with now."""
+    """The tensors that `layer` computes with now.
+
+    Raises:
+        ValueError: its adapter has become one that fused blocks don't compute, since `fuse` looked: merged, say.
+    """
     base: Any = base_of(layer)
-    if base is layer or layer.disable_adapters:
+    if base is layer:
         return LinearParts(base.weight, base.bias)
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            return LinearParts(base.weight, base.bias, a, b, layer.scaling[name])
-    return LinearParts(base.weight, base.bias)
+    if reasons := list(adapter_refusals(layer)):
+        raise ValueError(f"fused blocks: {'; '.join(reasons)}: unfuse first")
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return LinearParts(base.weight, base.bias)
+    a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
+    return LinearParts(base.weight, base.bias, a.float(), b.float(), layer.scaling[names[0]])
 
 
 def project(layer: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
@@ -62,8 +70,8 @@ def feed_forward_of(module: Any, x: Tensor, *, recompute: bool) -> Tensor:
     first, second = parts_of(up), parts_of(down)
     if first.lora_a is None and second.lora_a is None:
         return feed_forward(x, *first[:2], *second[:2], recompute=recompute)
-    if recompute:
-        found: Tensor = checkpoint(_adapted_feed_forward, up, down, x, use_reentrant=False)
+    if recompute and torch.is_grad_enabled():
+        found: Tensor = checkpoint(_adapted_feed_forward, up, down, x, use_reentrant=False, preserve_rng_state=False)
         return found
     return _adapted_feed_forward(up, down, x)
 

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import float32, nn
+from torch import nn
 
 EPS = 1e-6
 MAX_HEAD_SIZE = 256
@@ -30,6 +30,8 @@ def fusion_refusals(transformer: Any) -> list[str]:
     if type(transformer) not in (SD3Transformer2DModel, FluxTransformer2DModel):
         return [f"it is a {type(transformer).__name__}, not an SD3Transformer2DModel or FluxTransformer2DModel"]
     reasons: dict[str, None] = {}
+    if hasattr(transformer, "_hf_hook"):
+        reasons["accelerate's hooks offload it"] = None
     for block in blocks_of(transformer):
         reasons |= dict.fromkeys(_block_refusals(block))
     reasons |= dict.fromkeys(_layer_refusals(transformer.norm_out))
@@ -86,12 +88,13 @@ def _layer_refusals(part: nn.Module) -> Iterator[str]:
         if isinstance(module, nn.Dropout) and module.p > 0:
             yield f"dropout is {module.p}"
         if isinstance(module, BaseTunerLayer):
-            yield from _adapter_refusals(module)
+            yield from adapter_refusals(module)
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             yield f"a layer is a {type(module).__name__}"
 
 
-def _adapter_refusals(layer: Any) -> Iterator[str]:
+def adapter_refusals(layer: Any) -> Iterator[str]:
+    """Reasons why a fused block can't compute `layer` with its adapter as it is now."""
     if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
         yield f"an adapter is {type(layer).__name__} on {type(layer.base_layer).__name__}, not LoRA on a linear layer"
         return
@@ -105,5 +108,3 @@ def _adapter_refusals(layer: Any) -> Iterator[str]:
             yield f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
         if layer.lora_bias[name] or layer.fan_in_fan_out:
             yield f"adapter {name!r} has a bias, or a transposed weight"
-        if layer.lora_A[name].weight.dtype != float32:
-            yield f"adapter {name!r} is {layer.lora_A[name].weight.dtype}, not float32"
