@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.architectures import Architecture, architectures, sharing
 from benchmarks.flops import flops
-from benchmarks.results_file import RESULTS, header, machine, write
+from benchmarks.results_file import RESULTS, command, header, machine, write
 from benchmarks.timing import Spread, interleaved
 from fdfo_engine.cli.bench import add_options
 from fdfo_engine.models.footprint import saved_bytes
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     known = architectures()
     names = arguments.arch or (["sd35-medium"] if device.type == "cuda" else ["shapes", "blocks"])
     result = header("benchmarks.end_to_end") | {
-        "command": " ".join(["fdfo bench", *(w for w in sys.argv[1:] if w != "bench" and not w.startswith("--out"))]),
+        "command": command("fdfo bench", [word for word in sys.argv[1:] if word != "bench"]),
         "threads": torch.get_num_threads(),
         "matmul_flops_per_s": matmul_rate(device),
         "rows": [],

@@ -16,19 +16,25 @@ from fdfo_engine.runtime.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PLACES = ("--out", "--runs")
 
 
 def header(module: str) -> dict[str, Any]:
     """The command as it was given, the day, the commit (and whether the tree differs from it), machine and versions."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--out")]
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "command": " ".join(["python -m", module, *words]),
+        "command": command(f"python -m {module}", sys.argv[1:]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": changes.splitlines(),
         "environment": {key: value for key, value in describe_environment().items() if key != "host"},
     }
+
+
+def command(name: str, words: list[str]) -> str:
+    """What makes the file again: `name` with `words`, but where files go."""
+    kept = [word for i, word in enumerate(words) if not word.startswith(PLACES) and words[max(i - 1, 0)] not in PLACES]
+    return " ".join([name, *kept])
 
 
 def machine(device: torch.device) -> str:
