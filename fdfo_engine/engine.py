@@ -53,8 +53,12 @@ class Engine:
         poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, trains: bool = True) -> None:
         """Joins the ranks, loads the model and hands it to DeepSpeed; nothing is read from `run.dir`.
+
+        Args:
+            config: the settings.
+            trains: false plans no memory for an update, for an engine that only generates.
 
         Raises:
             ConfigError, UsageError: settings that don't fit the model or the ranks.
@@ -67,7 +71,7 @@ class Engine:
         all_agree_hash(dump_config(config), "the settings")
         self.backend = pair_backend(config, self.device)
         self.model = load_model(config, self.device)
-        self.memory = plan_memory(self.model, config) if self.device.type == "cuda" else None
+        self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
         prompts = PromptCache(self.model, open_prompt_store(config, self.device))
         self.sampler = PairedSampler(self.model, prompts, config, self.backend)
         parameters = list(self.model.trained_parameters())

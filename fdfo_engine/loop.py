@@ -14,7 +14,7 @@ from torch import Tensor
 from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
-from fdfo_engine.evaluation.guard import findings, last_in_order, out_of_order
+from fdfo_engine.evaluation.guard_watch import GuardWatch
 from fdfo_engine.resources import memory_record
 from fdfo_engine.rewards import Scores, WeightedRewards
 from fdfo_engine.rewards.background import BackgroundScorer
@@ -26,7 +26,6 @@ from fdfo_engine.runtime.distributed import (
     all_gather_rows,
     any_rank,
     barrier,
-    max_over_ranks,
     on_main,
     setup_distributed,
     together,
@@ -44,7 +43,6 @@ from fdfo_engine.runtime.errors import (
 from fdfo_engine.runtime.run_folder import (
     CHECKPOINTS_NAME,
     EVALUATIONS_NAME,
-    METRICS_NAME,
     RunFolder,
     read_log,
     stored_config,
@@ -125,6 +123,7 @@ class _Run:
             tensorboard=config.log.tensorboard, wandb=config.log.wandb, settings=config.model_dump(),
         )  # fmt: skip
         self._timer = PhaseTimer(self._engine.device)
+        self._guard = GuardWatch(self._engine, rewards, self._save)
 
     def _prepare_folder(self) -> None:
         assert self._folder is not None
@@ -136,9 +135,9 @@ class _Run:
         engine, epochs = self._engine, self._config.run.epochs
         if engine.epoch >= epochs:
             say(f"finished already: {engine.epoch} of {epochs} epochs; raise run.epochs to go on")
-        if not self._resumed:
+        if not self._resumed or any_rank(self._lacks_evaluation()):
             self._evaluate()
-        self._heed_guard()
+        self._guard.heed()
         self._status("running")
         while engine.epoch < epochs:
             try:
@@ -146,7 +145,7 @@ class _Run:
                 every = self._config.evaluation.every
                 if every and (engine.epoch % every == 0 or engine.epoch == epochs):
                     self._evaluate()
-                    self._heed_guard()
+                    self._guard.heed()
             except GuardStop:
                 raise
             except (RewardError, NumericsError, Stopped):
@@ -199,6 +198,8 @@ class _Run:
                     _submit_all(scorer, rollout)
             self._status(phase="reward")
             with timer.phase("reward"), self._kept_unless_scored(rollout):
+                while any_rank(not scorer.is_done() and not self._is_stopping()):
+                    pass  # a rank whose scores are there does not wait for the others inside one collective
                 scores = together(scorer.scores)
         timer.seconds |= {"reward_waited": scorer.waited_s, "reward_hidden": scorer.hidden_s}
         return rollout, scores
@@ -210,6 +211,7 @@ class _Run:
             yield
         except (RewardError, Stopped):
             self._engine.next_pair = rollout.first_pair
+            self._keep_whole_epochs()
             self._unscored.keep(rollout)
             raise
 
@@ -245,52 +247,24 @@ class _Run:
         result = evaluate(self._engine, evaluation_prompts(self._config), self._metrics, seed=settings.seed)
         record = result.record(self._engine, "auto", settings.seed)
         if settings.guard.action != "off":
-            record["guard"] = on_main(lambda: self._findings(record))
+            record["guard"] = on_main(lambda: self._guard.findings(record))
         self._log.evaluation(record)
         scores = {name: values.tolist() for name, values in result.scores.items()}
         self._log.evaluation_images(self._engine.epoch, result.prompts, result.images, scores)
         self._status(phase=None)
 
-    def _findings(self, record: dict[str, Any]) -> list[str]:
-        folder = Path(self._config.run.dir)
-        evaluations, epochs = (read_log(folder / name) for name in (EVALUATIONS_NAME, METRICS_NAME))
-        found = findings([*evaluations, record], epochs, self._config.evaluation.guard)
-        for sentence in found:
-            warn(f"guard, epoch {record['epoch']}: {sentence}")
-        return found
+    def _lacks_evaluation(self) -> bool:
+        """Whether the last evaluation that was due failed: the run resumes after it."""
+        epoch, every = self._engine.epoch, self._config.evaluation.every
+        if self._folder is None or not every or (epoch % every and epoch != self._config.run.epochs):
+            return False
+        lines = read_log(Path(self._config.run.dir) / EVALUATIONS_NAME)
+        return not lines or int(lines[-1]["epoch"]) < epoch
 
-    def _heed_guard(self) -> None:
-        """Acts on what the evaluations so far say; the same whether the run was resumed since or not."""
-        guard = self._config.evaluation.guard
-        if guard.action == "off":
+    def _save(self, *, again: bool = False) -> None:
+        """Saves the weights of the last whole epoch, if no checkpoint holds them yet, or `again`."""
+        if self._engine.epoch == self._kept_epoch and not again:
             return
-        evaluations = on_main(lambda: read_log(Path(self._config.run.dir) / EVALUATIONS_NAME)) or []
-        if guard.action == "rollback":
-            self._pin_last_in_order(evaluations)
-        if guard.action in ("stop", "rollback") and any_rank(out_of_order(evaluations) >= guard.patience):
-            self._stop_by_guard(evaluations)
-
-    def _pin_last_in_order(self, evaluations: list[dict[str, Any]]) -> None:
-        epoch = last_in_order(evaluations)
-        number = max_over_ranks(-1 if epoch is None else epoch)
-        self._engine.pinned = None if number < 0 else f"epoch_{number:06d}"
-        saved = CheckpointStore(Path(self._config.run.dir) / CHECKPOINTS_NAME).names()
-        if number == self._engine.epoch and not any_rank(self._engine.pinned in saved):
-            self._save()
-
-    def _stop_by_guard(self, evaluations: list[dict[str, Any]]) -> None:
-        if self._engine.epoch > self._kept_epoch:
-            self._save()
-        stopped_at, pinned = self._engine.epoch, self._engine.pinned
-        end = f"the run stops after epoch {stopped_at}"
-        if self._config.evaluation.guard.action == "rollback" and pinned is not None:
-            self._engine.load(pinned)
-            self._save()  # drops what came after it
-            end += f" and is back at {pinned}; the same settings would take the same way again"
-        reasons = on_main(lambda: "; ".join(evaluations[-1]["guard"])) or "see rank 0"
-        raise GuardStop(f"evaluation.guard: the training reward climbs, but {reasons}\n{end}")
-
-    def _save(self) -> None:
         path = self._engine.save()
         self._kept_epoch = self._engine.epoch
         self._status(last_checkpoint=path.name)
@@ -349,8 +323,7 @@ class _Run:
 
     def _stop_here(self) -> None:
         """Weights are those of the last whole epoch: a checkpoint of it is exact."""
-        if self._engine.epoch > self._kept_epoch:
-            self._save()
+        self._save()
         raise Stopped(f"{self._stop.reason or 'asked on another rank'}: stopped after epoch {self._engine.epoch}")
 
     def _is_stopping(self) -> bool:
@@ -358,8 +331,14 @@ class _Run:
         return self._stop.poll()
 
     def _beat(self) -> None:
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        try:
             self._folder.status.beat()
+        except (
+            CheckpointError
+        ) as error:  # on one rank, amid what all do together: the next real write will fail for all
+            warn(f"no heartbeat: {error_message(error)}")
 
     def _status(self, state: Any = None, **fields: Any) -> None:
         if self._folder is not None:

@@ -12,9 +12,9 @@ from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.graphed import GraphedNetwork, graph_refusals
 from fdfo_engine.ops import backend_for, backends
 from fdfo_engine.runtime.console import warn
-from fdfo_engine.runtime.distributed import max_over_ranks, world_size
+from fdfo_engine.runtime.distributed import any_rank, max_over_ranks, together, world_size
 from fdfo_engine.runtime.errors import EnvironmentProblem
-from fdfo_engine.runtime.memory import GIB, Prediction, choose_micro_batch, refusal
+from fdfo_engine.runtime.memory import GIB, Footprint, Prediction, choose_micro_batch, refusal
 
 
 def pair_backend(config: Config, device: torch.device) -> str:
@@ -43,9 +43,17 @@ def rollout_network(config: Config, network: Network, device: torch.device) -> N
     return GraphedNetwork(network)
 
 
-def plan_memory(model: FlowModel, config: Config) -> Prediction:
-    """The prediction for this GPU, and the micro-batch that fits every rank's."""
-    sizes = footprint(model, model.encode_prompt(""), config.model.height, config.model.width)
+def plan_memory(model: FlowModel, config: Config) -> Prediction | None:
+    """The prediction for this GPU, and the micro-batch that fits every rank's; None where it could not be counted.
+
+    Raises:
+        EnvironmentProblem: two samples are too many to count, and `update.micro_batch: auto` has to know.
+        UsageError: nothing fits.
+    """
+    sizes = together(lambda: _counted(model, config))
+    if any_rank(sizes is None):
+        return None
+    assert sizes is not None
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_allocated(model.device)
     free = -max_over_ranks(-free, "the free memory")
@@ -53,6 +61,17 @@ def plan_memory(model: FlowModel, config: Config) -> Prediction:
     if prediction.needed > free:
         warn(refusal(prediction, free))
     return prediction
+
+
+def _counted(model: FlowModel, config: Config) -> Footprint | None:
+    try:
+        return footprint(model, model.encode_prompt(""), config.model.height, config.model.width)
+    except torch.OutOfMemoryError as error:
+        why = "memory: a forward and backward of two samples does not fit before weights are sharded"
+        if config.update.micro_batch == "auto":
+            raise EnvironmentProblem(f"{why}; set update.micro_batch: 1") from error
+        warn(f"{why}; nothing is predicted")
+        return None
 
 
 def memory_record(prediction: Prediction | None, device: torch.device) -> dict[str, float]:

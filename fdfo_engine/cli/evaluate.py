@@ -146,7 +146,7 @@ def _measure(
     from fdfo_engine.evaluation.compare import measure_weights
     from fdfo_engine.runtime.console import say
 
-    engine: Engine = Engine(config)
+    engine: Engine = Engine(config, trains=False)
     images = f"{len(request.prompts)} prompts x {request.images_per_prompt}"
     say(f"{BASE}: {images}")
     sets = [measure_weights(engine, request, measures, name=BASE, weights="raw")]
@@ -165,6 +165,8 @@ def _larger(
         return None
     from dataclasses import replace
 
+    import torch
+
     from fdfo_engine.evaluation.compare import summarize
     from fdfo_engine.evaluation.measures import Measures
     from fdfo_engine.rewards import WeightedRewards
@@ -178,7 +180,7 @@ def _larger(
     only_health = Measures(WeightedRewards({}), measures.health, {})
     try:
         sets = _measure(larger, names[-1:], few, only_health, arguments.weights)
-    except UsageError as error:
+    except (UsageError, torch.OutOfMemoryError) as error:
         return size | {"note": str(error)}
     result = summarize(sets, only_health.kinds, few, config.evaluation.guard, confidence=arguments.confidence)
     kept = ("sets", "metrics", "summary", "differences", "health_findings")

@@ -137,7 +137,7 @@ def _images(
     """Name of a set of weights -> images `[N, 3, H, W]`."""
     from fdfo_engine.engine import Engine
 
-    engine = Engine(config)
+    engine = Engine(config, trains=False)
     options = {"seed": arguments.seed, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sets = {}
     if arguments.base or arguments.compare or arguments.film:

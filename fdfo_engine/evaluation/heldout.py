@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import Config, RewardConfig
+from fdfo_engine.config import Config, EvaluationConfig, RewardConfig
 from fdfo_engine.engine import Engine, Weights
 from fdfo_engine.metrics import measure_health
 from fdfo_engine.rewards import WeightedRewards
@@ -65,11 +65,28 @@ def evaluate(
 ) -> Evaluation:
     """Generates one image a prompt and scores it; collective, and the result is the same on every rank."""
     images = engine.generate(prompts, seed=seed, weights=weights)
-    count, ranks = len(prompts), world_size()
-    own = slice(rank() * count // ranks, (rank() + 1) * count // ranks)
-    parts = together(lambda: metrics(prompts[own], images[own])).parts
-    health = measure_health(images[own], engine.config.evaluation.health)
+    parts, health = together(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
     return Evaluation(prompts, images, _gathered(parts), _gathered(health))
+
+
+def _measured(
+    prompts: list[str], images: Tensor, metrics: WeightedRewards, settings: EvaluationConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scores and health of this rank's share: whole batches, which do not depend on how many ranks there are."""
+    batches, ranks = -(-len(prompts) // settings.batch), world_size()
+    scores: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in metrics.rewards}
+    health: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in settings.health}
+    for batch in range(rank() * batches // ranks, (rank() + 1) * batches // ranks):
+        rows = slice(batch * settings.batch, (batch + 1) * settings.batch)
+        for found, kept in ((metrics(prompts[rows], images[rows]).parts, scores),
+                            (measure_health(images[rows], settings.health), health)):  # fmt: skip
+            for name, values in found.items():
+                kept[name].append(values.cpu())
+    return _joined(scores), _joined(health)
+
+
+def _joined(kept: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(values) for name, values in kept.items()}
 
 
 def _gathered(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ or by the contents of a local folder), dtype, sequence length, device, library v
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,13 +46,12 @@ class PromptStore:
     def load(self, prompt: str) -> Conditioning | None:
         """The row of `prompt`, on the CPU, bit for bit as `save` got it; None where there is none."""
         path = self._path(prompt)
-        if not path.is_file():
-            return None
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 written = (file.metadata() or {}).get("sha256")
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a cache that others own is read all the same
+                os.utime(path)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
@@ -104,15 +104,22 @@ def open_prompt_store(config: Config, device: torch.device) -> PromptStore | Non
     if settings.prompt_cache is False:
         return None
     if settings.prompt_cache == "auto":
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdfo_engine" / "prompts"
+        folder = Path("~/.cache/fdfo_engine/prompts")
+        if cache := os.environ.get("XDG_CACHE_HOME"):
+            folder = Path(cache) / "fdfo_engine" / "prompts"
     else:
-        folder = Path(settings.prompt_cache).expanduser()
+        folder = Path(settings.prompt_cache)
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        warn(f"model.prompt_cache: no embeddings are kept: {error}")
+        return None
     try:
         encoders = _encoders(resolve_model_id(settings.id), settings.revision)
     except EnvironmentProblem:
         return None
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [package_version(name) for name in ("torch", "transformers", "diffusers")]
+    versions = [package_version(name) for name in ("fdfo-engine", "torch", "transformers", "diffusers")]
     parts = [encoders, settings.family, settings.dtype, settings.max_sequence_length, where, *versions]
     return PromptStore(folder, json.dumps(parts), int(settings.prompt_cache_gib * GIB))
 

@@ -218,7 +218,9 @@ class SD3Model:
         return network
 
     def _fresh_pipeline(self, model_id: str) -> Any:
-        return _load_pipeline(model_id, self._settings).to(self.device)
+        pipeline = _load_pipeline(model_id, self._settings)
+        pipeline.transformer.to(self.device)
+        return pipeline
 
     def _verify(self, exported: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -54,6 +54,13 @@ class BackgroundScorer:
             self._is_done(self._futures[-1])
         self.waited_s += time.perf_counter() - start
 
+    def is_done(self) -> bool:
+        """Whether all that was submitted is scored, or failed; waits for it a second at most."""
+        start = time.perf_counter()
+        done = not wait(self._futures, timeout=_POLL_S).not_done
+        self.waited_s += time.perf_counter() - start
+        return done
+
     def scores(self) -> Scores:
         """Scores of everything submitted, in order.
 

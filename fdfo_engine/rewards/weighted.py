@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 import traceback
@@ -72,11 +73,17 @@ class WeightedRewards:
             RewardError: a reward returned something other than N numbers.
         """
         parts = {name: self._score(name, reward, prompts, images) for name, (_, reward) in self.rewards.items()}
-        return Scores(self._sum(parts), parts)
+        return Scores(self._sum(parts, torch.zeros(len(images))), parts)
 
     def combined(self, parts_PK: dict[str, Tensor]) -> Tensor:
         """The reward `[P, 2]` of an epoch's scores: the weighted sum of the parts, each as its `normalize` says."""
-        return self._sum({name: part / _scale(part, self.normalize.get(name)) for name, part in parts_PK.items()})
+        scaled = {name: part / _scale(part, self.normalize.get(name)) for name, part in parts_PK.items()}
+        return self._sum(scaled, torch.zeros_like(next(iter(scaled.values()))))
+
+    def plain_mean(self, line: Mapping[str, float]) -> float:
+        """The weighted sum of an epoch's logged means, without `normalize`, whose scales move with the epoch."""
+        means = ((weight, line.get(f"reward_{name}_mean")) for name, (weight, _) in self.rewards.items())
+        return sum(weight * (math.nan if mean is None else mean) for weight, mean in means)
 
     def disagreements(self, parts_PK: dict[str, Tensor]) -> dict[str, float]:
         """`disagreement_a_b`: share of the pairs in which a and b, as weighted, prefer different images.
@@ -103,8 +110,7 @@ class WeightedRewards:
             lines.append(f"{visible(name)[:30]:30} {mean:10.4g} {std:10.4g} {weight:8.4g} {pull:10.4g}")
         return "\n".join(lines)
 
-    def _sum(self, parts: dict[str, Tensor]) -> Tensor:
-        zero = torch.zeros_like(next(iter(parts.values())))
+    def _sum(self, parts: dict[str, Tensor], zero: Tensor) -> Tensor:
         total = sum((self.rewards[name][0] * part for name, part in parts.items()), zero)
         return torch.where(torch.isfinite(total), total, torch.nan)
 

@@ -28,6 +28,7 @@ class UnscoredRollout:
             together(lambda: rollout.save(self._partial))
             on_main(lambda: self._partial.rename(self._folder))
         except (OSError, SafetensorError, FdfoError) as error:
+            on_main(self._clear)
             warn(f"the images without a reward could not be kept: {error_message(error)}")
             return
         say(f"kept the images without a reward in {self._folder}; the same command scores them again")
@@ -35,10 +36,11 @@ class UnscoredRollout:
     def take(self, next_pair: int, weights_version: int, device: torch.device) -> Rollout | None:
         """What was kept, if these weights would sample it next; whatever was kept is then gone."""
         if not any_rank(self._folder.is_dir()):
+            on_main(self._clear)
             return None
         try:
             rollout = together(lambda: Rollout.load(self._folder, device))
-        except (OSError, SafetensorError, FdfoError) as error:
+        except (OSError, ValueError, SafetensorError, FdfoError) as error:
             warn(f"{error_message(error)}; sampling again")
             return None
         finally:

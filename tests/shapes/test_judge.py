@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
+from fdfo_engine.rewards.shapes import shapes, shapes_strict
 from fdfo_engine.shapes.judge import find_objects, judge
 from fdfo_engine.shapes.render import render
 from fdfo_engine.shapes.scene import COLOURS, COUNTS, RELATIONS, SHAPES, captions, parse
@@ -110,3 +112,12 @@ def test_is_fast(pictures):
     for text, picture in zip(TEXTS, pictures, strict=True):
         judge(text, picture)
     assert (time.process_time() - started) / len(TEXTS) < 1.5e-3
+
+
+def test_an_image_that_is_not_finite_has_no_score():
+    images = torch.rand(2, 3, 64, 64)
+    images[1, 0, 3, 4] = float("nan")
+    for reward in (shapes, shapes_strict):
+        scores = reward(["a red circle", "a red circle"], images)
+        assert torch.isfinite(scores[0])
+        assert torch.isnan(scores[1])
