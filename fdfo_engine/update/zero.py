@@ -274,4 +274,16 @@ def _deepspeed() -> Any:
     compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", None)
     if isinstance(compatible, dict) and not torch.cuda.is_available():
         compatible["deepspeed_shm_comm"] = False
+    _forget_closed_group()
     return deepspeed
+
+
+def _forget_closed_group() -> None:
+    """DeepSpeed keeps its copy of the world; where that was closed since, a second engine would go on using it."""
+    groups = importlib.import_module("deepspeed.utils.groups")
+    if (world := getattr(groups, "_WORLD_GROUP", None)) is None:
+        return
+    try:
+        torch.distributed.get_process_group_ranks(world)
+    except (KeyError, ValueError):
+        groups._WORLD_GROUP = None
