@@ -44,7 +44,10 @@ def assert_in_registers(rows):
         assert 0 < row["registers"] < 255, row
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=SLOW), 90, pytest.param(100, marks=SLOW)])
 def test_triton_kernels(architecture, tmp_path):
     rows = resources("triton", architecture, tmp_path)
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"philox"}
