@@ -280,7 +280,7 @@ def _deepspeed() -> Any:
 
 def _forget_closed_group() -> None:
     """DeepSpeed keeps its copy of the world; where that was closed since, a second engine would go on using it."""
-    groups = importlib.import_module("deepspeed.utils.groups")
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
     if (world := getattr(groups, "_WORLD_GROUP", None)) is None:
         return
     try:
