@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fdfo_engine.rewards.clip import ClipEmbedder
-from fdfo_engine.rewards.model_options import ModelOptions, loaded, micro_batches
+from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, loaded
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
 
@@ -33,7 +32,7 @@ class AestheticOptions(ModelOptions):
 
 
 @register("aesthetic")
-class Aesthetic:
+class Aesthetic(ModelReward[AestheticOptions]):
     """How much people like the looks of an image, about 1..10, as in a survey; the prompt does not matter.
 
     LAION's predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0) on CLIP-L (MIT). One micro-batch of `batch_size`
@@ -42,16 +41,8 @@ class Aesthetic:
 
     Options: type[AestheticOptions] = AestheticOptions
 
-    def __init__(self, options: AestheticOptions) -> None:
-        self.options = options
-
-    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
-        """Scores `[N]` of images `[N, 3, H, W]`."""
-        batches = micro_batches(prompts, images, self.options.batch_size)
-        return torch.cat([self._batch(batch) for _, batch in batches])
-
     @torch.no_grad()
-    def _batch(self, images: Tensor) -> Tensor:
+    def _batch(self, _prompts: list[str], images: Tensor) -> Tensor:
         values = self._clip.embed_images(images)
         for weight, bias in self._layers:
             values = torch.nn.functional.linear(values, weight, bias)

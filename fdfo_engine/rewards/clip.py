@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, device_of, loaded, micro_batches, ready_network
+from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, device_of, loaded, ready_network
 from fdfo_engine.rewards.pixels import center_crop, resize_bicubic, to_bytes
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
@@ -51,7 +50,7 @@ class Hpsv2Options(ClipOptions):
 
 
 @register("clip")
-class ClipReward:
+class ClipReward(ModelReward[ClipOptions]):
     """100 * cosine(text, image), about 0..50, in hundredths; prompts are cut at the model's limit (77 tokens).
 
     CLIP-H by default (laion/CLIP-ViT-H-14-laion2B-s32B-b79K, MIT); for CLIP-L `model: openai/clip-vit-large-patch14`
@@ -60,14 +59,6 @@ class ClipReward:
 
     Options: type[ClipOptions] = ClipOptions
     is_scaled_by_model = False
-
-    def __init__(self, options: ClipOptions) -> None:
-        self.options = options
-
-    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
-        """Scores `[N]` of images `[N, 3, H, W]`."""
-        batches = micro_batches(prompts, images, self.options.batch_size)
-        return torch.cat([self._batch(*batch) for batch in batches])
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from fdfo_engine.config.section import Section
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
 
 T = TypeVar("T")
+OptionsT = TypeVar("OptionsT", bound="ModelOptions")
 
 
 class ModelOptions(Section):
@@ -75,3 +76,20 @@ def micro_batches(prompts: Sequence[str], images: Tensor, size: int) -> Iterator
     """Prompts and images, `size` at a time."""
     for first in range(0, len(images), size):
         yield list(prompts[first : first + size]), images[first : first + size]
+
+
+class ModelReward(Generic[OptionsT]):
+    """A reward that runs a model on one micro-batch of `options.batch_size` images at a time."""
+
+    Options: type[OptionsT]
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """Scores `[N]` of images `[N, 3, H, W]`."""
+        batches = micro_batches(prompts, images, self.options.batch_size)
+        return torch.cat([self._batch(*batch) for batch in batches])
+
+    def _batch(self, prompts: list[str], images: Tensor) -> Tensor:
+        raise NotImplementedError

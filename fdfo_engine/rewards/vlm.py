@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, device_of, loaded, micro_batches, ready_network
+from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, device_of, loaded, ready_network
 from fdfo_engine.rewards.pixels import to_pil
 from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, QuestionOptions, asked, score_of, seen
 from fdfo_engine.rewards.registry import register
@@ -47,7 +46,7 @@ class PhotorealismOptions(VlmOptions):
 
 @register("vlm")
 @register("vlm_alignment")
-class VlmReward:
+class VlmReward(ModelReward[VlmOptions]):
     """100 * sigmoid(logit(target) - logit(contrast)) at the first answer token: 0..100, percent.
 
     The question goes through the model's own chat template, the image first. Qwen2.5-VL-7B-Instruct by default
@@ -57,14 +56,6 @@ class VlmReward:
     """
 
     Options: type[VlmOptions] = VlmOptions
-
-    def __init__(self, options: VlmOptions) -> None:
-        self.options = options
-
-    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
-        """Scores `[N]` of images `[N, 3, H, W]`."""
-        batches = micro_batches(prompts, images, self.options.batch_size)
-        return torch.cat([self._batch(*batch) for batch in batches])
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], images: Tensor) -> Tensor:
