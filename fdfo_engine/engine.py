@@ -16,7 +16,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
-from fdfo_engine.resources import pair_backend, plan_memory, rollout_network
+from fdfo_engine.resources import kl_reference, pair_backend, plan_memory, rollout_network
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
 from fdfo_engine.runtime.distributed import (
@@ -74,10 +74,11 @@ class Engine:
         self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
         prompts = PromptCache(self.model, open_prompt_store(config, self.device))
         self.sampler = PairedSampler(self.model, prompts, config, self.backend)
+        reference = kl_reference(config, self.model)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
         self._rollout_network = rollout_network(config, self.trainer, self.device)
-        self._updater = Updater(self.model, self.trainer, config, self.sampler.conditioning, self.backend)
+        self._updater = Updater(self.model, self.trainer, reference, config, self.sampler.conditioning, self.backend)
         if self.memory is not None:
             self._updater.micro_batch = self.memory.micro_batch
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 
 import torch
+from torch import nn
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import FlowModel, Network
@@ -41,6 +43,19 @@ def rollout_network(config: Config, network: Network, device: torch.device) -> N
     if reasons:
         raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
     return GraphedNetwork(network)
+
+
+def kl_reference(config: Config, model: FlowModel) -> nn.Module | None:
+    """A frozen copy of the network as it is now, untrained, where `update.kl_reference` asks for it.
+
+    Before DeepSpeed takes the network: a copy of its pieces at stage 3 would be worth nothing.
+    """
+    if config.update.kl_reference is None:
+        return None
+    reference = copy.deepcopy(model.network).requires_grad_(False).eval()
+    if config.model.compile:
+        reference.compile()
+    return reference
 
 
 def plan_memory(model: FlowModel, config: Config) -> Prediction | None:

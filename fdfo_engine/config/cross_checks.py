@@ -77,11 +77,18 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        ("update.kl_weight", "model.train"),
-        lambda c: c.model.train == "full" and c.update.kl_weight > 0,
+        ("update.kl_weight", "update.kl_reference", "model.train"),
+        lambda c: c.model.train == "full" and c.update.kl_weight > 0 and c.update.kl_reference is None,
         lambda c: (
-            "needs a frozen copy of the model with model.train = full, which is not available yet; "
-            "set update.kl_weight to 0, or model.train: lora"
+            "needs a frozen copy of the model with model.train = full; set update.kl_reference: frozen_copy "
+            "(fdfo plan shows its memory), or update.kl_weight to 0"
+        ),
+    ),
+    Rule(
+        ("update.kl_reference", "update.kl_weight", "model.train"),
+        lambda c: c.update.kl_reference is not None and (c.model.train == "lora" or c.update.kl_weight == 0),
+        lambda c: (
+            "is frozen_copy, which only update.kl_weight above 0 with model.train = full uses; set it to null"
         ),
     ),
     Rule(

@@ -211,6 +211,10 @@ class UpdateConfig(Section):
     kl_weight: float = Field(default=0.0, ge=0)
     """Weight of the squared distance to the velocity of the untrained model; 0 leaves it out."""
 
+    kl_reference: Literal["frozen_copy"] | None = None
+    """Where the untrained model comes from: a frozen copy of the network with model.train = full, whole on every rank;
+    null with a LoRA, which is switched off for it."""
+
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay an epoch of an average of the trained weights, saved beside them; null keeps none."""
 

@@ -108,6 +108,7 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction
         "trained weights": footprint.trained // sharded,
         "optimizer": _optimizer_bytes(footprint, config.zero.stage, plan.world_size),
         "VAE": footprint.other,
+        "frozen copy": 0 if config.update.kl_reference is None else footprint.frozen + footprint.trained,
     }
     gathered = _gathered_bytes(footprint) if sharded > 1 else 0
     kept = {"trajectories": trajectory, "images": images}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.flow_model import Conditioning, FlowModel
+from fdfo_engine.models.flow_model import Conditioning, FlowModel, Network
 from fdfo_engine.models.guidance import predict
 from fdfo_engine.ops import fdfo_loss, guided_velocity
 from fdfo_engine.runtime.distributed import all_sum, max_over_ranks
@@ -67,11 +67,21 @@ class Updater:
     """Turns a scored rollout into optimiser steps. Collective: every rank calls `update` with its part."""
 
     def __init__(
-        self, model: FlowModel, trainer: ZeroTrainer, config: Config, conditioner: Conditioner, backend: str
+        self,
+        model: FlowModel,
+        trainer: ZeroTrainer,
+        reference: Network | None,
+        config: Config,
+        conditioner: Conditioner,
+        backend: str,
     ) -> None:
-        """`backend` runs the loss (`ops.backend_for`). `micro_batch` may be set before an update."""
+        """`backend` runs the loss (`ops.backend_for`). `micro_batch` may be set before an update.
+
+        `reference` is the untrained network for `update.kl_weight`; None switches the LoRA off instead.
+        """
         self._model = model
         self._trainer = trainer
+        self._reference = reference
         self._settings = config.update
         self.micro_batch = config.update.micro_batch_items
         self._guidance = config.sampling.guidance_scale
@@ -162,8 +172,9 @@ class Updater:
     def _base_velocity(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, negative: Conditioning | None
     ) -> Tensor:
+        network = self._trainer if self._reference is None else self._reference
         with self._model.without_adapter():
-            v, v_uncond = predict(self._model, self._trainer, latents, timesteps, conditioning, negative)
+            v, v_uncond = predict(self._model, network, latents, timesteps, conditioning, negative)
         return guided_velocity(v, v_uncond, self._guidance).float()
 
     def _count_items(self, loss: Tensor, log_ratio: Tensor, kl: Tensor, weight: float, totals: Totals) -> None:

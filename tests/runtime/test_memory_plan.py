@@ -59,6 +59,10 @@ def test_guidance_doubles_the_network_and_kl_adds_the_base():
     plain, guided = of(config(), 1), of(config("sampling.guidance_scale=4"), 1)
     assert guided.update["micro-batch"] - plain.update["micro-batch"] == 24 * int(2.4 * GIB)
     assert of(config("update.kl_weight=0.1"), 1).update["base model"] == 24 * (50 << 20)
+    full = config(
+        "model.train=full", "zero.stage=2", "update.kl_weight=0.1", "update.kl_reference=frozen_copy", "lora=null"
+    )
+    assert of(full, 4).resident["frozen copy"] == 5 * GIB + 4 * 18_000_000, "whole on every rank"
 
 
 @pytest.mark.parametrize("gib", [24, 48, 80, 141])

@@ -1,5 +1,6 @@
 """One epoch in float64, written from METHOD: shares diffusers' blocks with the engine, nothing else."""
 
+import copy
 import functools
 
 import numpy as np
@@ -25,7 +26,7 @@ class EpochOracle:
         self.config = config
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(config.model.id, torch_dtype=torch.float64)
         self.network = self.pipeline.transformer.requires_grad_(False)
-        self.adapter_on = True
+        self.untrained = copy.deepcopy(self.network)
         self.weights = {name: w.double().requires_grad_() for name, w in weights.items()}
         if config.model.train == "full":
             own = dict(self.network.named_parameters())
@@ -47,7 +48,7 @@ class EpochOracle:
                 b = self.weights[name.replace("lora_A", "lora_B")]
 
                 def add(_module, inputs, output, a=a, b=b):
-                    return output + scale * (inputs[0] @ a.T) @ b.T if self.adapter_on else output
+                    return output + scale * (inputs[0] @ a.T) @ b.T
 
                 self.network.get_submodule(name.split(".lora_A")[0]).register_forward_hook(add)
 
@@ -59,14 +60,15 @@ class EpochOracle:
         )  # fmt: skip
         return embeds, pooled
 
-    def velocity(self, x, step, prompt):
+    def velocity(self, x, step, prompt, network=None):
         """Guided velocity of one latent `[C, H, W]`."""
+        network = network or self.network
         w = self.config.sampling.guidance_scale
 
         def plain(text):
             embeds, pooled = self._text(text)
             time = self.pipeline.scheduler.timesteps[step].expand(1)
-            return self.network(x[None], embeds, pooled, time, return_dict=False)[0][0]
+            return network(x[None], embeds, pooled, time, return_dict=False)[0][0]
 
         if w == 1.0:
             return plain(prompt)
@@ -137,10 +139,8 @@ class EpochOracle:
                         rho = log_ratio.exp()
                         total = total + (-sign * A * rho + abs(A) / (2 * c) * (rho - 1) ** 2) / B
                     if kl_weight:
-                        self.adapter_on = False
                         with torch.no_grad():
-                            base = self.velocity(x, i, self.prompts[pair])
-                        self.adapter_on = True
+                            base = self.velocity(x, i, self.prompts[pair], self.untrained)
                         total = total + kl_weight * ((v - base) ** 2).mean() / B
         return total
 

@@ -96,6 +96,20 @@ def test_a_kl_term_pulls_even_where_all_tie(tiny_sd3, tmp_path):
     assert metrics["kl"] > 0
 
 
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_resumed_full_training_is_still_held_to_the_untrained_model(tiny_sd3, tmp_path, stage):
+    settings = {"model": {"train": "full"}, "update": {"kl_weight": 1.0, "kl_reference": "frozen_copy"}}
+    config = tiny_config(tiny_sd3, tmp_path, zero={"stage": stage}, **settings)
+    whole = Engine(config)
+    whole.update(whole.rollout(PROMPTS), REWARDS)
+    whole.save()
+    resumed = Engine.resume(tmp_path)
+    ties = torch.ones(4, 2)
+    found, wanted = (engine.update(engine.rollout(PROMPTS), ties) for engine in (resumed, whole))
+    assert found["kl"] == wanted["kl"] > 0
+    assert_equal_bits(copy_of(whole), copy_of(resumed))
+
+
 @pytest.mark.parametrize("stage", [0, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_a_gradient_that_is_no_number_is_dropped(tiny_sd3, tmp_path, monkeypatch, stage):
     """The first optimiser step of the second epoch is spoilt: as if it had not been, and all later ones as ever."""
