@@ -77,6 +77,29 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        ("zero.offload_optimizer", "zero.stage"),
+        lambda c: c.zero.offload_optimizer and c.zero.stage == 0,
+        lambda c: "needs zero.stage 1, 2 or 3: stage 0 leaves the optimizer's state where the weights are",
+    ),
+    Rule(
+        ("zero.offload_parameters", "zero.stage"),
+        lambda c: c.zero.offload_parameters and c.zero.stage != 3,
+        lambda c: f"needs zero.stage = 3, which gathers weights as they are used; it is {c.zero.stage}",
+    ),
+    Rule(
+        ("model.train", "zero.offload_optimizer", "zero.stage", "model.dtype"),
+        lambda c: (
+            c.zero.offload_optimizer
+            and c.zero.stage in (1, 2)
+            and c.model.train == "full"
+            and c.model.dtype != "float32"
+        ),
+        lambda c: (
+            f"is full, and with zero.offload_optimizer at zero.stage = {c.zero.stage} its gradients would be summed in "
+            f"{c.model.dtype}; set zero.stage to 3, which sums them in float32"
+        ),
+    ),
+    Rule(
         ("update.kl_weight", "update.kl_reference", "model.train"),
         lambda c: c.model.train == "full" and c.update.kl_weight > 0 and c.update.kl_reference is None,
         lambda c: (

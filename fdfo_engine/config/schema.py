@@ -256,19 +256,13 @@ class ZeroConfig(Section):
     """0 splits nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
 
     offload_optimizer: bool = False
-    """Keeps the optimizer's state in host memory; not available yet."""
+    """Keeps the optimizer's state and float32 weights in host memory, where AdamW then runs; from stage 1 on."""
 
     offload_parameters: bool = False
-    """Keeps weights in host memory at stage 3; not available yet."""
+    """Keeps the network's weights in host memory, from where stage 3 gathers them."""
 
     deepspeed: dict[str, Any] = Field(default={})
     """Further DeepSpeed keys on speed, memory and profiling; checked."""
-
-    @field_validator("offload_optimizer", "offload_parameters")
-    @classmethod
-    def _not_yet(cls, value: bool) -> bool:
-        refuse([("", "offloading to host memory is not available yet; set it to false")] if value else [])
-        return value
 
     @field_validator("deepspeed")
     @classmethod

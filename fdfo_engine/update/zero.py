@@ -38,7 +38,7 @@ class ZeroTrainer:
         zero: ZeroConfig,
     ) -> None:
         deepspeed = _deepspeed()
-        self.stage = zero.stage
+        self.stage, self._offloads = zero.stage, zero.offload_optimizer
         self._parameters = dict(parameters)
         adamw = torch.optim.AdamW(
             self._parameters.values(),
@@ -46,6 +46,7 @@ class ZeroTrainer:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            fused=zero.offload_optimizer or None,  # one pass over host memory instead of ten
         )
         values = sum(p.numel() for p in self._parameters.values())
         self.engine: Any = deepspeed.initialize(
@@ -217,7 +218,13 @@ class ZeroTrainer:
 
     def _undo_average(self) -> None:
         # stage 3 refuses gradient_allreduce_op "sum"; scaling after the reduction is exact for any number of ranks
-        for tensors in self.engine.optimizer.averaged_gradients.values():
+        optimizer = self.engine.optimizer
+        if self._offloads:
+            for master in self._masters():
+                master.grad.mul_(world_size())  # type: ignore[union-attr]
+            for parameter, norm in optimizer.norm_for_param_grads.items():
+                optimizer.norm_for_param_grads[parameter] = norm * world_size()
+        for tensors in optimizer.averaged_gradients.values():
             for gradient in tensors:
                 gradient.mul_(world_size())
 
@@ -235,6 +242,8 @@ class ZeroTrainer:
     def _drop_gradients(self) -> None:
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
+        if self._offloads:
+            optimizer.reset_cpu_buffers()
         if self.stage in (1, 2):
             optimizer.micro_step_id = -1
             for group in optimizer.averaged_gradients:
@@ -246,16 +255,20 @@ class ZeroTrainer:
 def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig, values: int) -> dict[str, Any]:
     """DeepSpeed's own settings for `values` trained values; `zero.deepspeed` adds to them (its keys are checked)."""
     extra = dict(zero.deepspeed)
+    placed: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer else {}
+    placed |= {"offload_param": {"device": "cpu"}} if zero.offload_parameters else {}
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches are dealt by the update
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own for the CPU is compiled for minutes at the first start
         "zero_optimization": {
             "stage": zero.stage,
             "reduce_bucket_size": min(BUCKET_VALUES, values),  # allocated as it stands: 2 GB by default
         }
+        | placed
         | extra.pop("zero_optimization", {}),
     }
     if zero.stage < 3:

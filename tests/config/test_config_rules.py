@@ -11,6 +11,9 @@ BREAKS = {
     "lora": (["model.train=full", "lora.rank=4"], "remove the lora section"),
     "zero.stage": (["model.train=full", "zero.stage=0"], "set zero.stage to 1, 2 or 3"),
     "update.kl_weight": (["model.train=full", "update.kl_weight=0.1"], "set update.kl_reference: frozen_copy"),
+    "zero.offload_optimizer": (["zero.offload_optimizer=true", "zero.stage=0"], "needs zero.stage 1, 2 or 3"),
+    "zero.offload_parameters": (["zero.offload_parameters=true"], "needs zero.stage = 3"),
+    "model.train": (["model.train=full", "zero.offload_optimizer=true"], "set zero.stage to 3"),
     "update.kl_reference": (["update.kl_reference=frozen_copy"], "set it to null"),
     "model.fused": (["model.fused=true", "model.compile=true"], "set one of them to false"),
     "model.compile": (["model.compile=true", "zero.stage=3"], "lower zero.stage"),
@@ -98,8 +101,3 @@ def test_deepspeed_misspelt_reserved_key(complaint):
     message = complaint("", "zero.deepspeed.gradient_cliping=1")
     assert "did you mean gradient_clipping? That one is set by fdfo; remove it" in message
     assert "takes a mapping of" in complaint("", "zero.deepspeed.zero_optimization=3")
-
-
-def test_offload_is_not_available_yet(complaint):
-    for key in ("offload_optimizer", "offload_parameters"):
-        assert f"zero.{key}: offloading to host memory is not available yet" in complaint("", f"zero.{key}=true")

@@ -14,16 +14,16 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 slow = pytest.mark.slow
 
 
-def traced(pipeline, out, stage, train, *, by, ranks, threads=1):
+def traced(pipeline, out, stage, train, *offloaded, by, ranks, threads=1):
     out.mkdir()
-    done = launch(WORKER, pipeline, out, stage, train, by=by, ranks=ranks, OMP_NUM_THREADS=str(threads))
+    done = launch(WORKER, pipeline, out, stage, train, *offloaded, by=by, ranks=ranks, OMP_NUM_THREADS=str(threads))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return load_file(out / "trace.safetensors")
 
 
-def traced_here(pipeline, out, stage, train="lora"):
+def traced_here(pipeline, out, stage, train="lora", *offloaded):
     out.mkdir()
-    trace(pipeline, out, stage, train)
+    trace(pipeline, out, stage, train, **dict.fromkeys(offloaded, True))
     return load_file(out / "trace.safetensors")
 
 
@@ -69,6 +69,28 @@ def test_one_rank_is_the_same_at_every_stage(tiny_sd3, tmp_path, plain, stage, t
     assert_same_training(traced_here(tiny_sd3, tmp_path / "out", stage, train), plain(train))
 
 
+OFFLOADS = [
+    (2, "lora", "offload_optimizer"),
+    *(pytest.param(case, marks=slow) for case in (
+        (1, "lora", "offload_optimizer"), (3, "lora", "offload_optimizer"), (2, "full", "offload_optimizer"),
+        (3, "full", "offload_optimizer", "offload_parameters"), (3, "lora", "offload_parameters"),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, *(pytest.param(n, marks=slow) for n in (2, 3))])
+@pytest.mark.parametrize("case", OFFLOADS, ids=str)
+def test_offloading_to_the_host_changes_nothing(tiny_sd3, tmp_path, plain, case, ranks):
+    stage, train, *offloaded = case
+    if ranks == 1:
+        found = traced_here(tiny_sd3, tmp_path / "out", stage, train, *offloaded)
+    else:
+        threads = torch.get_num_threads()
+        out, by = tmp_path / "out", "torchrun"
+        found = traced(tiny_sd3, out, stage, train, *offloaded, by=by, ranks=ranks, threads=threads)
+    assert_same_training(found, plain(train))
+
+
 @pytest.mark.parametrize(
     ("ranks", "stage", "train"),
     [
@@ -102,15 +124,20 @@ def test_the_shapes_run_is_the_same_on_two_ranks(tmp_path):
     assert_same_training(two, one)
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=slow) for stage in (0, 2, 3))])
-def test_a_restored_engine_goes_on_to_the_bit(tiny_sd3, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "offloads"),
+    [(1, False), *(pytest.param(*case, marks=slow) for case in
+                   ((0, False), (2, False), (3, False), (1, True), (2, True), (3, True)))],
+)  # fmt: skip
+def test_a_restored_engine_goes_on_to_the_bit(tiny_sd3, tmp_path, stage, offloads):
     """Two epochs, against one epoch, a checkpoint, another process's worth of fresh engine, and the second epoch."""
     rewards = torch.tensor(REWARDS[0])
-    whole, first = (Engine(config_of(tiny_sd3, tmp_path / name, stage)) for name in ("a", "b"))
+    zero = {"offload_optimizer": offloads, "offload_parameters": offloads and stage == 3}
+    whole, first = (Engine(config_of(tiny_sd3, tmp_path / name, stage, **zero)) for name in ("a", "b"))
     for engine in (whole, first):
         engine.update(engine.rollout(PROMPTS), rewards)
     first.save()
-    second = Engine(config_of(tiny_sd3, tmp_path / "b", stage))
+    second = Engine(config_of(tiny_sd3, tmp_path / "b", stage, **zero))
     assert second.load()
     for engine in (whole, second):
         engine.update(engine.rollout(PROMPTS), rewards)

@@ -1,6 +1,6 @@
 """Three epochs with replayed rewards on the ranks there are; rank 0 writes what happened.
 
-deepspeed --num_gpus 2 zero_worker.py PIPELINE OUT STAGE TRAIN, or by torchrun
+deepspeed --num_gpus 2 zero_worker.py PIPELINE OUT STAGE TRAIN [OFFLOADED ...], or by torchrun
 """
 
 import sys
@@ -30,7 +30,7 @@ REWARDS = (
 )
 
 
-def config_of(pipeline, out, stage, train="lora"):
+def config_of(pipeline, out, stage, train="lora", **zero):
     """Of a tiny pipeline's folder, or of the bundled `shapes`, as its own config trains it."""
     if str(pipeline) == "shapes":
         settings = {"run.dir": Path(out) / "run", "zero.stage": stage, "model.train": train, "update.ema": "null",
@@ -38,14 +38,14 @@ def config_of(pipeline, out, stage, train="lora"):
         return load_config("shapes", [f"{key}={value}" for key, value in settings.items()])
     # 5 does not divide a block's items: micro-batches end at the block's border, or ranks would differ by 4e-6
     return tiny_config(
-        Path(pipeline), Path(out) / "run", zero={"stage": stage}, model={"train": train}, update={"micro_batch": 5},
+        Path(pipeline), Path(out) / "run", zero={"stage": stage, **zero}, model={"train": train}, update={"micro_batch": 5},
         sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1}, optimizer={"max_grad_norm": 0.05},
     )  # fmt: skip
 
 
-def trace(pipeline, out, stage, train="lora"):
+def trace(pipeline, out, stage, train="lora", **zero):
     """Latents of the first epoch, its first unclipped gradients, and the weights before and after three epochs."""
-    engine = Engine(config_of(pipeline, out, stage, train))
+    engine = Engine(config_of(pipeline, out, stage, train, **zero))
     tensors = {f"start.{n}": w for n, w in engine.trainer.weights().items()}
     step = engine.trainer.step
 
@@ -74,6 +74,6 @@ def trace(pipeline, out, stage, train="lora"):
 
 
 if __name__ == "__main__":
-    pipeline, out, stage, train = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
-    trace(pipeline, out, int(stage), train)
+    pipeline, out, stage, train, *offloaded = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    trace(pipeline, out, int(stage), train, **dict.fromkeys(offloaded, True))
     close_distributed()
