@@ -12,8 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
-from fdfo_engine.models.lora import add_lora, trainable
-from fdfo_engine.models.sd3 import ATTENTION_PROJECTIONS
+from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora, trainable
 from fdfo_engine.shapes.pipeline import PROMPT_TOKENS, shapes_base
 
 _SD35: dict[str, Any] = {

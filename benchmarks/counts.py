@@ -27,8 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.results_file import RESULTS, header, write
 from fdfo_engine.models.fused import fuse
-from fdfo_engine.models.lora import add_lora
-from fdfo_engine.models.sd3 import ATTENTION_PROJECTIONS
+from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora
 
 SD35_MEDIUM = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,

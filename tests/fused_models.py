@@ -5,8 +5,7 @@ import copy
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-from fdfo_engine.models.lora import add_lora
-from fdfo_engine.models.sd3 import ATTENTION_PROJECTIONS
+from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora
 
 FLUX_PROJECTIONS = (*ATTENTION_PROJECTIONS, "single_transformer_blocks.0.attn.to_q")
 EVERYWHERE = (*ATTENTION_PROJECTIONS, "attn2.to_q", "ff.net.0.proj", "ff.net.2", "norm1.linear", "proj_mlp", "proj_out")

@@ -110,9 +110,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("update.kl_reference", "update.kl_weight", "model.train"),
         lambda c: c.update.kl_reference is not None and (c.model.train == "lora" or c.update.kl_weight == 0),
-        lambda c: (
-            "is frozen_copy, which only update.kl_weight above 0 with model.train = full uses; set it to null"
-        ),
+        lambda c: "is frozen_copy, which only update.kl_weight above 0 with model.train = full uses; set it to null",
     ),
     Rule(
         ("model.max_sequence_length", "model.id"),

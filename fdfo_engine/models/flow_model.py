@@ -92,6 +92,14 @@ class FlowModel(Protocol):
         """
         ...
 
+    def guided(self, v: Tensor, v_uncond: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        """What the step and the update combine by the plain rule of `guided_velocity`: `v` and `v_uncond` as they are.
+
+        A family whose pipeline has another rule applies it here and returns the guided velocity and None: computed in
+        float32, rounded once to the dtype of `v`, differentiable in both, row by row whatever the batch.
+        """
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[N, 3, height, width]`, float32 in 0..1, of final latents `[N, C, H, W]`."""
         ...

@@ -12,10 +12,12 @@ def predict(
     timesteps: Tensor,
     conditioning: Conditioning,
     negative: Conditioning | None,
+    guidance_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Velocities with the prompt and, where `negative` is given, without it; both `[N, C, H, W]`, model dtype.
 
-    Both come from one batch, the unconditional half first, as diffusers' pipelines do it.
+    Both come from one batch, the unconditional half first, as diffusers' pipelines do it. A family with a guidance
+    rule of its own has applied it: then the first is guided, and there is no second.
     """
     if negative is None:
         return model.velocity(network, latents, timesteps, conditioning), None
@@ -23,4 +25,4 @@ def predict(
         network, cat([latents, latents]), cat([timesteps, timesteps]), Conditioning.cat([negative, conditioning])
     )
     v_uncond, v = both.chunk(2)
-    return v, v_uncond
+    return model.guided(v, v_uncond, guidance_scale)

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 ADAPTER = "default"
 
+ATTENTION_PROJECTIONS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+"""LoRA targets of a joint attention, both its streams; not SD3.5-M's second attention `attn2`."""
+
 
 def add_lora(network: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Adds a LoRA to every module whose name ends in one of `targets`; A Gaussian from `seed`, B zero, float32.
@@ -51,3 +57,23 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
 def fold_alpha(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """`weights` with the LoRA scale multiplied into every B, so that a loader that ignores alpha is right too."""
     return {name: w * scale if ".lora_B." in name else w.clone() for name, w in weights.items()}
+
+
+class weights_in:  # noqa: N801 - a context manager, read as a verb
+    """Puts float32 `weights`, by parameter name, into a network for a while; its own values come back after."""
+
+    def __init__(self, network: nn.Module, weights: dict[str, Tensor]) -> None:
+        self._parameters = dict(network.named_parameters())
+        self._weights = weights
+
+    def __enter__(self) -> None:
+        self._saved = {name: self._parameters[name].detach().clone() for name in self._weights}
+        self._write(self._weights)
+
+    def __exit__(self, *_: object) -> None:
+        self._write(self._saved)
+
+    @torch.no_grad()
+    def _write(self, weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self._parameters[name].copy_(weight)

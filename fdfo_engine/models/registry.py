@@ -20,9 +20,10 @@ from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.memory import Footprint
 from fdfo_engine.shapes.pipeline import shapes_base
 
-FAMILIES = {"sd3": "fdfo_engine.models.sd3:SD3Model"}
-PIPELINES = {"StableDiffusion3Pipeline": "sd3"}
-"""diffusers pipeline class, as `model_index.json` names it, to family."""
+FAMILIES = {
+    "sd3": ("StableDiffusion3Pipeline", "fdfo_engine.models.sd3:SD3Model"),
+}
+"""Family to the diffusers pipeline class, as `model_index.json` names it, and to the code that runs it."""
 
 
 def resolve_model_id(model_id: str) -> str:
@@ -62,7 +63,7 @@ def _loader(config: Config) -> Any:
     family = config.model.family
     if family == "auto":
         family = _family_of(resolve_model_id(config.model.id), config.model.revision)
-    target = FAMILIES.get(family, family)
+    target = FAMILIES[family][1] if family in FAMILIES else family
     if ":" not in target:
         near = difflib.get_close_matches(family, FAMILIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -91,9 +92,10 @@ def _without_advice() -> Iterator[None]:
 def _family_of(model_id: str, revision: str | None) -> str:
     index = json.loads(model_index(model_id, revision).read_text())
     name = index.get("_class_name", "")
-    if name not in PIPELINES:
-        raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(PIPELINES)}")
-    return PIPELINES[name]
+    pipelines = {pipeline: family for family, (pipeline, _) in FAMILIES.items()}
+    if name not in pipelines:
+        raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(pipelines)}")
+    return pipelines[name]
 
 
 def model_index(model_id: str, revision: str | None) -> Path:

@@ -46,7 +46,7 @@ class PairedSampler:
         Raises:
             NumericsError: a velocity was not finite; names the pair, the branch and the step.
         """
-        model, grid, pairs = self._model, self.grid, len(pair_ids)
+        model, grid, pairs, guidance = self._model, self.grid, len(pair_ids), self._sampling.guidance_scale
         gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed)
         sigmas, ids = grid.sigmas.tolist(), torch.tensor(pair_ids, device=model.device)
         conditioning, negative = self.conditioning(prompts, copies=2)
@@ -58,12 +58,12 @@ class PairedSampler:
         )  # PKTCHW
         for i in range(grid.steps):
             timesteps = grid.timesteps[i].expand(2 * pairs)
-            v, v_uncond = predict(model, network, x_PKCHW.flatten(0, 1), timesteps, conditioning, negative)
+            v, v_uncond = predict(model, network, x_PKCHW.flatten(0, 1), timesteps, conditioning, negative, guidance)
             x_PKCHW = paired_step(
                 x_PKCHW,
                 v.reshape(x_PKCHW.shape),
                 v_uncond=None if v_uncond is None else v_uncond.reshape(x_PKCHW.shape),
-                guidance_scale=self._sampling.guidance_scale,
+                guidance_scale=guidance,
                 sigma=sigmas[i],
                 sigma_next=sigmas[i + 1],
                 gamma=gammas[:, i + 1],
@@ -102,7 +102,7 @@ class PairedSampler:
         )
         for i in range(grid.steps):
             timesteps = grid.timesteps[i].expand(len(prompts))
-            v, v_uncond = predict(model, network, x_NCHW, timesteps, conditioning, negative)
+            v, v_uncond = predict(model, network, x_NCHW, timesteps, conditioning, negative, guidance)
             v = guided_velocity(v, v_uncond, guidance)
             x_NCHW = x_NCHW + (grid.sigmas[i + 1] - grid.sigmas[i]).to(x_NCHW.device) * v.float()
         return self._decode(x_NCHW)

@@ -145,9 +145,7 @@ class Updater:
         timesteps = rollout.timesteps[step]
         prompts = [rollout.prompts[p] for p in pair.tolist()]
         conditioning, negative = self._conditioner(prompts)
-        v = guided_velocity(
-            *predict(self._model, self._trainer, latents, timesteps, conditioning, negative), self._guidance
-        )
+        v = self._velocity(self._trainer, latents, timesteps, conditioning, negative)
         signed = adv.values[pair, branch].to(device)
         loss, log_ratio = fdfo_loss(
             v,
@@ -174,8 +172,19 @@ class Updater:
     ) -> Tensor:
         network = self._trainer if self._reference is None else self._reference
         with self._model.without_adapter():
-            v, v_uncond = predict(self._model, network, latents, timesteps, conditioning, negative)
-        return guided_velocity(v, v_uncond, self._guidance).float()
+            return self._velocity(network, latents, timesteps, conditioning, negative).float()
+
+    def _velocity(
+        self,
+        network: Network,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        negative: Conditioning | None,
+    ) -> Tensor:
+        """Guided and rounded, as the rollout's step used it."""
+        v, v_uncond = predict(self._model, network, latents, timesteps, conditioning, negative, self._guidance)
+        return guided_velocity(v, v_uncond, self._guidance)
 
     def _count_items(self, loss: Tensor, log_ratio: Tensor, kl: Tensor, weight: float, totals: Totals) -> None:
         clipped = ((log_ratio.exp() - 1).abs() >= self._settings.clip_range).sum()

@@ -118,7 +118,9 @@ def test_exported_full_model_gives_the_same_images_in_diffusers(tiny_sd3, tmp_pa
 def test_an_export_that_loads_wrong_is_refused(config, tmp_path, monkeypatch):
     engine = Engine(config)
     moved(engine)
-    monkeypatch.setattr("fdfo_engine.models.sd3.fold_alpha", lambda weights, scale: weights)  # the alpha is lost
+    monkeypatch.setattr(
+        "fdfo_engine.models.pipeline_model.fold_alpha", lambda weights, scale: weights
+    )  # the alpha is lost
     with pytest.raises(CheckpointError, match="loaded back"):
         engine.export(tmp_path / "out")
     assert not list(tmp_path.glob("out/*.safetensors"))
@@ -129,7 +131,7 @@ def test_export_leaves_foreign_files_alone(config, tmp_path, monkeypatch):
     (tmp_path / "out" / "notes.txt").write_text("mine")
     engine = Engine(config)
     moved(engine)
-    monkeypatch.setattr("fdfo_engine.models.sd3.fold_alpha", lambda weights, scale: weights)
+    monkeypatch.setattr("fdfo_engine.models.pipeline_model.fold_alpha", lambda weights, scale: weights)
     with pytest.raises(UsageError, match="is not empty; choose another folder or pass overwrite=True"):
         engine.export(tmp_path / "out")
     with pytest.raises(CheckpointError, match="loaded back"):

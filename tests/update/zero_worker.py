@@ -38,8 +38,9 @@ def config_of(pipeline, out, stage, train="lora", **zero):
         return load_config("shapes", [f"{key}={value}" for key, value in settings.items()])
     # 5 does not divide a block's items: micro-batches end at the block's border, or ranks would differ by 4e-6
     return tiny_config(
-        Path(pipeline), Path(out) / "run", zero={"stage": stage, **zero}, model={"train": train}, update={"micro_batch": 5},
-        sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1}, optimizer={"max_grad_norm": 0.05},
+        Path(pipeline), Path(out) / "run", zero={"stage": stage, **zero}, model={"train": train},
+        update={"micro_batch": 5}, sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1},
+        optimizer={"max_grad_norm": 0.05},
     )  # fmt: skip
 
 

@@ -1,0 +1,258 @@
+"""What every family over a diffusers pipeline has in common: a family adds its grid, its inputs and its VAE's rule."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from fdfo_engine.config import Config
+from fdfo_engine.models.flow_model import Conditioning, Network
+from fdfo_engine.models.fused.choice import choose_blocks
+from fdfo_engine.models.fused.fuse import own_forwards
+from fdfo_engine.models.lora import (
+    ADAPTER,
+    ATTENTION_PROJECTIONS,
+    adapters_off,
+    add_lora,
+    fold_alpha,
+    trainable,
+    weights_in,
+)
+from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+
+EXPORT_TOLERANCE = 1e-5
+"""Largest relative difference (rms) between the trained velocity and the exported one, in the model's float32."""
+
+
+class PipelineModel:
+    """The part of a `FlowModel` that is the same for every family.
+
+    A family sets `family` and `pipeline_class` and defines `size_rule`, `latent_channels`, `grid`, `encode_prompt`,
+    `velocity`, `decode` and `blank_row`; where it needs them also `refuse_settings`, `refuse_pipeline` and `guided`.
+    """
+
+    family: ClassVar[str]
+    pipeline_class: ClassVar[Any]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts that a pipeline folder may leave empty."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_PROJECTIONS
+    """What `lora.targets: family` stands for: ends of module names."""
+
+    def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
+        self.pipeline = pipeline
+        self.network: Any = pipeline.transformer
+        self.device = device
+        self.dtype = next(self.network.parameters()).dtype
+        self.settings = config.model
+        factor = pipeline.vae_scale_factor
+        self.latent_shape = (
+            self.latent_channels(pipeline),
+            self.settings.height // factor,
+            self.settings.width // factor,
+        )
+        self._lora_scale: float | None = None
+
+    @classmethod
+    def load(cls, config: Config, model_id: str, device: torch.device) -> Self:
+        """Loads the pipeline `model_id`, freezes it, and frees what is trained (`model.train`).
+
+        Raises:
+            UsageError: height or width do not fit the model, a setting is not for this family, lora.targets match
+                nothing, or the transformer does not fit what asks for fused blocks.
+            EnvironmentProblem: the pipeline cannot be loaded, or `model.attention` can't run.
+        """
+        cls.refuse_settings(config)
+        pipeline = load_pipeline(cls.pipeline_class, model_id, config.model, cls.optional_parts)
+        for part in (pipeline.transformer, pipeline.vae):
+            part.to(device)
+        model = cls._prepared(pipeline, config, device)
+        choose_blocks(model.network, config.model, rehome=config.zero.stage < 3)
+        return model
+
+    @classmethod
+    def blank(cls, config: Config, model_id: str, mode: FakeTensorMode) -> tuple[Self, Conditioning]:
+        """The model and one row of conditioning as fake tensors of `mode` on the CPU: for counting memory.
+
+        On diffusers' own blocks, and `model.gradient_checkpointing: fc1` as false: fused ones keep less.
+
+        Raises:
+            UsageError, EnvironmentProblem: as `load`.
+        """
+        cls.refuse_settings(config)
+        pipeline = blank_pipeline(cls.pipeline_class, model_id, config.model)
+        model = cls._prepared(pipeline, config, torch.device("cpu"))
+        if config.model.gradient_checkpointing is True:
+            model.network.enable_gradient_checkpointing()
+        with mode:
+            for part in (pipeline.transformer, pipeline.vae):
+                become_fake(part)
+            return model, Conditioning(model.blank_row(model_id))
+
+    @classmethod
+    def _prepared(cls, pipeline: Any, config: Config, device: torch.device) -> Self:
+        """Freezes the pipeline and frees what is trained."""
+        cls.refuse_pipeline(pipeline, config)
+        for part in (pipeline.transformer, pipeline.vae, *_text_encoders(pipeline)):
+            part.eval().requires_grad_(False)
+        model = cls(pipeline, config, device)
+        if config.model.train == "full":
+            model.network.requires_grad_(True)
+            return model
+        lora = config.lora
+        targets = cls.lora_targets if lora.targets == "family" else lora.targets
+        try:
+            add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=targets, seed=config.run.seed)
+        except ValueError as error:
+            raise UsageError(f"lora.targets = {list(targets)}: {error}") from error
+        model._lora_scale = lora.alpha / lora.rank
+        return model
+
+    @classmethod
+    def refuse_settings(cls, config: Config) -> None:
+        """Refuses settings that are not for this family, before anything is loaded.
+
+        Raises:
+            UsageError: such a setting, with its key.
+        """
+        if config.sampling.embedded_guidance is not None:
+            raise UsageError(
+                f"sampling.embedded_guidance: the {cls.family} family takes none; set sampling.guidance_scale"
+            )
+
+    @classmethod
+    def refuse_pipeline(cls, pipeline: Any, config: Config) -> None:
+        """Refuses a pipeline that `config` does not fit.
+
+        Raises:
+            UsageError: height or width, with what the model takes.
+        """
+        unit, limit = cls.size_rule(pipeline)
+        for key in ("height", "width"):
+            value = getattr(config.model, key)
+            if value % unit or value > limit:
+                raise UsageError(f"model.{key} = {value}: this model takes a multiple of {unit} up to {limit}")
+
+    @classmethod
+    def size_rule(cls, pipeline: Any) -> tuple[int, int]:
+        """Pixels that height and width are multiples of, and the most of them."""
+        raise NotImplementedError
+
+    @classmethod
+    def latent_channels(cls, pipeline: Any) -> int:
+        """C of a latent `[C, H, W]`."""
+        raise NotImplementedError
+
+    def blank_row(self, model_id: str) -> dict[str, Tensor]:
+        """One row of zeros, shaped as `encode_prompt` gives it, without a text encoder."""
+        raise NotImplementedError
+
+    @contextmanager
+    def text_encoders(self) -> Iterator[None]:
+        """See `FlowModel.text_encoders`; an inner one is part of the outer."""
+        encoders = _text_encoders(self.pipeline)
+        moved = [e for e in encoders if next(e.parameters()).device != self.device]
+        for encoder in moved:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in moved:
+                encoder.to("cpu")
+
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        """See `FlowModel.encode_prompt`."""
+        raise NotImplementedError
+
+    def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `FlowModel.velocity`."""
+        raise NotImplementedError
+
+    def guided(self, v: Tensor, v_uncond: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        """See `FlowModel.guided`: here the plain rule, left to the step."""
+        return v, v_uncond
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """See `FlowModel.without_adapter`."""
+        return adapters_off(self.network) if self._lora_scale is not None else nullcontext()
+
+    def other_weights(self) -> Iterator[Tensor]:
+        """See `FlowModel.other_weights`."""
+        return self.pipeline.vae.parameters()  # type: ignore[no-any-return]
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `FlowModel.trained_parameters`."""
+        return trainable(self.network)
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A LoRA that `load_lora_weights` takes (alpha folded), or a pipeline folder after full training.
+
+        Raises:
+            CheckpointError: what was written does not give the same velocity when loaded back.
+        """
+        if self._lora_scale is None and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
+            raise UsageError(f"export: {folder} is the base model itself; choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # written and verified aside: a wrong export is never seen, and a folder of the user's is only added to
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
+            aside = Path(name) / "export"
+            if self._lora_scale is None:
+                exported = self._export_pipeline(aside, weights)
+            else:
+                exported = self._export_lora(aside, weights, self._lora_scale)
+            self._verify(exported, weights, folder)
+            if folder.is_dir() and any(folder.iterdir()):
+                shutil.copytree(aside, folder, dirs_exist_ok=True)
+            else:
+                os.replace(aside, folder)
+
+    def _export_lora(self, folder: Path, weights: dict[str, Tensor], scale: float) -> nn.Module:
+        folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, scale)
+        self.pipeline_class.save_lora_weights(folder, transformer_lora_layers=folded)
+        fresh = self._fresh_pipeline(self.pipeline.config._name_or_path)
+        fresh.load_lora_weights(folder)
+        network: nn.Module = fresh.transformer
+        return network
+
+    def _export_pipeline(self, folder: Path, weights: dict[str, Tensor]) -> nn.Module:
+        with weights_in(self.network, weights):
+            self.pipeline.save_pretrained(folder, safe_serialization=True)
+        network: nn.Module = self._fresh_pipeline(str(folder)).transformer
+        return network
+
+    def _fresh_pipeline(self, model_id: str) -> Any:
+        pipeline = load_pipeline(self.pipeline_class, model_id, self.settings, self.optional_parts)
+        pipeline.transformer.to(self.device)
+        return pipeline
+
+    def _verify(self, exported: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, *self.latent_shape, generator=generator).to(self.device)
+        timestep = torch.full((1,), 500.0)
+        with torch.no_grad(), own_forwards(self.network), weights_in(self.network, weights):
+            conditioning = self.encode_prompt("a picture")
+            trained = self.velocity(self.network, latents, timestep, conditioning).float()
+            loaded = self.velocity(exported.eval(), latents, timestep, conditioning).float()
+        error = ((loaded - trained).square().mean() / trained.square().mean().clamp_min(1e-30)).sqrt().item()
+        limit = EXPORT_TOLERANCE if self.dtype == torch.float32 else 2e-2
+        if not error <= limit:
+            raise CheckpointError(f"export to {folder}: loaded back, its velocity is {error:.1e} off (limit {limit})")
+
+
+def _diffusers_name(name: str) -> str:
+    return name.replace(f".{ADAPTER}.", ".")
+
+
+def _text_encoders(pipeline: Any) -> list[nn.Module]:
+    encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+    return [encoder for encoder in encoders if encoder is not None]
