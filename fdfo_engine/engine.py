@@ -37,7 +37,7 @@ from fdfo_engine.update.zero import ZeroTrainer
 
 Weights = Literal["auto", "ema", "raw"]
 OnBlock = Callable[[Sequence[str], Tensor], None]
-WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "lora")
+WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "model.quantize", "lora")
 
 
 class Engine:

@@ -77,6 +77,14 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        ("model.quantize", "model.train", "zero.stage"),
+        lambda c: c.model.quantize is not None and (c.model.train == "full" or c.zero.stage == 3),
+        lambda c: (
+            f"is {c.model.quantize}, and four-bit weights can be neither trained (model.train = {c.model.train}) nor "
+            f"split over ranks (zero.stage = {c.zero.stage}); take model.train: lora with a stage below 3, or null"
+        ),
+    ),
+    Rule(
         ("zero.offload_optimizer", "zero.stage"),
         lambda c: c.zero.offload_optimizer and c.zero.stage == 0,
         lambda c: "needs zero.stage 1, 2 or 3: stage 0 leaves the optimizer's state where the weights are",

@@ -67,6 +67,10 @@ class ModelConfig(Section):
     train: Literal["lora", "full"] = "lora"
     """What is trained: low-rank adapters, or every weight of the transformer."""
 
+    quantize: Literal["nf4"] | None = None
+    """Keeps the frozen weights of the blocks in four bits (bitsandbytes): a quarter of the memory, slower, and the LoRA
+    is then trained on the quantised model; null keeps them in `dtype`."""
+
     fused: Literal["auto", True, False] = "auto"
     """Fused transformer blocks: auto where the model fits them, true always or an error, false never."""
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from fdfo_engine.config import ModelConfig
+from fdfo_engine.models.quantized import quantize
 from fdfo_engine.runtime.errors import EnvironmentProblem
 
 
@@ -21,7 +22,8 @@ def load_pipeline(kind: Any, model_id: str, settings: ModelConfig, optional_part
     `optional_parts` are those that a folder may leave empty: diffusers loads it only if told so for each.
 
     Raises:
-        EnvironmentProblem: it is neither in a folder nor to be had from the hub, or a part of it is missing.
+        EnvironmentProblem: it is neither in a folder nor to be had from the hub, a part of it is missing, or
+            `settings.quantize` lacks its library.
     """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -34,6 +36,8 @@ def load_pipeline(kind: Any, model_id: str, settings: ModelConfig, optional_part
     except OSError as error:
         raise absent_model(model_id, error) from error
     pipeline.set_progress_bar_config(disable=True)
+    if settings.quantize:
+        quantize(pipeline.transformer)
     return pipeline
 
 

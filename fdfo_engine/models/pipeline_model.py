@@ -28,6 +28,7 @@ from fdfo_engine.models.lora import (
     weights_in,
 )
 from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
+from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 EXPORT_TOLERANCE = 1e-5
@@ -78,6 +79,8 @@ class PipelineModel:
             part.to(device)
         model = cls._prepared(pipeline, config, device)
         choose_blocks(model.network, config.model, rehome=config.zero.stage < 3)
+        if config.model.quantize:
+            say(f"model: its blocks are kept in {config.model.quantize}; the quantised model is what is trained")
         return model
 
     @classmethod

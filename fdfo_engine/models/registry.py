@@ -1,5 +1,6 @@
 """Which family a model belongs to, and how it is loaded."""
 
+import dataclasses
 import difflib
 import importlib
 import json
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
+from fdfo_engine.models.quantized import quantized_bytes
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.memory import Footprint
 from fdfo_engine.shapes.pipeline import shapes_base
@@ -55,7 +58,16 @@ def blank_footprint(config: Config) -> Footprint:
         mode = FakeTensorMode()
         model, conditioning = loader.blank(config, resolve_model_id(config.model.id), mode)
         with mode:
-            return footprint(model, conditioning, config.model.height, config.model.width)
+            found = footprint(model, conditioning, config.model.height, config.model.width)
+    return _packed(found, model.network) if config.model.quantize else found
+
+
+def _packed(counted: Footprint, network: nn.Module) -> Footprint:
+    """`counted` with the weights of the blocks in four bits, one of which is unpacked at a time."""
+    saved, largest = quantized_bytes(network)
+    lines = {name: getattr(counted, name) for name in ("forward", "training")}
+    unpacked = {name: line._replace(fixed=line.fixed + largest) for name, line in lines.items()}
+    return dataclasses.replace(counted, frozen=counted.frozen - saved, **unpacked)
 
 
 def _loader(config: Config) -> Any:

@@ -14,6 +14,7 @@ BREAKS = {
     "zero.offload_optimizer": (["zero.offload_optimizer=true", "zero.stage=0"], "needs zero.stage 1, 2 or 3"),
     "zero.offload_parameters": (["zero.offload_parameters=true"], "needs zero.stage = 3"),
     "model.train": (["model.train=full", "zero.offload_optimizer=true"], "set zero.stage to 3"),
+    "model.quantize": (["model.quantize=nf4", "zero.stage=3"], "a stage below 3"),
     "update.kl_reference": (["update.kl_reference=frozen_copy"], "set it to null"),
     "model.fused": (["model.fused=true", "model.compile=true"], "set one of them to false"),
     "model.compile": (["model.compile=true", "zero.stage=3"], "lower zero.stage"),
