@@ -34,9 +34,9 @@ def build_tiny_sd3(folder, *, qk_norm="rms_norm", dual_attention_layers=(0,)):
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIZE,
         scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
-    _liven(transformer)
-    _liven(vae)
-    clips = [_clip(width) for width in CLIP_WIDTHS]
+    liven(transformer)
+    liven(vae)
+    clips = [tiny_clip(width) for width in CLIP_WIDTHS]
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -45,8 +45,8 @@ def build_tiny_sd3(folder, *, qk_norm="rms_norm", dual_attention_layers=(0,)):
         tokenizer=clips[0][1],
         text_encoder_2=clips[1][0],
         tokenizer_2=clips[1][1],
-        text_encoder_3=_t5(),
-        tokenizer_3=_t5_tokenizer(),
+        text_encoder_3=tiny_t5(),
+        tokenizer_3=tiny_t5_tokenizer(),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -86,7 +86,7 @@ def tiny_config(folder, run_dir, **sections):
     return Config.model_validate(tiny_tree(folder, run_dir, **sections))
 
 
-def _liven(module):
+def liven(module):
     """Fresh diffusers modules start with zeroed modulation; random weights everywhere make every path count."""
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
@@ -95,12 +95,13 @@ def _liven(module):
             parameter.data = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
 
 
-def _clip(width):
+def tiny_clip(width, kind=CLIPTextModelWithProjection):
+    """A random CLIP text encoder of class `kind` and its tokenizer, a token a letter."""
     vocab = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
     tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(vocab)}, merges=[])
     tokenizer.model_max_length = 77
     torch.manual_seed(width)
-    encoder = CLIPTextModelWithProjection(
+    encoder = kind(
         CLIPTextConfig(
             vocab_size=len(vocab),
             hidden_size=width,
@@ -116,14 +117,16 @@ def _clip(width):
     return encoder.eval(), tokenizer
 
 
-def _t5_tokenizer():
+def tiny_t5_tokenizer():
+    """A token a letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
     tokenizer.model_max_length = 512
     return tokenizer
 
 
-def _t5():
+def tiny_t5():
+    """A random T5 encoder, JOINT_WIDTH wide."""
     torch.manual_seed(2)
     return T5EncoderModel(
         T5Config(vocab_size=32, d_model=JOINT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub; null takes the newest."""
 
     family: str = Field(default="auto", min_length=1)
-    """Which code runs the model: `sd3`, or `module:attribute`; auto reads it from the pipeline."""
+    """Which code runs the model: `sd3`, `flux`, `qwen_image` or `module:attribute`; auto reads it from the pipeline."""
 
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Type the model computes in, and of its frozen weights."""
@@ -87,7 +87,7 @@ class ModelConfig(Section):
     """Replays a rollout's forward as a CUDA graph; on a GPU, below zero.stage 3. Not measured yet."""
 
     max_sequence_length: int = Field(default=256, ge=0, le=512)
-    """Tokens of the T5 encoder; 0 leaves T5 out. `shapes` was trained without and needs 0."""
+    """Tokens of the T5 encoder, or of Qwen-Image's prompt; 0 leaves T5 out of SD3, as `shapes` needs it."""
 
     negative_prompt: str = ""
     """Prompt of the negative branch, used where sampling.guidance_scale is not 1."""
@@ -147,10 +147,10 @@ class SamplingConfig(Section):
     """Solver steps from t = 1 (noise) to t = 0 (image)."""
 
     guidance_scale: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance; 1 runs the model once a step, anything else twice."""
+    """Classifier-free guidance by the pipeline's own rule; 1 runs the model once a step, anything else twice."""
 
     embedded_guidance: Annotated[float, Field(ge=0)] | None = None
-    """Guidance as an input of the model, for families that take one; null otherwise."""
+    """Guidance as an input of the model, for FLUX.1-dev and its like: null takes the pipeline's 3.5; null elsewhere."""
 
     block_pairs: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Pairs that are sampled together; auto is the largest divisor of pairs_per_epoch up to 12."""

@@ -42,7 +42,7 @@ def load_pipeline(kind: Any, model_id: str, settings: ModelConfig, optional_part
 
 
 def blank_pipeline(kind: Any, model_id: str, settings: ModelConfig) -> Any:
-    """A pipeline of class `kind` whose transformer and VAE are on the meta device, and whose other parts are None.
+    """A pipeline of class `kind`: scheduler, transformer and VAE, these two on the meta device; no other part.
 
     Raises:
         EnvironmentProblem: the configs are neither in a folder nor to be had from the hub.
@@ -50,11 +50,13 @@ def blank_pipeline(kind: Any, model_id: str, settings: ModelConfig) -> Any:
     parts: dict[str, Any] = dict.fromkeys(list(inspect.signature(kind.__init__).parameters)[1:])
     try:
         index = kind.load_config(model_id, revision=settings.revision)
+        for part in ("scheduler", "transformer", "vae"):
+            part_class = getattr(diffusers, index[part][1])
+            config = part_class.load_config(model_id, subfolder=part, revision=settings.revision)
+            with torch.device("cpu" if part == "scheduler" else "meta"):
+                parts[part] = part_class.from_config(config)
         for part in ("transformer", "vae"):
-            network = getattr(diffusers, index[part][1])
-            config = network.load_config(model_id, subfolder=part, revision=settings.revision)
-            with torch.device("meta"):
-                parts[part] = nn.Module.to(network.from_config(config), getattr(torch, settings.dtype))
+            nn.Module.to(parts[part], getattr(torch, settings.dtype))
     except OSError as error:
         raise absent_model(model_id, error) from error
     return kind(**parts)

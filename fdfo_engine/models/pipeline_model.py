@@ -39,7 +39,7 @@ class PipelineModel:
     """The part of a `FlowModel` that is the same for every family.
 
     A family sets `family` and `pipeline_class` and defines `size_rule`, `latent_channels`, `grid`, `encode_prompt`,
-    `velocity`, `decode` and `blank_row`; where it needs them also `refuse_settings`, `refuse_pipeline` and `guided`.
+    `velocity` and `blank_row`; where its pipeline has rules of its own also `guided`, `decode` and what is refused.
     """
 
     family: ClassVar[str]
@@ -49,6 +49,9 @@ class PipelineModel:
 
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_PROJECTIONS
     """What `lora.targets: family` stands for: ends of module names."""
+
+    takes_embedded_guidance: ClassVar[bool] = False
+    """Whether models of the family may take guidance as an input."""
 
     def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
         self.pipeline = pipeline
@@ -128,7 +131,7 @@ class PipelineModel:
         Raises:
             UsageError: such a setting, with its key.
         """
-        if config.sampling.embedded_guidance is not None:
+        if config.sampling.embedded_guidance is not None and not cls.takes_embedded_guidance:
             raise UsageError(
                 f"sampling.embedded_guidance: the {cls.family} family takes none; set sampling.guidance_scale"
             )
@@ -143,12 +146,26 @@ class PipelineModel:
         unit, limit = cls.size_rule(pipeline)
         for key in ("height", "width"):
             value = getattr(config.model, key)
-            if value % unit or value > limit:
-                raise UsageError(f"model.{key} = {value}: this model takes a multiple of {unit} up to {limit}")
+            if value % unit or (limit is not None and value > limit):
+                most = "" if limit is None else f" up to {limit}"
+                raise UsageError(f"model.{key} = {value}: this model takes a multiple of {unit}{most}")
 
     @classmethod
-    def size_rule(cls, pipeline: Any) -> tuple[int, int]:
-        """Pixels that height and width are multiples of, and the most of them."""
+    def refuse_many_steps(cls, config: Config, most: int, why: str) -> None:
+        """Refuses more than the `most` steps that a model was distilled to; `why` says how it is known.
+
+        Raises:
+            UsageError: `sampling.steps` is larger.
+        """
+        if config.sampling.steps > most:
+            raise UsageError(
+                f"sampling.steps = {config.sampling.steps}: this model takes 1 to {most} steps, for which it was "
+                f"distilled ({why}): along more of them its velocity is no flow's"
+            )
+
+    @classmethod
+    def size_rule(cls, pipeline: Any) -> tuple[int, int | None]:
+        """Pixels that height and width are multiples of, and the most of them, if there is such a limit."""
         raise NotImplementedError
 
     @classmethod
@@ -180,6 +197,12 @@ class PipelineModel:
     def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See `FlowModel.velocity`."""
         raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `FlowModel.decode`: the rule of an `AutoencoderKL`."""
+        vae = self.pipeline.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        return as_images(vae.decode(scaled, return_dict=False)[0])
 
     def guided(self, v: Tensor, v_uncond: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
         """See `FlowModel.guided`: here the plain rule, left to the step."""
@@ -250,6 +273,11 @@ class PipelineModel:
         limit = EXPORT_TOLERANCE if self.dtype == torch.float32 else 2e-2
         if not error <= limit:
             raise CheckpointError(f"export to {folder}: loaded back, its velocity is {error:.1e} off (limit {limit})")
+
+
+def as_images(decoded: Tensor) -> Tensor:
+    """What a VAE's decoder gives, -1..1, as float32 images in 0..1."""
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
 def _diffusers_name(name: str) -> str:

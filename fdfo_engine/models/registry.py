@@ -25,8 +25,30 @@ from fdfo_engine.shapes.pipeline import shapes_base
 
 FAMILIES = {
     "sd3": ("StableDiffusion3Pipeline", "fdfo_engine.models.sd3:SD3Model"),
+    "flux": ("FluxPipeline", "fdfo_engine.models.flux:FluxModel"),
+    "qwen_image": ("QwenImagePipeline", "fdfo_engine.models.qwen_image:QwenImageModel"),
 }
 """Family to the diffusers pipeline class, as `model_index.json` names it, and to the code that runs it."""
+
+_WANTS_AN_IMAGE = "it starts from an image beside the prompt, and a pair has only the prompt"
+_OTHER_MODEL = "another architecture (text encoder, blocks, latents) that no family here runs"
+REFUSED = {
+    "Flux2Pipeline": _OTHER_MODEL,
+    "Flux2KleinPipeline": _OTHER_MODEL,
+    "ChromaPipeline": _OTHER_MODEL,
+    "FluxKontextPipeline": _WANTS_AN_IMAGE,
+    "FluxFillPipeline": _WANTS_AN_IMAGE,
+    "FluxControlPipeline": _WANTS_AN_IMAGE,
+    "FluxControlNetPipeline": _WANTS_AN_IMAGE,
+    "FluxPriorReduxPipeline": "it makes embeddings of an image, no image",
+    "StableDiffusion3ControlNetPipeline": _WANTS_AN_IMAGE,
+    "QwenImageControlNetPipeline": _WANTS_AN_IMAGE,
+    "QwenImageEditPipeline": _WANTS_AN_IMAGE,
+    "QwenImageEditPlusPipeline": _WANTS_AN_IMAGE,
+    "QwenImage21Pipeline": _OTHER_MODEL,
+    "QwenImageLayeredPipeline": "it makes layers, not one image",
+}
+"""Relatives of the families that are not taken, and why."""
 
 
 def resolve_model_id(model_id: str) -> str:
@@ -105,6 +127,8 @@ def _family_of(model_id: str, revision: str | None) -> str:
     index = json.loads(model_index(model_id, revision).read_text())
     name = index.get("_class_name", "")
     pipelines = {pipeline: family for family, (pipeline, _) in FAMILIES.items()}
+    if name in REFUSED:
+        raise UsageError(f"model.id = {model_id!r} is a {name}: {REFUSED[name]}; takes one of {sorted(pipelines)}")
     if name not in pipelines:
         raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(pipelines)}")
     return pipelines[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
 from fdfo_engine.models.pipeline_loading import absent_model
 from fdfo_engine.models.pipeline_model import PipelineModel
+
+TURBO_STEPS = 4
+"""The most steps that SD3.5-large-turbo was distilled to."""
 
 
 class SD3Model(PipelineModel):
@@ -21,6 +26,13 @@ class SD3Model(PipelineModel):
     family = "sd3"
     pipeline_class = StableDiffusion3Pipeline
     optional_parts = ("text_encoder_3", "tokenizer_3")
+
+    @classmethod
+    def refuse_settings(cls, config: Config) -> None:
+        """See `PipelineModel.refuse_settings`; SD3.5-large-turbo differs from -large in nothing but its name."""
+        super().refuse_settings(config)
+        if "turbo" in Path(config.model.id).name.lower():
+            cls.refuse_many_steps(config, TURBO_STEPS, f"model.id = {config.model.id!r} says turbo")
 
     @classmethod
     def size_rule(cls, pipeline: Any) -> tuple[int, int]:
@@ -82,10 +94,3 @@ class SD3Model(PipelineModel):
             return_dict=False,
             **conditioning.tensors,
         )[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `FlowModel.decode`."""
-        vae = self.pipeline.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images: Tensor = vae.decode(scaled, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)

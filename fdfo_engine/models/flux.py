@@ -1,0 +1,92 @@
+"""FLUX.1-dev and -schnell, and fine-tunes of their shape, over diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from fdfo_engine.config import Config
+from fdfo_engine.models.flow_model import Conditioning
+from fdfo_engine.models.packed_model import PackedModel
+from fdfo_engine.runtime.console import say
+from fdfo_engine.runtime.errors import UsageError
+
+DEFAULT_EMBEDDED_GUIDANCE = 3.5
+"""What `FluxPipeline` tells a guidance-distilled model unless asked for something else."""
+
+SCHNELL_STEPS = 4
+"""The most steps that FLUX.1-schnell was distilled to."""
+
+
+class FluxModel(PackedModel):
+    """The `FlowModel` of FLUX.1.
+
+    A model with `guidance_embeds` (dev) is told `sampling.embedded_guidance`, 3.5 by default; schnell takes none.
+    `sampling.guidance_scale` is the pipeline's `true_cfg_scale` with `model.negative_prompt`, on top of that.
+    """
+
+    family = "flux"
+    pipeline_class = FluxPipeline
+    takes_embedded_guidance = True
+
+    def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
+        super().__init__(pipeline, config, device)
+        self._embedded_guidance: float | None = None
+        if self.network.config.guidance_embeds:
+            self._embedded_guidance = config.sampling.embedded_guidance
+            if self._embedded_guidance is None:
+                self._embedded_guidance = DEFAULT_EMBEDDED_GUIDANCE
+                say(f"sampling.embedded_guidance: {DEFAULT_EMBEDDED_GUIDANCE}, the pipeline's own default")
+
+    @classmethod
+    def refuse_pipeline(cls, pipeline: Any, config: Config) -> None:
+        """See `PipelineModel.refuse_pipeline`; also embedded guidance, and many steps, for schnell."""
+        super().refuse_pipeline(pipeline, config)
+        if pipeline.transformer.config.guidance_embeds:
+            return
+        if config.sampling.embedded_guidance is not None:
+            raise UsageError(
+                f"sampling.embedded_guidance = {config.sampling.embedded_guidance}: this model has no such input "
+                "(guidance_embeds is false); set it to null, and sampling.guidance_scale for guidance"
+            )
+        if not pipeline.scheduler.config.get("use_dynamic_shifting"):
+            cls.refuse_many_steps(config, SCHNELL_STEPS, "without embedded guidance and shift it is FLUX.1-schnell")
+
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        """T5's tokens and CLIP's pooled vector, as the pipeline makes them."""
+        with self.text_encoders():
+            embeds, pooled, _ = self.pipeline.encode_prompt(
+                prompt=prompt, device=self.device, max_sequence_length=self.settings.max_sequence_length
+            )
+        return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def blank_row(self, model_id: str) -> dict[str, Tensor]:
+        """See `PipelineModel.blank_row`."""
+        config, tokens = self.network.config, self.settings.max_sequence_length
+        return {
+            "encoder_hidden_states": torch.zeros(1, tokens, config.joint_attention_dim, dtype=self.dtype),
+            "pooled_projections": torch.zeros(1, config.pooled_projection_dim, dtype=self.dtype),
+        }
+
+    def inputs(self, conditioning: Conditioning) -> dict[str, Any]:
+        """See `PackedModel.inputs`: rotary positions, and the embedded guidance where the model takes it."""
+        text = conditioning.tensors["encoder_hidden_states"]
+        guidance = None
+        if self._embedded_guidance is not None:
+            guidance = torch.full((len(text),), self._embedded_guidance, device=text.device)
+        return {
+            "guidance": guidance,
+            "img_ids": self._img_ids,
+            "txt_ids": text.new_zeros(text.shape[1], 3),
+            **conditioning.tensors,
+        }
+
+    @cached_property
+    def _img_ids(self) -> Tensor:
+        _, height, width = self.latent_shape
+        ids: Tensor = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)
+        return ids
