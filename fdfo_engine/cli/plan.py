@@ -20,7 +20,9 @@ def add_parser(verbs: Any) -> None:
     )
     parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
     parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
-    parse.add_argument("--gpu-gib", type=float, default=80.0, help="free memory of a GPU, GiB; default 80")
+    parse.add_argument(
+        "--gpu-gb", type=float, default=80.0, help="memory of a GPU that is free, in the units of its name; default 80"
+    )
     parse.add_argument("--ranks", type=int, default=1, help="GPUs; default 1")
     parse.set_defaults(verb=run)
 
@@ -32,12 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
 
-    for name, value in (("--gpu-gib", arguments.gpu_gib), ("--ranks", arguments.ranks)):
+    for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):
         if value <= 0:
             raise UsageError(f"{name} {value:g}: takes more than 0")
     config = load_config(arguments.config, arguments.overrides)
     plan = BatchPlan.from_config(config, arguments.ranks)
-    free = int(arguments.gpu_gib * GIB)
+    free = int(arguments.gpu_gb * GIB)
     prediction = choose_micro_batch(blank_footprint(config), config, arguments.ranks, free)
     say(dataclasses.replace(plan, micro_batch=prediction.micro_batch).describe())
     say(prediction.describe())

@@ -112,6 +112,10 @@ class FlowModel(Protocol):
         """Weights that stay on `device` beside the network's: the VAE's."""
         ...
 
+    def text_weights(self) -> Iterator[Tensor]:
+        """Weights of the text encoders, on `device` within `text_encoders` only."""
+        ...
+
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training moves: the LoRA, or every weight of the network."""
         ...

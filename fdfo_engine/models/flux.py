@@ -64,7 +64,7 @@ class FluxModel(PackedModel):
             )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
-    def blank_row(self, model_id: str) -> dict[str, Tensor]:
+    def blank_row(self) -> dict[str, Tensor]:
         """See `PipelineModel.blank_row`."""
         config, tokens = self.network.config, self.settings.max_sequence_length
         return {

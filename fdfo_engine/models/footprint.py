@@ -52,6 +52,7 @@ def footprint(model: FlowModel, conditioning: Conditioning, height: int, width: 
         trained=sum(p.nbytes for p in trained),
         trained_values=sum(p.numel() for p in trained),
         other=sum(p.nbytes for p in model.other_weights()),
+        text=sum(p.nbytes for p in model.text_weights()),
         forward=forwarding,
         training=training,
         decode=decoding,

@@ -42,7 +42,7 @@ def load_pipeline(kind: Any, model_id: str, settings: ModelConfig, optional_part
 
 
 def blank_pipeline(kind: Any, model_id: str, settings: ModelConfig) -> Any:
-    """A pipeline of class `kind`: scheduler, transformer and VAE, these two on the meta device; no other part.
+    """A pipeline of class `kind`: its scheduler, and its networks on the meta device; no tokenizer.
 
     Raises:
         EnvironmentProblem: the configs are neither in a folder nor to be had from the hub.
@@ -55,8 +55,13 @@ def blank_pipeline(kind: Any, model_id: str, settings: ModelConfig) -> Any:
             config = part_class.load_config(model_id, subfolder=part, revision=settings.revision)
             with torch.device("cpu" if part == "scheduler" else "meta"):
                 parts[part] = part_class.from_config(config)
-        for part in ("transformer", "vae"):
-            nn.Module.to(parts[part], getattr(torch, settings.dtype))
+        for part in (name for name in index if name.startswith("text_encoder") and index[name][0]):
+            part_class = getattr(transformers, index[part][1])
+            config = part_class.config_class.from_pretrained(model_id, subfolder=part, revision=settings.revision)
+            with torch.device("meta"):
+                parts[part] = part_class(config)
+        for network in (part for part in parts.values() if isinstance(part, nn.Module)):
+            nn.Module.to(network, getattr(torch, settings.dtype))
     except OSError as error:
         raise absent_model(model_id, error) from error
     return kind(**parts)

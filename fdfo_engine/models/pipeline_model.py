@@ -103,7 +103,7 @@ class PipelineModel:
         with mode:
             for part in (pipeline.transformer, pipeline.vae):
                 become_fake(part)
-            return model, Conditioning(model.blank_row(model_id))
+            return model, Conditioning(model.blank_row())
 
     @classmethod
     def _prepared(cls, pipeline: Any, config: Config, device: torch.device) -> Self:
@@ -173,7 +173,7 @@ class PipelineModel:
         """C of a latent `[C, H, W]`."""
         raise NotImplementedError
 
-    def blank_row(self, model_id: str) -> dict[str, Tensor]:
+    def blank_row(self) -> dict[str, Tensor]:
         """One row of zeros, shaped as `encode_prompt` gives it, without a text encoder."""
         raise NotImplementedError
 
@@ -215,6 +215,10 @@ class PipelineModel:
     def other_weights(self) -> Iterator[Tensor]:
         """See `FlowModel.other_weights`."""
         return self.pipeline.vae.parameters()  # type: ignore[no-any-return]
+
+    def text_weights(self) -> Iterator[Tensor]:
+        """See `FlowModel.text_weights`."""
+        return (weight for encoder in _text_encoders(self.pipeline) for weight in encoder.parameters())
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """See `FlowModel.trained_parameters`."""

@@ -56,7 +56,7 @@ class QwenImageModel(PackedModel):
             }
         )
 
-    def blank_row(self, model_id: str) -> dict[str, Tensor]:
+    def blank_row(self) -> dict[str, Tensor]:
         """See `PipelineModel.blank_row`."""
         width, tokens = self.network.config.joint_attention_dim, self.settings.max_sequence_length
         return {

@@ -18,7 +18,9 @@ from torch._subclasses import FakeTensorMode
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
+from fdfo_engine.models.known import known_configs
 from fdfo_engine.models.quantized import quantized_bytes
+from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.memory import Footprint
 from fdfo_engine.shapes.pipeline import shapes_base
@@ -63,22 +65,29 @@ def load_model(config: Config, device: torch.device) -> FlowModel:
         UsageError: the family is unknown, or a `module:attribute` family cannot be imported.
         EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
     """
-    model: FlowModel = _loader(config).load(config, resolve_model_id(config.model.id), device)
+    source = resolve_model_id(config.model.id)
+    model: FlowModel = _loader(config, source).load(config, source, device)
     return model
 
 
 def blank_footprint(config: Config) -> Footprint:
     """Sizes of `config.model` from its configs alone: no weight is read, and none takes memory.
 
+    A hub model whose configs are shipped (`models/known`) is counted from those.
+
     Raises:
         UsageError, EnvironmentProblem: as `load_model`, or the family cannot be counted without its weights.
     """
-    loader = _loader(config)
+    source = resolve_model_id(config.model.id)
+    if known := known_configs(config.model.id):
+        source = str(known)
+        say(f"model.id = {config.model.id!r}: counted from the configs that are shipped for it")
+    loader = _loader(config, source)
     if not hasattr(loader, "blank"):
         raise UsageError(f"model.family = {config.model.family!r}: has no `blank`, so it cannot be counted unloaded")
     with _without_advice():
         mode = FakeTensorMode()
-        model, conditioning = loader.blank(config, resolve_model_id(config.model.id), mode)
+        model, conditioning = loader.blank(config, source, mode)
         with mode:
             found = footprint(model, conditioning, config.model.height, config.model.width)
     return _packed(found, model.network) if config.model.quantize else found
@@ -92,11 +101,11 @@ def _packed(counted: Footprint, network: nn.Module) -> Footprint:
     return dataclasses.replace(counted, frozen=counted.frozen - saved, **unpacked)
 
 
-def _loader(config: Config) -> Any:
-    """The class of the family."""
+def _loader(config: Config, source: str) -> Any:
+    """The class of the family of the pipeline `source`."""
     family = config.model.family
     if family == "auto":
-        family = _family_of(resolve_model_id(config.model.id), config.model.revision)
+        family = _family_of(source, config.model.revision)
     target = FAMILIES[family][1] if family in FAMILIES else family
     if ":" not in target:
         near = difflib.get_close_matches(family, FAMILIES, n=1)

@@ -9,11 +9,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
-from fdfo_engine.models.pipeline_loading import absent_model
 from fdfo_engine.models.pipeline_model import PipelineModel
 
 TURBO_STEPS = 4
@@ -73,14 +71,10 @@ class SD3Model(PipelineModel):
             )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
-    def blank_row(self, model_id: str) -> dict[str, Tensor]:
+    def blank_row(self) -> dict[str, Tensor]:
         """See `PipelineModel.blank_row`."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_id, subfolder="tokenizer", revision=self.settings.revision)
-        except (OSError, ValueError) as error:
-            raise absent_model(model_id, error) from error
-        tokens = tokenizer.model_max_length + self.settings.max_sequence_length  # CLIP's, then T5's
-        config = self.network.config
+        config, settings = self.network.config, self.settings
+        tokens = self.pipeline.tokenizer_max_length + settings.max_sequence_length  # CLIP's, then T5's
         return {
             "encoder_hidden_states": torch.zeros(1, tokens, config.joint_attention_dim, dtype=self.dtype),
             "pooled_projections": torch.zeros(1, config.pooled_projection_dim, dtype=self.dtype),

@@ -49,7 +49,7 @@ class Footprint:
 
     Attributes:
         frozen: the network's frozen weights. trained: its trained ones, in its own dtype.
-        trained_values: their number. other: what else stays on the GPU, such as the VAE.
+        trained_values: their number. other: what else stays on the GPU, such as the VAE. text: the text encoders.
         forward: one call without gradient. training: forward and backward, gradients of the weights among the fixed.
         decode: images from latents. velocity: one sample at one step. image: one image, float32.
     """
@@ -58,6 +58,7 @@ class Footprint:
     trained: int
     trained_values: int
     other: int
+    text: int
     forward: Line
     training: Line
     decode: Line
@@ -67,18 +68,21 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on the fullest rank by what they are for: always there, in the rollout, in the update."""
+    """Bytes on the fullest rank by what they are for: always there, while prompts are encoded, in the rollout, in the
+    update; and in host memory."""
 
     resident: dict[str, int]
+    prompts: dict[str, int]
     rollout: dict[str, int]
     update: dict[str, int]
+    host: dict[str, int]
     micro_batch: int
     ranks: int
 
     @property
     def peak(self) -> int:
-        """The larger of both phases, with what is always there."""
-        return sum(self.resident.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
+        """The largest of the phases, with what is always there."""
+        return sum(self.resident.values()) + max(sum(p.values()) for p in (self.prompts, self.rollout, self.update))
 
     @property
     def needed(self) -> int:
@@ -87,7 +91,8 @@ class Prediction:
 
     def describe(self) -> str:
         """The sum with its numbers."""
-        phases = {"always": self.resident, "rollout": self.rollout, "update": self.update}
+        phases = {"always": self.resident, "prompts": self.prompts, "rollout": self.rollout, "update": self.update}
+        phases |= {"host": self.host} if any(self.host.values()) else {}
         lines = [f"memory: {_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {self.ranks} ranks"]
         for phase, parts in phases.items():
             shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
@@ -103,14 +108,17 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction
     trajectory = 2 * pairs * plan.steps * footprint.velocity
     images = 2 * pairs * footprint.image
     block = 2 * plan.block_pairs
-    resident = {
-        "frozen weights": footprint.frozen // sharded,
-        "trained weights": footprint.trained // sharded,
-        "optimizer": _optimizer_bytes(footprint, config.zero.stage, plan.world_size),
+    optimizer, weights = _optimizer_bytes(footprint, config.zero.stage, plan.world_size), _weights(footprint, sharded)
+    host = {"optimizer": optimizer if config.zero.offload_optimizer else 0}
+    host |= weights if config.zero.offload_parameters else {}
+    resident = dict.fromkeys(weights, 0) if config.zero.offload_parameters else weights
+    resident |= {
+        "optimizer": 0 if config.zero.offload_optimizer else optimizer,
         "VAE": footprint.other,
         "frozen copy": 0 if config.update.kl_reference is None else footprint.frozen + footprint.trained,
     }
-    gathered = _gathered_bytes(footprint) if sharded > 1 else 0
+    gathers = sharded > 1 or config.zero.offload_parameters
+    gathered = _gathered_bytes(footprint) if gathers else 0
     kept = {"trajectories": trajectory, "images": images}
     rollout = kept | {"gathered weights": gathered}
     rollout["block"] = block * (plan.steps * footprint.velocity + footprint.image)
@@ -123,7 +131,12 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction
     update["gradient exchange"] = _exchange_bytes(footprint, config.zero.stage)
     if config.update.kl_weight:
         update["base model"] = footprint.forward.at(guided * plan.micro_batch)
-    return Prediction(resident, rollout, update, plan.micro_batch, plan.world_size)
+    prompts = {"text encoders": footprint.text}
+    return Prediction(resident, prompts, rollout, update, host, plan.micro_batch, plan.world_size)
+
+
+def _weights(footprint: Footprint, sharded: int) -> dict[str, int]:
+    return {"frozen weights": footprint.frozen // sharded, "trained weights": footprint.trained // sharded}
 
 
 def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: int) -> Prediction:

@@ -38,6 +38,6 @@ def test_plan_verb(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "micro-batches: 24 items" in text
     assert "GiB at the peak" in text
-    assert main(["plan", "--config", "shapes", "--gpu-gib", "0.5"]) == 2
+    assert main(["plan", "--config", "shapes", "--gpu-gb", "0.5"]) == 2
     assert "update.micro_batch" in capsys.readouterr().err
     assert main(["plan", "--config", "shapes", "--ranks", "0"]) == 2

@@ -13,7 +13,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "sd35m_combined.yaml"
 VELOCITY = 2 * 16 * 64 * 64
 IMAGE = 4 * 3 * 512 * 512
 MEDIUM = Footprint(
-    frozen=5 * GIB, trained=4 * 18_000_000, trained_values=18_000_000, other=GIB // 5,
+    frozen=5 * GIB, trained=4 * 18_000_000, trained_values=18_000_000, other=GIB // 5, text=11 * GIB,
     forward=Line(0, 50 << 20), training=Line(4 * 18_000_000, int(2.4 * GIB)), decode=Line(0, GIB),
     velocity=VELOCITY, image=IMAGE,
 )  # fmt: skip
@@ -63,6 +63,26 @@ def test_guidance_doubles_the_network_and_kl_adds_the_base():
         "model.train=full", "zero.stage=2", "update.kl_weight=0.1", "update.kl_reference=frozen_copy", "lora=null"
     )
     assert of(full, 4).resident["frozen copy"] == 5 * GIB + 4 * 18_000_000, "whole on every rank"
+
+
+def test_the_host_takes_what_is_offloaded():
+    here = of(config("zero.stage=3"), 4)
+    found = of(config("zero.stage=3", "zero.offload_optimizer=true", "zero.offload_parameters=true"), 4)
+    names = "optimizer", "frozen weights", "trained weights"
+    assert {name: found.host[name] for name in names} == {name: here.resident[name] for name in names}
+    assert all(found.resident[name] == 0 for name in names)
+    assert found.update == here.update
+    one = of(config("zero.stage=3", "zero.offload_parameters=true"), 1)
+    assert one.update["gathered weights"] > 0, "one rank gathers from the host"
+    assert "host: 0.27 GiB (optimizer" in of(config("zero.offload_optimizer=true"), 1).describe()
+
+
+def test_text_encoders_lie_beside_the_network_before_a_rollout():
+    small = dataclasses.replace(MEDIUM, text=GIB)
+    large = dataclasses.replace(MEDIUM, text=100 * GIB)
+    assert of(config(), 1, footprint=small).peak == of(config(), 1, footprint=MEDIUM).peak
+    found = of(config(), 1, footprint=large)
+    assert found.peak == sum(found.resident.values()) + 100 * GIB
 
 
 @pytest.mark.parametrize("gib", [24, 48, 80, 141])
