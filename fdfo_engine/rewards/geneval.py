@@ -23,7 +23,15 @@ from fdfo_engine.rewards.geneval_rules import (
     read_requirements,
     without_doubles,
 )
-from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, Source, device_of, loaded, ready_network
+from fdfo_engine.rewards.model_options import (
+    ModelOptions,
+    ModelReward,
+    Source,
+    device_of,
+    loaded,
+    read_auto,
+    ready_network,
+)
 from fdfo_engine.rewards.pixels import to_bytes, to_pil
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.console import visible
@@ -213,8 +221,7 @@ def _by_class(result: dict[str, Any], classes: list[str]) -> dict[str, list[Dete
 def _load_detector(source: Source, dtype: str, device: torch.device) -> Detector:
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-    read = functools.partial(AutoModelForZeroShotObjectDetection.from_pretrained, dtype=getattr(torch, dtype))
-    network = loaded("detector", source, read)
+    network = loaded("detector", source, read_auto(AutoModelForZeroShotObjectDetection, dtype))
     if network.config.model_type not in _FAMILIES:
         raise RewardError(f"{source.model}: a {network.config.model_type}; geneval takes {' or '.join(_FAMILIES)}")
     return Detector(ready_network(network, device), loaded("processor", source, AutoProcessor.from_pretrained))

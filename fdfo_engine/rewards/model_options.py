@@ -138,6 +138,16 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def read_auto(kind: Any, dtype: str) -> FromPretrained[Any]:
+    """`from_pretrained` of one of transformers' auto classes, which looks for an adapter by a request of its own."""
+
+    def read(model: str, /, *, revision: str, local_files_only: bool) -> Any:
+        how = {"revision": revision, "local_files_only": local_files_only}
+        return kind.from_pretrained(model, dtype=getattr(torch, dtype), adapter_kwargs=dict(how), **how)
+
+    return read
+
+
 def ready_network(network: Any, device: torch.device) -> Any:
     """The network in evaluation mode, without gradients, on its device."""
     return network.to(device).eval().requires_grad_(False)

@@ -10,7 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, Source, device_of, loaded, ready_network
+from fdfo_engine.rewards.model_options import (
+    ModelOptions,
+    ModelReward,
+    Source,
+    device_of,
+    loaded,
+    read_auto,
+    ready_network,
+)
 from fdfo_engine.rewards.pixels import to_pil
 from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, QuestionOptions, asked, score_of, seen
 from fdfo_engine.rewards.registry import register
@@ -120,8 +128,8 @@ def _load(source: Source, dtype: str, device: torch.device) -> tuple[Any, Any]:
     if not getattr(processor, "chat_template", None):
         raise RewardError(f"{source.model}: its processor has no chat template; takes an image-text-to-text chat model")
     processor.tokenizer.padding_side = "left"
-    read = functools.partial(AutoModelForImageTextToText.from_pretrained, dtype=getattr(torch, dtype))
-    return ready_network(loaded("chat model", source, read), device), processor
+    network = loaded("chat model", source, read_auto(AutoModelForImageTextToText, dtype))
+    return ready_network(network, device), processor
 
 
 def _token(tokenizer: Any, text: str) -> int:

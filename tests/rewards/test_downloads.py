@@ -4,9 +4,10 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rewards.tiny_clip import build_tiny_clip
+from transformers import AutoModelForImageTextToText, AutoModelForZeroShotObjectDetection
 
 from fdfo_engine.rewards import WeightedRewards, build
-from fdfo_engine.rewards.model_options import Source, loaded
+from fdfo_engine.rewards.model_options import Source, loaded, read_auto
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
 
 IMAGES = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -24,7 +25,8 @@ def hub(monkeypatch, tmp_path):
     requests = []
 
     def refuse(*arguments, **more):
-        requests.append(arguments)
+        if not any("agent-harnesses" in str(a) for a in arguments):  # what huggingface_hub asks for its own user agent
+            requests.append((arguments, more))
         raise ConnectionError("asked the hub")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
@@ -51,6 +53,13 @@ def test_without_leave_the_hub_is_not_asked(name, hub, tmp_path):
     own = build(name, options(name, tmp_path, allow_download=False), "rewards.0")
     with pytest.raises(EnvironmentProblem, match="nothing is fetched unasked"):
         own(["a cat"], IMAGES)
+    assert hub == []
+
+
+@pytest.mark.parametrize("kind", [AutoModelForZeroShotObjectDetection, AutoModelForImageTextToText])
+def test_an_auto_class_asks_for_no_adapter(kind, hub):
+    with pytest.raises(OSError, match="no-such-model"):
+        read_auto(kind, "float32")("fdfo-tests/no-such-model", revision="main", local_files_only=True)
     assert hub == []
 
 
