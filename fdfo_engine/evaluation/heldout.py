@@ -14,7 +14,7 @@ from fdfo_engine.engine import Engine, Weights
 from fdfo_engine.metrics import measure_health
 from fdfo_engine.rewards import WeightedRewards, labelled
 from fdfo_engine.rollout.prompts import load_prompts
-from fdfo_engine.runtime.distributed import all_gather_rows, rank, together, world_size
+from fdfo_engine.runtime.distributed import all_gather_rows, rank, together_patiently, world_size
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Generates one image a prompt and scores it; collective, and the result is the same on every rank."""
     images = engine.generate(prompts, seed=seed, weights=weights)
-    parts, health = together(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
+    parts, health = together_patiently(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
     return Evaluation(prompts, images, _gathered(parts), _gathered(health))
 
 
