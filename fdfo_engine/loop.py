@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
+from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch
@@ -84,7 +84,7 @@ def run(config: Config, *, resume: bool = False) -> None:
     _require_resumable(config, resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
-    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=RESUMABLE_KEYS))
+    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
         with StopRequest() as stop:

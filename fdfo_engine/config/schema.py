@@ -9,7 +9,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
     model_validator,
@@ -212,9 +211,9 @@ class MetricConfig(RewardConfig):
     def _is_a_name_at_least(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @model_serializer(mode="wrap")
-    def _as_it_was_given(self, write: SerializerFunctionWrapHandler) -> Any:
-        return write(self) if self.model_extra else self.name
+    @model_serializer
+    def _without_what_is_not_used(self) -> dict[str, Any]:
+        return {"name": self.name, **(self.model_extra or {})}
 
 
 class UpdateConfig(Section):

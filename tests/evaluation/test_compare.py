@@ -200,7 +200,7 @@ def test_a_metric_of_a_run_may_have_options(tiny_sd3, tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(config))
     again = load_config(tmp_path / "config.yaml")
     assert again == config
-    assert yaml.safe_load(dump_config(config))["evaluation"]["metrics"][0] == "shapes"
+    assert yaml.safe_load(dump_config(config))["evaluation"]["metrics"] == [{"name": "shapes"}, metrics[1]]
     assert metric_rewards(again).rewards["ocr"][1].options.threads == 3
 
 
