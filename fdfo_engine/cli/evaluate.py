@@ -40,7 +40,9 @@ def add_parser(verbs: Any) -> None:
     )  # fmt: skip
     parse.add_argument("--base", action="store_true", help="the untrained model alone")
     add_prompt_files(parse, required=False)
-    parse.add_argument("--count", type=int, help="the first N prompts")
+    parse.add_argument(
+        "--count", type=int, help="the first N prompts; default: all of --prompts, evaluation.count else"
+    )
     parse.add_argument(
         "--metrics", metavar="A,B,...", default="",
         help="rewards by name or module:attribute, health or diversity measures, or the groups `health`, `diversity`; "
@@ -159,7 +161,9 @@ def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
         return load_prompt_list(arguments, config)
     from fdfo_engine.evaluation import evaluation_prompts
 
-    return evaluation_prompts(config)[: arguments.count]
+    count = arguments.count or config.evaluation.count
+    evaluation = config.evaluation.model_copy(update={"count": count})
+    return evaluation_prompts(config.model_copy(update={"evaluation": evaluation}))
 
 
 def _device() -> str:

@@ -1,6 +1,7 @@
 """Base against tuned on a tiny pipeline: every number by another way, on any batch size and number of ranks."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy import stats
 from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
+from fdfo_engine.cli.evaluate import _prompts
 from fdfo_engine.cli.main import main
 from fdfo_engine.config import MetricConfig, RewardConfig, dump_config, load_config
 from fdfo_engine.evaluation import metric_rewards
@@ -124,6 +126,12 @@ def test_the_larger_size_is_measured_where_the_model_allows_it(trained, result):
     assert np.isfinite(result["larger"]["summary"]["base"]["sharpness"]["mean"])
     beyond = evaluate(trained, trained / "out_beyond", "--base", "--larger", "3", "--count", "2")
     assert "multiple of 4 up to 32" in beyond["larger"]["note"]
+
+
+@pytest.mark.parametrize(("count", "found"), [(None, 2), (1, 1), (3, 3), (99, 4)])
+def test_count_is_of_the_list_and_not_of_the_runs_evaluation(tiny_sd3, tmp_path, count, found):
+    config = tiny_config(tiny_sd3, tmp_path, evaluation={"count": 2})
+    assert _prompts(Namespace(prompts=None, count=count), config) == list(PROMPTS[:found])
 
 
 def test_base_alone_and_a_checkpoint_by_its_path(trained):
