@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
+from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
@@ -332,7 +332,7 @@ class Engine:
                 f"run.dir = {folder}: holds {store.names()[-1]}, which this engine neither loaded nor saved; "
                 "take Engine.resume, or another folder"
             )
-        record_config(folder, dump_config(self.config), may_change=RESUMABLE_KEYS)
+        record_config(folder, dump_config(self.config), may_change=resumable_keys(self.config))
         store.save(name, tensors, state)
 
     def _store(self) -> CheckpointStore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import RESUMABLE_KEYS, BatchPlan, Config, dump_config
+from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.engine import Engine
-from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch
 from fdfo_engine.resources import memory_record
 from fdfo_engine.rewards import Scores, WeightedRewards
@@ -48,6 +48,7 @@ from fdfo_engine.runtime.run_folder import (
     stored_config,
 )
 from fdfo_engine.runtime.run_log import SilentLog, open_run_log
+from fdfo_engine.runtime.run_status import State
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
 from fdfo_engine.trajectory import Rollout, UnscoredRollout
@@ -73,15 +74,17 @@ def run(config: Config, *, resume: bool = False) -> None:
     plan = BatchPlan.from_config(config, world_size())
     prompts = load_prompts(config.prompts, config.run.seed)
     all_agree_hash(prompts.sha256, "the prompt list")
-    evaluation_prompts(config)
+    held_out = evaluation_prompts(config)
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
     metrics = metric_rewards(config)
     on_main(rewards.require_ready)
     on_main(metrics.require_ready)
+    rewards.require_prompts(prompts.prompts)
+    metrics.require_prompts(held_out)
     _require_resumable(config, resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
-    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=RESUMABLE_KEYS))
+    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
         with StopRequest() as stop:
@@ -118,10 +121,7 @@ class _Run:
         on_main(self._prepare_folder)
         self._kept_epoch = self._engine.epoch
         self._is_updating = False
-        self._log: SilentLog = open_run_log(
-            Path(config.run.dir), epochs=config.run.epochs, first_epoch=self._engine.epoch,
-            tensorboard=config.log.tensorboard, wandb=config.log.wandb, settings=config.model_dump(),
-        )  # fmt: skip
+        self._log = together(self._open_log)
         self._timer = PhaseTimer(self._engine.device)
         self._guard = GuardWatch(self._engine, rewards, self._save)
 
@@ -130,12 +130,19 @@ class _Run:
         self._folder.truncate_logs(self._engine.epoch if self._resumed else -1)
         self._folder.require_room(ROOM_FOR_CHECKPOINTS * self._engine.checkpoint_bytes)
 
+    def _open_log(self) -> SilentLog:
+        config = self._config
+        return open_run_log(
+            Path(config.run.dir), epochs=config.run.epochs, first_epoch=self._engine.epoch,
+            tensorboard=config.log.tensorboard, wandb=config.log.wandb, settings=config.model_dump(),
+        )  # fmt: skip
+
     def train(self) -> None:
         """All epochs that are left."""
         engine, epochs = self._engine, self._config.run.epochs
         if engine.epoch >= epochs:
             say(f"finished already: {engine.epoch} of {epochs} epochs; raise run.epochs to go on")
-        if not self._resumed or any_rank(self._lacks_evaluation()):
+        if not self._resumed or any_rank(bool(on_main(self._lacks_evaluation))):
             self._evaluate()
         self._guard.heed()
         self._status("running")
@@ -155,14 +162,13 @@ class _Run:
                 self._save()
             if any_rank(self._stop.poll()):
                 self._stop_here()
-        self._log.close()
+        on_main(self._log.close)
         self._status("finished", phase=None, exit_code=0)
         barrier("the end")  # a rank that leaves first takes its connections down under the others
 
     def _train_epoch(self) -> None:
         engine, timer = self._engine, self._timer
         timer.take()
-        engine.poll = self._stop_before_update
         rollout, scores = self._sample_and_score()
         parts_PK = {name: all_gather_rows(s.view(-1, 2)) for name, s in scores.parts.items()}
         total_PK = self._rewards.combined(parts_PK)
@@ -178,7 +184,8 @@ class _Run:
         with timer.phase("update"):
             metrics = engine.update(rollout, total_PK)
         self._is_updating = False
-        self._log.epoch(self._record(rollout, total_PK, parts_PK, metrics))
+        record = self._record(rollout, total_PK, parts_PK, metrics)
+        on_main(lambda: self._log.epoch(record))
         self._status("running", phase=None)
         self._guard_ties(metrics)
 
@@ -188,6 +195,7 @@ class _Run:
         self._status(phase="rollout")
         overlap = self._config.sampling.overlap_scoring
         with BackgroundScorer(self._rewards, overlap=overlap, poll=self._is_stopping) as scorer:
+            engine.poll = partial(self._before_block, scorer)
             rollout = self._unscored.take(engine.next_pair, engine.weights_version, engine.device)
             with timer.phase("rollout"):
                 if rollout is None:
@@ -248,15 +256,18 @@ class _Run:
         record = result.record(self._engine, "auto", settings.seed)
         if settings.guard.action != "off":
             record["guard"] = on_main(lambda: self._guard.findings(record))
+        on_main(lambda: self._keep_evaluation(result, record))
+        self._status(phase=None)
+
+    def _keep_evaluation(self, result: Evaluation, record: dict[str, Any]) -> None:
         self._log.evaluation(record)
         scores = {name: values.tolist() for name, values in result.scores.items()}
         self._log.evaluation_images(self._engine.epoch, result.prompts, result.images, scores)
-        self._status(phase=None)
 
     def _lacks_evaluation(self) -> bool:
         """Whether the last evaluation that was due failed: the run resumes after it."""
         epoch, every = self._engine.epoch, self._config.evaluation.every
-        if self._folder is None or not every or (epoch % every and epoch != self._config.run.epochs):
+        if not every or (epoch % every and epoch != self._config.run.epochs):
             return False
         lines = read_log(Path(self._config.run.dir) / EVALUATIONS_NAME)
         return not lines or int(lines[-1]["epoch"]) < epoch
@@ -284,7 +295,8 @@ class _Run:
         shown = min(8, len(rollout.prompts))
         rewards = total_PK[rollout.local_rows][:shown].flatten().tolist()
         captions = [f"{rollout.prompts[i // 2]} {reward:.2f}" for i, reward in enumerate(rewards)]
-        self._log.images(f"pairs_epoch_{epoch:06d}", rollout.images[:shown].flatten(0, 1), captions)
+        images = rollout.images[:shown].flatten(0, 1)
+        on_main(lambda: self._log.images(f"pairs_epoch_{epoch:06d}", images, captions))
 
     def _guard_failures(self, rollout: Rollout, total_PK: Tensor, parts_PK: dict[str, Tensor]) -> None:
         lost = int((~torch.isfinite(total_PK)).any(1).sum())
@@ -316,8 +328,9 @@ class _Run:
         if self._tied_epochs >= MAX_TIED_EPOCHS:
             raise RewardError(f"{MAX_TIED_EPOCHS} epochs in a row without a single opinion from {names}")
 
-    def _stop_before_update(self) -> None:
-        self._beat()
+    def _before_block(self, scorer: BackgroundScorer) -> None:
+        while any_rank(not scorer.has_room() and not self._is_stopping()):
+            pass  # as below: nobody waits long inside one collective
         if any_rank(self._stop.poll()):
             self._stop_here()
 
@@ -331,19 +344,22 @@ class _Run:
         return self._stop.poll()
 
     def _beat(self) -> None:
-        if self._folder is None:
-            return
-        try:
-            self._folder.status.beat()
-        except (
-            CheckpointError
-        ) as error:  # on one rank, amid what all do together: the next real write will fail for all
-            warn(f"no heartbeat: {error_message(error)}")
+        if self._folder is not None:
+            _say_how_it_goes(self._folder.status.beat)
 
     def _status(self, state: Any = None, **fields: Any) -> None:
         if self._folder is not None:
             epoch = self._engine.epoch if hasattr(self, "_engine") else 0
-            self._folder.status.update(state, epoch=epoch, epochs=self._config.run.epochs, **fields)
+            fields |= {"epoch": epoch, "epochs": self._config.run.epochs}
+            _say_how_it_goes(partial(self._folder.status.update, state, **fields))
+
+
+def _say_how_it_goes(write: Callable[[], None]) -> None:
+    """Writes the status: on one rank, amid what all do together. Where that fails the next real write fails for all."""
+    try:
+        write()
+    except CheckpointError as error:
+        warn(f"no status: {error_message(error)}")
 
 
 def _submit(scorer: BackgroundScorer, prompts: Sequence[str], images_PK: Tensor) -> None:
@@ -368,8 +384,6 @@ def _require_resumable(config: Config, resume: bool) -> None:
 
 def _tell(folder: RunFolder | None, error: BaseException) -> None:
     if folder is not None:
-        folder.status.update(
-            "stopped" if isinstance(error, Stopped | GuardStop) else "failed",
-            exit_code=exit_code(error),
-            message=error_message(error),
-        )
+        state: State = "stopped" if isinstance(error, Stopped | GuardStop) else "failed"
+        fields = {"exit_code": exit_code(error), "message": error_message(error)}
+        _say_how_it_goes(partial(folder.status.update, state, **fields))

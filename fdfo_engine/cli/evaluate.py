@@ -11,7 +11,7 @@ from fdfo_engine.cli.generate import add_prompt_files, load_prompt_list
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from fdfo_engine.config import Config
+    from fdfo_engine.config import Config, MetricConfig
     from fdfo_engine.engine import Engine
     from fdfo_engine.evaluation.compare import Measured, Request
     from fdfo_engine.evaluation.measures import Measures
@@ -40,11 +40,17 @@ def add_parser(verbs: Any) -> None:
     )  # fmt: skip
     parse.add_argument("--base", action="store_true", help="the untrained model alone")
     add_prompt_files(parse, required=False)
-    parse.add_argument("--count", type=int, help="the first N prompts")
+    parse.add_argument(
+        "--count", type=int, help="the first N prompts; default: all of --prompts, evaluation.count else"
+    )
     parse.add_argument(
         "--metrics", metavar="A,B,...", default="",
         help="rewards by name or module:attribute, health or diversity measures, or the groups `health`, `diversity`; "
         "the first one picks winners and losers; default: the run's rewards and metrics, and both groups",
+    )  # fmt: skip
+    parse.add_argument(
+        "--metric", action="append", default=[], metavar="ENTRY",
+        help="a metric with options, as an entry of `rewards`: '{name: geneval, metadata: FILE}'; may be repeated",
     )  # fmt: skip
     parse.add_argument("--images-per-prompt", type=int, default=2, metavar="K", help="seeds a prompt; default 2")
     parse.add_argument("--seed", type=int, default=0, help="key of the noise; default 0")
@@ -70,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, out)
     from fdfo_engine.evaluation.compare import Request, summarize
     from fdfo_engine.evaluation.measures import build_measures
-    from fdfo_engine.runtime.distributed import setup_distributed
+    from fdfo_engine.runtime.distributed import on_main, setup_distributed
     from fdfo_engine.runtime.run_folder import run_config
 
     config = run_config(run_dir)
@@ -78,9 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
     device = setup_distributed(_device())
     options = {"clip": arguments.clip} if arguments.clip else {}
     measures = build_measures(
-        config, [name for name in arguments.metrics.split(",") if name], images_per_prompt=arguments.images_per_prompt,
-        device=device, allow_download=arguments.allow_download, **options,
+        config, [name for name in arguments.metrics.split(",") if name], more=_entries(arguments.metric),
+        images_per_prompt=arguments.images_per_prompt, device=device, allow_download=arguments.allow_download,
+        **options,
     )  # fmt: skip
+    measures.rewards.require_prompts(prompts)
+    on_main(measures.rewards.require_ready)
     request = Request(
         prompts, arguments.seed, arguments.images_per_prompt, arguments.steps, arguments.guidance_scale
     )  # fmt: skip
@@ -125,12 +134,36 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
     refuse_filled(out, arguments.overwrite)
 
 
+def _entries(texts: list[str]) -> list[MetricConfig]:
+    """The entries of `--metric`."""
+    import yaml
+    from pydantic import ValidationError
+
+    from fdfo_engine.config import MetricConfig
+
+    entries = []
+    for text in texts:
+        try:
+            entries.append(MetricConfig.model_validate(yaml.safe_load(text)))
+        except (yaml.YAMLError, ValidationError) as error:
+            raise UsageError(f"--metric {text!r}: takes '{{name: NAME, option: value}}': {_reason(error)}") from None
+    return entries
+
+
+def _reason(error: Any) -> str:
+    """Of a ValidationError its first problem: the whole would show what was given, a secret perhaps."""
+    first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error).splitlines()[0], "loc": ()}
+    return ".".join(map(str, first["loc"])) + (": " if first["loc"] else "") + str(first["msg"])
+
+
 def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
     if arguments.prompts:
         return load_prompt_list(arguments, config)
     from fdfo_engine.evaluation import evaluation_prompts
 
-    return evaluation_prompts(config)[: arguments.count]
+    count = arguments.count or config.evaluation.count
+    evaluation = config.evaluation.model_copy(update={"count": count})
+    return evaluation_prompts(config.model_copy(update={"evaluation": evaluation}))
 
 
 def _device() -> str:

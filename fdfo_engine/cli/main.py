@@ -41,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)
+    finally:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and "torch" in sys.modules:
+            from fdfo_engine.runtime.distributed import close_distributed
+
+            close_distributed()
 
 
 def _parsed(parse: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

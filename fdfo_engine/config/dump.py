@@ -1,5 +1,7 @@
 """Settings back to text."""
 
+from typing import Any
+
 import yaml
 
 from fdfo_engine.config.schema import Config
@@ -13,6 +15,39 @@ RESUMABLE_KEYS = (
 
 `run.dir` is among them because a folder can be named in several ways, or moved.
 """
+
+_SERVERS = ("http", "vlm_server")
+_OF_SERVERS = ("url", "timeout_s", "give_up_after_s", "concurrency")
+
+
+def resumable_keys(config: Config) -> tuple[str, ...]:
+    """`RESUMABLE_KEYS`, and where each reward and metric may now be found: its server's address and patience.
+
+    A URL as a reward's name counts as the `url` of `http`: see `with_named_servers`.
+    """
+    lists = {"rewards": config.rewards, "evaluation.metrics": config.evaluation.metrics}
+    parts = [(f"{key}.{i}", part.name) for key, entries in lists.items() for i, part in enumerate(entries)]
+    servers = [where for where, name in parts if name in _SERVERS or _is_url(name)]
+    return (
+        *RESUMABLE_KEYS,
+        *(f"{where}.allow_download" for where, _ in parts),
+        *(f"{where}.{key}" for where in servers for key in _OF_SERVERS),
+    )
+
+
+def with_named_servers(tree: Any) -> Any:
+    """Settings read from YAML, each reward named by a URL written as `{name: http, url: ...}`, which is the same."""
+    if isinstance(tree, list):
+        return [with_named_servers(entry) for entry in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if isinstance(name := tree.get("name"), str) and _is_url(name):
+        return {"url": name, **tree, "name": "http"}
+    return {key: with_named_servers(value) for key, value in tree.items()}
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 def dump_config(config: Config) -> str:

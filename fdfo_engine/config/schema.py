@@ -5,7 +5,14 @@ Rules between two keys are in `cross_checks.py`; `batch.py` has the arithmetic w
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fdfo_engine.config.churn import ChurnConfig, RawChurn
 from fdfo_engine.config.cross_checks import broken_rules
@@ -197,6 +204,22 @@ class RewardConfig(Section):
         return value
 
 
+class MetricConfig(RewardConfig):
+    """A reward that an evaluation scores besides the run's own; its name alone, or with its options."""
+
+    weight: float = 1.0
+    """Not used: a metric is no part of the run's reward."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_name_at_least(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _without_what_is_not_used(self) -> dict[str, Any]:
+        return {"name": self.name, **(self.model_extra or {})}
+
+
 class UpdateConfig(Section):
     """How a rollout becomes optimizer steps."""
 
@@ -312,8 +335,8 @@ class EvaluationConfig(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Key of the evaluation's noise; 64 bits, unsigned."""
 
-    metrics: Annotated[tuple[Name, ...], BeforeValidator(frozen_list)] = ()
-    """Rewards to score besides the run's own, by registered name or `module:attribute`."""
+    metrics: Annotated[tuple[MetricConfig, ...], BeforeValidator(frozen_list)] = ()
+    """Rewards to score besides the run's own: names, or {name, options}."""
 
     health: Annotated[tuple[HealthName, ...], BeforeValidator(frozen_list)] = HEALTH_MEASURES
     """Image-health measures to log: they move when a run pleases its reward by an artefact."""

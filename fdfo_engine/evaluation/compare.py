@@ -17,7 +17,7 @@ from fdfo_engine.engine import Engine, Weights
 from fdfo_engine.evaluation.guard import health_findings
 from fdfo_engine.evaluation.measures import Kind, Measures
 from fdfo_engine.metrics import bootstrap_interval, t_interval
-from fdfo_engine.runtime.distributed import all_gather_rows, is_main, rank, together, world_size
+from fdfo_engine.runtime.distributed import all_gather_rows, is_main, rank, together_patiently, world_size
 
 SCHEMA_VERSION = 1
 PREVIEW_SIDE = 256
@@ -70,7 +70,7 @@ def measure_weights(engine: Engine, request: Request, measures: Measures, *, nam
         prompts = list(request.prompts[first : first + size * world_size()])
         images = _generate(engine, request, prompts, first, weights)
         own = slice(rank() * size, (rank() + 1) * size)
-        scores = together(partial(measures, prompts[own], images[own]))
+        scores = together_patiently(partial(measures, prompts[own], images[own]))
         parts.append({metric: all_gather_rows(values) for metric, values in scores.items()})
         if is_main():
             previews.append(_previews(images[:, 0]))

@@ -12,9 +12,9 @@ from torch import Tensor
 from fdfo_engine.config import Config, EvaluationConfig, RewardConfig
 from fdfo_engine.engine import Engine, Weights
 from fdfo_engine.metrics import measure_health
-from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rewards import WeightedRewards, labelled
 from fdfo_engine.rollout.prompts import load_prompts
-from fdfo_engine.runtime.distributed import all_gather_rows, rank, together, world_size
+from fdfo_engine.runtime.distributed import all_gather_rows, rank, together_patiently, world_size
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,17 @@ def evaluation_prompts(config: Config) -> list[str]:
 
 def metric_rewards(config: Config) -> WeightedRewards:
     """The run's rewards and then `evaluation.metrics`, each scored once."""
+    return WeightedRewards.from_labelled(scored(config))
+
+
+def scored(config: Config) -> dict[str, RewardConfig]:
+    """What an evaluation scores, by the name of its column: the run's rewards first, under the names they have there.
+
+    A metric that is nothing but the name of a reward of the run is that reward.
+    """
     own = {part.name for part in config.rewards}
-    extra = [RewardConfig(name=name, weight=1.0) for name in config.evaluation.metrics if name not in own]
-    return WeightedRewards.from_config([*config.rewards, *extra])
+    extra = [part for part in config.evaluation.metrics if part.name not in own or part.model_extra]
+    return labelled([*config.rewards, *extra])
 
 
 def evaluate(
@@ -65,7 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Generates one image a prompt and scores it; collective, and the result is the same on every rank."""
     images = engine.generate(prompts, seed=seed, weights=weights)
-    parts, health = together(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
+    parts, health = together_patiently(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
     return Evaluation(prompts, images, _gathered(parts), _gathered(health))
 
 

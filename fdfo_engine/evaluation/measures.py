@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config, RewardConfig
+from fdfo_engine.evaluation.heldout import scored
 from fdfo_engine.metrics import DIVERSITY, HEALTH, DiversityMeasure, measure_health
 from fdfo_engine.metrics.embeddings import DEFAULT_CLIP, clip_diversity, dreamsim_diversity
-from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rewards import WeightedRewards, labelled
 from fdfo_engine.runtime.errors import UsageError
 
 Kind = Literal["reward", "health", "diversity"]
@@ -52,35 +53,43 @@ def build_measures(
     config: Config,
     names: Sequence[str],
     *,
+    more: Sequence[RewardConfig] = (),
     images_per_prompt: int,
     device: torch.device,
     clip: str = DEFAULT_CLIP,
     allow_download: bool = False,
 ) -> Measures:
-    """The measures `names`: rewards (with the run's options where the run has them), health, diversity, their groups.
+    """The measures `names` and `more`: rewards (with the options the run gives them), health, diversity, their groups.
 
-    Without names: the run's rewards and its `evaluation.metrics`, all health measures, and the diversity that needs no
-    model.
+    Without names: the run's rewards, its `evaluation.metrics` and `more`, all health measures, and the diversity that
+    needs no model. Rewards of one name have a column each, named as in the run's logs.
 
     Raises:
         UsageError: no such reward; diversity of one image a prompt.
         EnvironmentProblem: a measure's package or model is not here.
     """
-    wanted = list(dict.fromkeys(n for name in names or _defaults(config) for n in GROUPS.get(name, (name,))))
+    known = labelled([*scored(config).values(), *more])
+    asked_for = [*names, *list(known)[len(known) - len(more) :]] if names else [*known, "diversity", "health"]
+    wanted = list(dict.fromkeys(n for name in asked_for for n in GROUPS.get(name, (name,))))
     diverse = [n for n in wanted if n in DIVERSITY or n in MODEL_DIVERSITY]
     if images_per_prompt < 2:
         if asked := [n for n in diverse if names]:
             raise UsageError(f"--metrics {asked[0]}: needs two or more images a prompt; set --images-per-prompt")
         diverse = []
-    own = {part.name: part for part in config.rewards}
-    rewards = [
-        own.get(n) or RewardConfig(name=n, weight=1.0) for n in wanted if n not in (*HEALTH, *diverse, *DIVERSITY)
-    ]
+    rewards = WeightedRewards.from_labelled(
+        {label: part for n in wanted if n not in (*HEALTH, *diverse, *DIVERSITY) for label, part in _named(known, n)}
+    )
+    if not allow_download:
+        rewards.forbid_downloads()
     special = {"clip_diversity": lambda: clip_diversity(clip, device, allow_download=allow_download),
                "dreamsim_diversity": lambda: dreamsim_diversity(device, allow_download=allow_download)}  # fmt: skip
     diversity = {n: DIVERSITY[n] if n in DIVERSITY else special[n]() for n in diverse}
-    return Measures(WeightedRewards.from_config(rewards), tuple(n for n in wanted if n in HEALTH), diversity)
+    return Measures(rewards, tuple(n for n in wanted if n in HEALTH), diversity)
 
 
-def _defaults(config: Config) -> list[str]:
-    return [*(part.name for part in config.rewards), *config.evaluation.metrics, "diversity", "health"]
+def _named(known: Mapping[str, RewardConfig], name: str) -> list[tuple[str, RewardConfig]]:
+    """What a name stands for: a column of that name alone, all rewards of that name, or a reward without options."""
+    alike = [(label, part) for label, part in known.items() if part.name == name]
+    if not alike and name in known:
+        return [(name, known[name])]
+    return alike or [(name, RewardConfig(name=name, weight=1.0))]

@@ -131,7 +131,8 @@ def _rows(result: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         bootstrap = _range(difference["bootstrap_low"], difference["bootstrap_high"])
         shares = f"{difference['rose']:.0%} / {difference['fell']:.0%}" if difference["count"] else "none"
         cells = [_mean(result["summary"][base][metric["name"]]), _mean(own), _mean(difference, "+"), bootstrap, shares]
-        rows.append({**metric, "cells": cells, "trend": _trend(metric["kind"], difference)})
+        has_left = any(s.startswith(f"{metric['name']} ") for s in result["health_findings"].get(name, ()))
+        rows.append({**metric, "cells": cells, "trend": "bad" if has_left else _trend(metric["kind"], difference)})
     return rows
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fdfo_engine.rewards.clip import ClipEmbedder
-from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, loaded
+from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, Source, loaded
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
 
@@ -28,7 +28,17 @@ class AestheticOptions(ModelOptions):
     """Its file there: `.safetensors`, or `.pth`, of which only tensors are read."""
 
     head_revision: str | None = None
-    """Branch, tag or commit of the predictor on the hub; null takes the newest."""
+    """Branch, tag or commit of the predictor on the hub; null takes what is on this machine, or else the newest."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """See `ModelOptions`."""
+        return (*super().sources, self.head_source)
+
+    @property
+    def head_source(self) -> Source:
+        """Where the predictor is."""
+        return Source(self.head, self.head_revision or "main", self.allow_download)
 
 
 @register("aesthetic")
@@ -70,16 +80,16 @@ class Aesthetic(ModelReward[AestheticOptions]):
 def _head_tensors(options: AestheticOptions) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    path = loaded("aesthetic predictor", options.head, lambda: _head_path(options))
+    path = loaded("aesthetic predictor", options.head_source, functools.partial(_head_path, options.head_file))
     if path.suffix == ".safetensors":
         return load_file(path)
     tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return tensors
 
 
-def _head_path(options: AestheticOptions) -> Path:
-    if Path(options.head).is_dir():
-        return Path(options.head) / options.head_file
+def _head_path(file: str, head: str, *, revision: str, local_files_only: bool) -> Path:
+    if Path(head).is_dir():
+        return Path(head) / file
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(options.head, options.head_file, revision=options.head_revision))
+    return Path(hf_hub_download(head, file, revision=revision, local_files_only=local_files_only))

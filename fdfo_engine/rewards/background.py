@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from fdfo_engine.rewards.weighted import Scores, WeightedRewards
+from fdfo_engine.runtime.distributed import use_device
 from fdfo_engine.runtime.errors import Stopped
 
 MAX_BLOCKS_WAITING = 4
@@ -32,27 +32,32 @@ class BackgroundScorer:
 
         Args:
             rewards: what scores.
-            overlap: false scores each block while the caller waits.
-            poll: called every second while the caller waits; true means that the run stops, and ends the waiting.
+            overlap: false leaves room for one block only.
+            poll: called every second while `scores` waits; true means that the run stops, and ends the waiting.
         """
-        self._rewards, self._overlap, self._poll = rewards, overlap, poll
-        self._room = threading.Semaphore(MAX_BLOCKS_WAITING)
+        self._rewards, self._poll = rewards, poll
+        self._most = MAX_BLOCKS_WAITING if overlap else 1
         self._futures: list[Future[Scores]] = []
         self._has_failed = False
         self.busy_s = self.waited_s = 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = ThreadPoolExecutor(1, "scoring", _use_device, (device,))
+        self._thread = ThreadPoolExecutor(1, "scoring", use_device, (device,))
 
     def submit(self, prompts: Sequence[str], images: Tensor) -> None:
-        """Queues images `[N, 3, H, W]`; waits where too many blocks are queued. A failure shows in `scores`."""
-        start = time.perf_counter()
-        while not self._room.acquire(timeout=_POLL_S):
-            if self._poll():  # what stops the run ends the sampling too, on all ranks together
-                break
+        """Queues images `[N, 3, H, W]` and does not wait: `has_room` bounds the queue. A failure shows in `scores`."""
         self._futures.append(self._thread.submit(self._score, list(prompts), images))
-        if not self._overlap:
-            self._is_done(self._futures[-1])
+
+    def has_room(self) -> bool:
+        """Whether fewer blocks than may be are still to be scored; waits for it a second at most.
+
+        Who waits longer asks again, on several ranks all together: one alone would keep the others in a collective.
+        """
+        start = time.perf_counter()
+        left = [future for future in self._futures if not future.done()]
+        if len(left) >= self._most:
+            left = list(wait(left, timeout=_POLL_S, return_when=FIRST_COMPLETED).not_done)
         self.waited_s += time.perf_counter() - start
+        return len(left) < self._most
 
     def is_done(self) -> bool:
         """Whether all that was submitted is scored, or failed; waits for it a second at most."""
@@ -111,11 +116,4 @@ class BackgroundScorer:
             self._has_failed = True
             raise
         finally:
-            self._room.release()
             self.busy_s += time.perf_counter() - start
-
-
-def _use_device(index: int | None) -> None:
-    """A new thread would take GPU 0, whatever its rank's is."""
-    if index is not None:
-        torch.cuda.set_device(index)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, device_of, loaded, ready_network
+from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, Source, device_of, loaded, ready_network
 from fdfo_engine.rewards.pixels import center_crop, resize_bicubic, to_bytes
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
@@ -27,6 +27,11 @@ class ClipOptions(ModelOptions):
 
     processor: str | None = None
     """Where tokenizer and image preprocessing come from; null takes them from `model`."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """See `ModelOptions`."""
+        return (*super().sources, Source.of(self, self.processor))
 
 
 class PickScoreOptions(ClipOptions):
@@ -156,7 +161,8 @@ class ClipEmbedder:
         Raises:
             RewardError, EnvironmentProblem: see `model_options.loaded`.
         """
-        return _load_embedder(options.model, options.revision or "main", processor, options.dtype, device_of(options))
+        own = Source.of(options)
+        return _load_embedder(own, Source.of(options, processor), options.dtype, device_of(options))
 
     def embed_text(self, prompts: list[str]) -> Tensor:
         """`[N, D]`; every text is padded to the model's limit, so that a text's embedding has one batch shape."""
@@ -175,16 +181,14 @@ class ClipEmbedder:
 
 
 @functools.cache
-def _load_embedder(model: str, revision: str, processor: str, dtype: str, device: torch.device) -> ClipEmbedder:
+def _load_embedder(source: Source, processor: Source, dtype: str, device: torch.device) -> ClipEmbedder:
     from transformers import AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
 
-    own = revision if processor == model else "main"
-    read, tokenizer_of = ImageProcessingMixin.get_image_processor_dict, AutoTokenizer.from_pretrained
-    settings, _ = loaded("image processor", processor, lambda: read(processor, revision=own))
-    tokenizer = loaded("tokenizer", processor, lambda: tokenizer_of(processor, revision=own))
-    load = functools.partial(CLIPModel.from_pretrained, revision=revision, dtype=getattr(torch, dtype))
-    network = loaded("CLIP model", model, lambda: load(model))
+    settings, _ = loaded("image processor", processor, ImageProcessingMixin.get_image_processor_dict)
+    tokenizer = loaded("tokenizer", processor, AutoTokenizer.from_pretrained)
+    read = functools.partial(CLIPModel.from_pretrained, dtype=getattr(torch, dtype))
+    network = loaded("CLIP model", source, read)
     return ClipEmbedder(ready_network(network, device), tokenizer, ClipPreprocessing.from_processor(settings))
 
 

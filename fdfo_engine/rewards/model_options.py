@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from fdfo_engine.config.section import Section
+from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 OptionsT = TypeVar("OptionsT", bound="ModelOptions")
 
 
@@ -23,7 +27,10 @@ class ModelOptions(Section):
     """Hub id or folder."""
 
     revision: str | None = None
-    """Branch, tag or commit on the hub; null takes the newest."""
+    """Branch, tag or commit on the hub; null takes what is on this machine, or else the newest."""
+
+    allow_download: bool = True
+    """Lets the hub be asked, with a line that says so, for what is not on this machine; `fdfo evaluate` sets it."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the model computes in; scores are float32 in any case."""
@@ -33,6 +40,47 @@ class ModelOptions(Section):
 
     batch_size: int = Field(default=16, ge=1)
     """Images scored together."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What it loads from."""
+        return (Source.of(self),)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A hub id with its revision, or a folder, and whether the hub may be asked."""
+
+    model: str
+    revision: str
+    allow_download: bool
+
+    @classmethod
+    def of(cls, options: ModelOptions, model: str | None = None) -> Source:
+        """Where the options' own model is, or another `model`, whose revision is the main one."""
+        own = model is None or model == options.model
+        revision = options.revision if own else None
+        return cls(model or options.model, revision or "main", options.allow_download)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it is the name of a repository and not a folder's."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        try:
+            validate_repo_id(self.model)
+        except HFValidationError:
+            return False
+        return not Path(self.model).is_dir()
+
+
+class FromPretrained(Protocol[T_co]):
+    """`from_pretrained` of transformers, or what is called like it."""
+
+    def __call__(self, model: str, /, *, revision: str, local_files_only: bool) -> T_co:
+        """The thing in the folder or repository `model`."""
+        ...
 
 
 def device_of(options: ModelOptions) -> torch.device:
@@ -51,20 +99,53 @@ def device_of(options: ModelOptions) -> torch.device:
     return device
 
 
-def loaded(what: str, model: str, load: Callable[[], T]) -> T:
-    """What `load()` returns, or an error that stops the run: a reward that cannot load will not score later either.
+def loaded(what: str, source: Source, read: FromPretrained[T]) -> T:
+    """What `read` finds on this machine, or else on the hub; a reward that cannot load will not score later either.
 
     Raises:
         RewardError: no such model, or one of another kind.
-        EnvironmentProblem: it needs a package that is not installed.
+        EnvironmentProblem: it needs a package that is not installed, or a download that was not allowed.
     """
     try:
-        return load()
+        return _read(what, source, read)
     except ImportError as error:
-        raise EnvironmentProblem(f"{what} of {model}: {' '.join(str(error).split())}") from error
+        raise EnvironmentProblem(f"{what} of {source.model}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RewardError(f"{what}: cannot load {model!r}: {first}; takes a hub id or a folder") from error
+        reason = _first_line(error)
+        raise RewardError(f"{what}: cannot load {source.model!r}: {reason}; takes a hub id or a folder") from error
+
+
+def _read(what: str, source: Source, read: FromPretrained[T]) -> T:
+    try:
+        return read(source.model, revision=source.revision, local_files_only=True)
+    except OSError as error:
+        if not source.is_on_hub:
+            raise
+        if not source.allow_download:
+            raise EnvironmentProblem(_would_fetch(f"{what} of {source.model}")) from error
+    say(f"fetching the {what} of {source.model} from huggingface.co")
+    return read(source.model, revision=source.revision, local_files_only=False)
+
+
+def _would_fetch(what: str) -> str:
+    return (
+        f"{what}: not on this machine; nothing is fetched unasked: allow it with --allow-download (of a reward: "
+        "allow_download: true), or name a folder"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_auto(kind: Any, dtype: str) -> FromPretrained[Any]:
+    """`from_pretrained` of one of transformers' auto classes, which looks for an adapter by a request of its own."""
+
+    def read(model: str, /, *, revision: str, local_files_only: bool) -> Any:
+        how = {"revision": revision, "local_files_only": local_files_only}
+        return kind.from_pretrained(model, dtype=getattr(torch, dtype), adapter_kwargs=dict(how), **how)
+
+    return read
 
 
 def ready_network(network: Any, device: torch.device) -> Any:
@@ -85,6 +166,26 @@ class ModelReward(Generic[OptionsT]):
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
+
+    def require_ready(self) -> None:
+        """Asks, where nothing may be fetched, whether this machine has the models.
+
+        Raises:
+            EnvironmentProblem: one is not here.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        for source in () if self.options.allow_download else self.options.sources:
+            try:
+                if source.is_on_hub:
+                    snapshot_download(source.model, revision=source.revision, local_files_only=True)
+            except LocalEntryNotFoundError as error:
+                raise EnvironmentProblem(_would_fetch(source.model)) from error
+
+    def forbid_downloads(self) -> None:
+        """Takes only what is on this machine, whatever the options say; before anything is loaded."""
+        self.options = self.options.model_copy(update={"allow_download": False})
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`."""

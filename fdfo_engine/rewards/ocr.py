@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from torch import Tensor
 
@@ -44,6 +46,14 @@ class OcrReward:
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`."""
         return torch.tensor([self._score(p, image) for p, image in zip(prompts, to_bytes(images), strict=True)])
+
+    def self_test_case(self, side: int) -> tuple[str, Tensor]:
+        """A word written as asked for, and an empty sign."""
+        signs = [Image.new("RGB", (side, side), "white") for _ in range(2)]
+        font = ImageFont.load_default(size=side / 5)
+        ImageDraw.Draw(signs[0]).text((side / 2, side / 2), "OPEN", fill="black", font=font, anchor="mm")
+        pixels = torch.stack([torch.from_numpy(np.array(sign)) for sign in signs])
+        return 'a sign that says "OPEN"', pixels.permute(0, 3, 1, 2).float() / 255
 
     def _score(self, prompt: str, image: Tensor) -> float:
         wanted = letters(" ".join(asked_text(prompt)))

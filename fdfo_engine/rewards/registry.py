@@ -21,7 +21,8 @@ class Reward(Protocol):
     """Scores images: `(prompts, images [N, 3, H, W] float32 in 0..1) -> [N]`, higher is better, NaN = no opinion.
 
     A reward that depends on something outside may also have `require_ready()`, which is called once before the model
-    loads and raises `RewardError` where scoring could not work, and `cancel()`, which ends its waiting as a run stops.
+    loads and raises `RewardError` where scoring could not work, `require_prompts(prompts)`, which does so of prompts it
+    knows nothing about, and `cancel()`, which ends its waiting as a run stops.
     """
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ _BUILT_IN = {
     "vlm_photorealism": "vlm",
     "vlm_server": "vlm_server",
     "ocr": "ocr",
+    "geneval": "geneval",
     "http": "http_reward",
 }
 """Registered name to the module of this package that registers it: imported only when asked for."""

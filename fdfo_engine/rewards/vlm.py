@@ -10,7 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, device_of, loaded, ready_network
+from fdfo_engine.rewards.model_options import (
+    ModelOptions,
+    ModelReward,
+    Source,
+    device_of,
+    loaded,
+    read_auto,
+    ready_network,
+)
 from fdfo_engine.rewards.pixels import to_pil
 from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, QuestionOptions, asked, score_of, seen
 from fdfo_engine.rewards.registry import register
@@ -68,7 +76,7 @@ class VlmReward(ModelReward[VlmOptions]):
     @functools.cached_property
     def _chat(self) -> _Chat:
         options = self.options
-        network, processor = _load(options.model, options.revision or "main", options.dtype, device_of(options))
+        network, processor = _load(Source.of(options), options.dtype, device_of(options))
         return _Chat(network, processor, *(_token(processor.tokenizer, t) for t in (options.target, options.contrast)))
 
 
@@ -112,18 +120,16 @@ class _Chat:
 
 
 @functools.cache
-def _load(model: str, revision: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+def _load(source: Source, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """Network and processor; rewards that ask the same model different questions share them."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = loaded("processor", model, lambda: AutoProcessor.from_pretrained(model, revision=revision))
+    processor = loaded("processor", source, AutoProcessor.from_pretrained)
     if not getattr(processor, "chat_template", None):
-        raise RewardError(f"{model}: its processor has no chat template; takes an image-text-to-text chat model")
+        raise RewardError(f"{source.model}: its processor has no chat template; takes an image-text-to-text chat model")
     processor.tokenizer.padding_side = "left"
-    load = functools.partial(
-        AutoModelForImageTextToText.from_pretrained, revision=revision, dtype=getattr(torch, dtype)
-    )
-    return ready_network(loaded("chat model", model, lambda: load(model)), device), processor
+    network = loaded("chat model", source, read_auto(AutoModelForImageTextToText, dtype))
+    return ready_network(network, device), processor
 
 
 def _token(tokenizer: Any, text: str) -> int:

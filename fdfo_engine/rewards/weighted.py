@@ -31,6 +31,18 @@ class Scores:
     parts: dict[str, Tensor]
 
 
+def labelled(settings: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
+    """Every reward of a list by the name of its columns; a second one of a name has its position there behind it."""
+    parts: dict[str, RewardConfig] = {}
+    taken = {part.name for part in settings}
+    for i, part in enumerate(settings):
+        label = part.name if part.name not in parts else f"{part.name}_{i}"
+        while label in parts or (label != part.name and label in taken):
+            label += "_"
+        parts[label] = part
+    return parts
+
+
 @dataclass
 class WeightedRewards:
     """Scores images by several rewards. A part that fails twice has no opinion (NaN) on that batch: never a number."""
@@ -41,14 +53,17 @@ class WeightedRewards:
 
     @classmethod
     def from_config(cls, settings: Sequence[RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
-        """Builds every reward of the list; two of one name are told apart by their position."""
-        rewards: dict[str, tuple[float, Reward]] = {}
-        normalize = {}
-        for i, part in enumerate(settings):
-            label = part.name if part.name not in rewards else f"{part.name}_{i}"
-            rewards[label] = (part.weight, build(part.name, dict(part.model_extra or {}), f"rewards.{i}.name"))
-            normalize[label] = part.normalize
-        return cls(rewards, log_folder, normalize)
+        """Builds every reward of the list; see `labelled` for their names."""
+        return cls.from_labelled(labelled(settings), log_folder)
+
+    @classmethod
+    def from_labelled(cls, parts: Mapping[str, RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
+        """Builds every reward of `parts`, under the name it has there."""
+        rewards = {
+            label: (part.weight, build(part.name, dict(part.model_extra or {}), f"rewards.{i}.name"))
+            for i, (label, part) in enumerate(parts.items())
+        }
+        return cls(rewards, log_folder, {label: part.normalize for label, part in parts.items()})
 
     def require_ready(self) -> None:
         """Asks every reward that depends on something outside whether it can score, before a model is loaded.
@@ -59,6 +74,22 @@ class WeightedRewards:
         for _, reward in self.rewards.values():
             if hasattr(reward, "require_ready"):
                 reward.require_ready()
+
+    def require_prompts(self, prompts: Sequence[str]) -> None:
+        """Asks every reward that needs more of a prompt than its words whether it has that, for all of `prompts`.
+
+        Raises:
+            RewardError: one has not.
+        """
+        for _, reward in self.rewards.values():
+            if hasattr(reward, "require_prompts"):
+                reward.require_prompts(prompts)
+
+    def forbid_downloads(self) -> None:
+        """Lets no reward fetch a model; before anything is loaded."""
+        for _, reward in self.rewards.values():
+            if hasattr(reward, "forbid_downloads"):
+                reward.forbid_downloads()
 
     def cancel(self) -> None:
         """Ends the waiting of every reward that waits for something outside: the run stops."""

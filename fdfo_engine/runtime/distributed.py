@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 MAX_DIFF_BYTES = 1 << 20
 MAX_DIFF_LINES = 8
+_PATIENCE_S = 1.0
 _CHOSEN_PORT = "FDFO_CHOSEN_PORT"
 
 
@@ -127,6 +129,27 @@ def together(action: Callable[[], T]) -> T:
         texts = _texts_of_ranks(told)
         raise error or _first_error(texts)
     return result
+
+
+def together_patiently(action: Callable[[], T]) -> T:
+    """As `together`, for work that may take one rank longer than a collective waits: it runs in a thread meanwhile.
+
+    The ranks exchange a flag every second until all are done.
+    """
+    if _alone():
+        return action()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    with ThreadPoolExecutor(1, "patient", use_device, (device,)) as pool:
+        future = pool.submit(action)
+        while any_rank(bool(wait([future], timeout=_PATIENCE_S).not_done), "work that takes long"):
+            pass
+        return together(future.result)
+
+
+def use_device(index: int | None) -> None:
+    """Makes GPU `index` the present one: a new thread would take GPU 0, whatever its rank's is."""
+    if index is not None:
+        torch.cuda.set_device(index)
 
 
 def _first_error(texts: list[str]) -> Exception:

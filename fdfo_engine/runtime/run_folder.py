@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fdfo_engine.config import Config, load_config
+from fdfo_engine.config import Config, load_config, with_named_servers
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
 from fdfo_engine.runtime.environment import describe_environment
@@ -159,7 +159,7 @@ def differing_settings(stored: str, given: str, under: tuple[str, ...] | None = 
 
     `under` looks at these keys and sections only.
     """
-    old, new = _leaves(yaml.safe_load(stored)), _leaves(yaml.safe_load(given))
+    old, new = (_leaves(with_named_servers(yaml.safe_load(text))) for text in (stored, given))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key, ...) != new.get(key, ...))
     return {
         key: f"{_shown(old, key)} there, {_shown(new, key)} given"
@@ -236,6 +236,9 @@ def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value under its dotted key; of a list the entries, where one of them is a mapping."""
+    if isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {prefix: tree}
     leaves: dict[str, Any] = {}

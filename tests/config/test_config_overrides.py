@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from fdfo_engine.config import RESUMABLE_KEYS, PriorChurn, RawChurn, dump_config, load_config
+from fdfo_engine.config import PriorChurn, RawChurn, dump_config, load_config
+from fdfo_engine.config.dump import RESUMABLE_KEYS
 from fdfo_engine.config.yaml_source import CoreDumper, read_yaml
 
 

@@ -1,21 +1,28 @@
 """Base against tuned on a tiny pipeline: every number by another way, on any batch size and number of ranks."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from engine.launching import ROOT, launch
 from PIL import Image
 from scipy import stats
 from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
+from fdfo_engine.cli.evaluate import _prompts
 from fdfo_engine.cli.main import main
-from fdfo_engine.config import dump_config
+from fdfo_engine.config import MetricConfig, RewardConfig, dump_config, load_config
+from fdfo_engine.evaluation import metric_rewards
+from fdfo_engine.evaluation.measures import build_measures
 from fdfo_engine.metrics import measure_health
 from fdfo_engine.metrics.diversity import pixel_diversity
 from fdfo_engine.report.evaluation_page import extremes
+from fdfo_engine.rewards import WeightedRewards, labelled
+from fdfo_engine.rewards.ocr import OcrOptions
 
 SEEDS, COUNT = 3, 7
 METRICS = "engine.pixel_rewards:left_bright,brightness,diversity,health"
@@ -121,6 +128,12 @@ def test_the_larger_size_is_measured_where_the_model_allows_it(trained, result):
     assert "multiple of 4 up to 32" in beyond["larger"]["note"]
 
 
+@pytest.mark.parametrize(("count", "found"), [(None, 2), (1, 1), (3, 3), (99, 4)])
+def test_count_is_of_the_list_and_not_of_the_runs_evaluation(tiny_sd3, tmp_path, count, found):
+    config = tiny_config(tiny_sd3, tmp_path, evaluation={"count": 2})
+    assert _prompts(Namespace(prompts=None, count=count), config) == list(PROMPTS[:found])
+
+
 def test_base_alone_and_a_checkpoint_by_its_path(trained):
     alone = evaluate(trained, trained / "out_base", "--base", "--larger", "1")
     assert [s["name"] for s in alone["sets"]] == ["base"]
@@ -157,6 +170,48 @@ def test_pictures_are_those_that_were_scored(trained, result):
         assert np.abs(saved.astype(int) - expected.astype(int)).max() <= 1
 
 
+TWICE = [
+    {"name": "engine.pixel_rewards:left_bright", "weight": 1.0},
+    {"name": "brightness", "weight": 1.0},
+    {"name": "brightness", "weight": -2.0, "normalize": "std"},
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "columns"),
+    [
+        ((), (), ["engine.pixel_rewards:left_bright", "brightness", "brightness_2", "shapes"]),
+        (("brightness",), (), ["brightness", "brightness_2"]),
+        (("brightness_2", "shapes_strict"), (), ["brightness_2", "shapes_strict"]),
+        (("shapes",), ({"name": "ocr", "threads": 2}, {"name": "ocr"}), ["shapes", "ocr", "ocr_5"]),
+    ],
+)
+def test_two_rewards_of_one_name_have_a_column_each_as_in_the_log(tiny_sd3, tmp_path, names, more, columns):
+    config = tiny_config(tiny_sd3, tmp_path, rewards=TWICE, evaluation={"metrics": ["shapes", "brightness"]})
+    entries = [MetricConfig(**entry) for entry in more]
+    built = build_measures(config, names, more=entries, images_per_prompt=1, device=torch.device("cpu"))
+    assert [name for name, kind in built.kinds.items() if kind == "reward"] == columns
+    assert list(metric_rewards(config).rewards)[:3] == list(WeightedRewards.from_config(config.rewards).rewards)
+    assert [threads for n, (_, r) in built.rewards.rewards.items() if (threads := getattr(r, "options", None))] == [
+        OcrOptions(threads=2), OcrOptions(),
+    ][: len(more)]  # fmt: skip
+
+
+def test_a_label_never_hides_another():
+    parts = [RewardConfig(name=name, weight=1.0) for name in ("a", "a_2", "a", "a", "a_3")]
+    assert [part.name for part in labelled(parts).values()] == ["a", "a_2", "a", "a", "a_3"]
+
+
+def test_a_metric_of_a_run_may_have_options(tiny_sd3, tmp_path):
+    metrics = ["shapes", {"name": "ocr", "threads": 3}]
+    config = tiny_config(tiny_sd3, tmp_path, evaluation={"metrics": metrics})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert yaml.safe_load(dump_config(config))["evaluation"]["metrics"] == [{"name": "shapes"}, metrics[1]]
+    assert metric_rewards(again).rewards["ocr"][1].options.threads == 3
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -164,6 +219,12 @@ def test_pictures_are_those_that_were_scored(trained, result):
         (["--metrics", "diversity", "--images-per-prompt", "1"], 2, "--images-per-prompt"),
         (["--metrics", "clip_diversity", "--clip", "nobody/none"], 3, "--allow-download"),
         (["--metrics", "dreamsim_diversity"], 3, "--allow-download"),
+        (["--metrics", "pickscore"], 3, "PickScore_v1: not on this machine; nothing is fetched unasked"),
+        (["--metric", "{name: aesthetic, head: no/body}"], 3, "not on this machine"),
+        (["--metric", "{name: ocr, threds: 2}"], 2, "did you mean threads?"),
+        (["--metric", "{name: ocr, api_key: abc}"], 2, "api_key"),
+        (["--metric", "{name"], 2, "--metric"),
+        (["--metric", "{name: geneval, metadata: M}"], 5, "no requirements for the prompt"),
         (["--checkpoint", "epoch_000009"], 7, "no checkpoint epoch_000009; found: epoch_000001, epoch_000002"),
         (["--checkpoint", "/elsewhere/checkpoints/epoch_000001"], 2, "of one run"),
         (["--prompts", "drawbench"], 4, "nothing is fetched unasked"),
@@ -173,7 +234,9 @@ def test_pictures_are_those_that_were_scored(trained, result):
 )
 def test_refusals(trained, words, code, says, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = [str(trained / "out") if word == "FULL" else word for word in words]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(trained / "empty"))
+    (trained / "m.jsonl").write_text('{"prompt": "a cat", "include": [{"class": "cat"}]}')
+    words = [str(trained / "out") if word == "FULL" else word.replace("M}", f"{trained}/m.jsonl}}") for word in words]
     assert main(["evaluate", "--run", str(trained / "run"), "--larger", "1", *words]) == code
     assert says in capsys.readouterr().err
     assert not (trained / "run/evaluation").exists()

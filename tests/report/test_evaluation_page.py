@@ -10,7 +10,7 @@ from fdfo_engine.config import GuardConfig
 from fdfo_engine.evaluation.compare import Measured, Request, summarize
 from fdfo_engine.report.curves import trade_off_chart
 from fdfo_engine.report.evaluation_files import write_evaluation
-from fdfo_engine.report.evaluation_page import evaluation_table, extremes, shown_prompts, write_evaluation_page
+from fdfo_engine.report.evaluation_page import _rows, evaluation_table, extremes, shown_prompts, write_evaluation_page
 from fdfo_engine.runtime.errors import UsageError
 
 PROMPTS = [*NASTY, *(f"prompt {i}" for i in range(20))]
@@ -55,6 +55,13 @@ def test_the_page_holds_everything_and_opens_offline(sets, tmp_path):
     assert found.tags.count("img") == 3 * (4 + len(winners) + len(losers))
     assert len(list((tmp_path / "out/pictures/base").iterdir())) == len(shown)
     assert "no picture" not in words
+
+
+def test_what_left_its_band_is_marked_in_its_row(sets):
+    result = summary(*sets)
+    for name, trend in (("epoch_000005", ""), ("epoch_000010", "bad")):
+        rows = {row["name"]: row["trend"] for row in _rows(result, name)}
+        assert rows == {"strict": "good", "<b>odd</b>": "", "pixel_diversity": "bad", "saturation": trend}
 
 
 def test_winners_and_losers_are_ordered_and_unknown_scores_are_neither(sets):

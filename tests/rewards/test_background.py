@@ -20,6 +20,8 @@ def blocks(count):
 def score(reward, count=6, overlap=True, between_s=0.0):
     with BackgroundScorer(WeightedRewards({"mine": (2.0, reward)}), overlap=overlap) as scorer:
         for block in blocks(count):
+            while not scorer.has_room():
+                pass
             scorer.submit(["a", "b"], block)
             time.sleep(between_s)
         return scorer.scores(), scorer
@@ -64,6 +66,8 @@ def test_only_so_many_blocks_wait(monkeypatch):
 
         def submit_all():
             for i, block in enumerate(blocks(5)):
+                while not scorer.has_room():
+                    pass
                 scorer.submit(["a", "b"], block)
                 submitted.append(i)
 

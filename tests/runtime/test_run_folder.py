@@ -1,11 +1,15 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_sd3 import tiny_config
 
+from fdfo_engine.config import dump_config, resumable_keys
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.run_folder import (
     RunFolder,
@@ -192,3 +196,61 @@ def test_heartbeat_is_renewed_when_old(tmp_path, monkeypatch):
         monkeypatch.setattr("fdfo_engine.runtime.run_status.HEARTBEAT_S", 0.0)
         folder.status.beat()
         assert read_status(tmp_path)["heartbeat"] > first
+
+
+HTTP = {"name": "http", "weight": 1.0, "url": "http://a:1/score", "batch_size": 4}
+VLM = {"name": "vlm_server", "weight": 0.5, "url": "http://a:2/v1", "model": "judge"}
+URL = {"name": "http://a:1/score", "weight": 1.0}
+OWN = {"name": "brightness", "weight": 1.0}
+
+
+def reopened(tiny_sd3, folder, before, after):
+    """What `RunFolder.open` says of a run made with `before` and given `after`: each a list of rewards and metrics."""
+    for rewards, metrics in (before, after):
+        config = tiny_config(tiny_sd3, folder, rewards=rewards, evaluation={"metrics": metrics})
+        RunFolder.open(folder, dump_config(config), may_change=resumable_keys(config)).close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (HTTP, HTTP | {"url": "http://b:9/score"}),
+        (HTTP, HTTP | {"timeout_s": 5.0, "give_up_after_s": 30.0, "concurrency": 2}),
+        (HTTP | {"timeout_s": 5.0}, HTTP),
+        (VLM, VLM | {"url": "https://b/v1", "concurrency": 64}),
+        (URL, URL | {"name": "http://b:9/score"}),
+        (URL, URL | {"timeout_s": 5.0}),
+        (OWN, OWN | {"allow_download": False}),
+    ],
+)
+def test_a_run_goes_on_with_its_server_elsewhere(tiny_sd3, tmp_path, before, after, capsys):
+    reopened(tiny_sd3, tmp_path / "run", ([OWN, before], []), ([OWN, after], []))
+    stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert stored["rewards"][1] == {"normalize": "none"} | after
+    reopened(tiny_sd3, tmp_path / "metric", ([OWN], ["shapes", before]), ([OWN], ["shapes", after]))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        ([HTTP], [HTTP | {"weight": 2.0}], "rewards.0.weight"),
+        ([HTTP], [HTTP | {"batch_size": 8}], "rewards.0.batch_size"),
+        ([HTTP], [HTTP | {"normalize": "std"}], "rewards.0.normalize"),
+        ([VLM], [VLM | {"model": "other"}], "rewards.0.model"),
+        ([VLM], [VLM | {"question": "Is it {prompt}?"}], "rewards.0.question"),
+        ([URL], [VLM], "rewards.0.name"),
+        ([OWN], [URL], "rewards.0.name"),
+        ([URL], [OWN], "rewards.0.name"),
+        ([OWN, HTTP], [HTTP, OWN], "rewards.0.name"),
+        ([HTTP], [HTTP, OWN], "rewards.1.name"),
+        ([OWN | {"url": "http://a/"}], [OWN | {"url": "http://b/"}], "rewards.0.url"),
+    ],
+)
+def test_what_is_scored_may_not_change(tiny_sd3, tmp_path, before, after, key):
+    with pytest.raises(UsageError, match=rf"made with other settings(.|\n)*{re.escape(key)}: "):
+        reopened(tiny_sd3, tmp_path / "run", (before, []), (after, []))
+
+
+def test_a_url_as_a_name_is_the_server_at_that_url(tiny_sd3, tmp_path, capsys):
+    reopened(tiny_sd3, tmp_path, ([URL], []), ([{"name": "http", "weight": 1.0, "url": URL["name"]}], []))
+    assert "settings changed" not in capsys.readouterr().out

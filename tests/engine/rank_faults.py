@@ -1,0 +1,60 @@
+"""A run as one of several ranks, started without a launcher, with a fault that environment variables describe.
+
+FAIL: a file whose writer fails on rank 0. SLOW: a call of the reward that takes rank 1 twice as long as a collective
+waits. Exits as `train.py` does.
+"""
+
+import os
+import sys
+import time
+from functools import partial
+
+from fdfo_engine import loop
+from fdfo_engine.config import load_config
+from fdfo_engine.rewards import background, register
+from fdfo_engine.runtime import run_log
+from fdfo_engine.runtime.distributed import close_distributed
+from fdfo_engine.runtime.errors import CheckpointError, report_and_exit_code
+
+COLLECTIVE_S = 3.0
+
+
+def failing(write):
+    def fails(path, *arguments):
+        if os.environ.get("FAIL") in path.name:
+            raise CheckpointError(f"no space left on {path.name}")
+        return write(path, *arguments)
+
+    return fails
+
+
+@register("slow_on_rank_1")
+class Slow:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, images):
+        self.calls += 1
+        if (os.environ["RANK"], str(self.calls)) == ("1", os.environ.get("SLOW")):
+            time.sleep(2 * COLLECTIVE_S)
+        return images.flatten(1).mean(1)
+
+
+def main(config):
+    if "FAIL" in os.environ:
+        run_log.append_line = failing(run_log.append_line)
+        save_png = run_log.save_png
+        run_log.save_png = lambda picture, path: failing(lambda path: save_png(picture, path))(path)
+    background.MAX_BLOCKS_WAITING = 1
+    loop.setup_distributed = partial(loop.setup_distributed, timeout_s=COLLECTIVE_S)
+    try:
+        loop.run(load_config(config))
+    except Exception as error:  # noqa: BLE001 - the top, as in train.py
+        return report_and_exit_code(error)
+    finally:
+        close_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
