@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
+from fdfo_engine.models.flow_model import ExportStyle
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
@@ -277,18 +278,28 @@ class Engine:
             raise CheckpointError(f"{run_dir}: no checkpoint in {engine._store().folder}")
         return engine
 
-    def export(self, folder: str | Path, *, weights: Weights = "auto", overwrite: bool = False) -> Path:
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        weights: Weights = "auto",
+        overwrite: bool = False,
+        style: ExportStyle = "diffusers",
+    ) -> Path:
         """A LoRA for `load_lora_weights`, or after full training a pipeline folder; verified by loading it back.
 
+        Style comfyui writes the LoRA in the names of the model's original code (`models/native_lora.py`).
+
         Raises:
-            UsageError: `folder` is not empty, without `overwrite`, which writes over the files of these names.
+            UsageError: `folder` is not empty, without `overwrite`, which writes over the files of these names;
+                a style that these weights cannot have.
             CheckpointError: loaded back, it does not give the same velocity.
         """
         if not overwrite and Path(folder).is_dir() and any(Path(folder).iterdir()):
             raise UsageError(f"export: {folder} is not empty; choose another folder or pass overwrite=True")
         trained = self.trained_weights(weights)
         # a fresh model: under ZeRO-3 the live one holds only pieces of its weights
-        on_main(lambda: load_model(self.config, self.device).export(Path(folder), trained))
+        on_main(lambda: load_model(self.config, self.device).export(Path(folder), trained, style))
         return Path(folder)
 
     def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:

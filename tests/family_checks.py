@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_sd3 import PROMPTS, SIZE, tiny_config
 
 from fdfo_engine import Engine
@@ -18,6 +19,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import blank_footprint, load_model
 from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, philox_normal
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.memory import Line
 
 CPU = torch.device("cpu")
@@ -157,6 +159,44 @@ def check_export_is_the_same_in_diffusers(tiny, tmp_path, train, guidance):
     images = tiny.generated(fresh, guidance)
     assert largest(images - engine.generate(PROMPTS, guidance_scale=guidance)) < 1e-5
     assert largest(images - base) > 1e-2
+
+
+def comfyui_export(tiny, tmp_path):
+    """An engine with a trained adapter, and its export in style comfyui: file and tensors."""
+    engine = Engine(tiny.config(tmp_path / "run"))
+    moved(engine)
+    engine.export(tmp_path / "out", style="comfyui")
+    (file,) = (tmp_path / "out").iterdir()
+    return engine, file, load_file(file)
+
+
+def changes(weights, scale=1.0):
+    """The change of each layer's weights, float64, of a LoRA in diffusers' or peft's names."""
+    weights = {name.removeprefix("transformer.").replace(".default.", "."): w.double() for name, w in weights.items()}
+    downs = {name.removesuffix(".lora_A.weight"): w for name, w in weights.items() if name.endswith(".lora_A.weight")}
+    return {name: scale * weights[f"{name}.lora_B.weight"] @ down for name, down in downs.items()}
+
+
+def native_change(tensors, layer):
+    """The same of one layer in original names."""
+    down, up, alpha = (tensors[f"lora_unet_{layer}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+    return (up.double() @ down.double()) * (alpha.item() / len(down))
+
+
+def check_comfyui_refusals(tiny, tmp_path, monkeypatch, other_layer):
+    full = load_model(tiny.config(tmp_path / "a", model={"train": "full"}), CPU)
+    with pytest.raises(UsageError, match="style comfyui is a LoRA's"):
+        full.export(tmp_path / "out", {}, style="comfyui")
+    if other_layer is not None:
+        engine = Engine(tiny.config(tmp_path / "b", lora={"targets": [other_layer]}))
+        with pytest.raises(UsageError, match=f"style comfyui has no name for .*{other_layer}"):
+            engine.export(tmp_path / "out", style="comfyui")
+    engine = Engine(tiny.config(tmp_path / "c"))
+    moved(engine)
+    monkeypatch.setattr("fdfo_engine.models.pipeline_model.fold_alpha", lambda weights, scale: weights)
+    with pytest.raises(CheckpointError, match="loaded back"):
+        engine.export(tmp_path / "out", style="comfyui")
+    assert not (tmp_path / "out").exists()
 
 
 def check_blank_sizes_are_the_loaded_models(tiny, tmp_path, *, slack=0, **model):

@@ -21,6 +21,12 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("out", type=Path, help="the folder to write")
     parse.add_argument("--checkpoint", metavar="NAME", help="such as epoch_000010; default: the newest")
     add_weights(parse)
+    parse.add_argument(
+        "--style",
+        choices=("diffusers", "comfyui"),
+        default="diffusers",
+        help="names of a LoRA's weights: diffusers' (default), or the original model's, for ComfyUI, Forge, sd-scripts",
+    )
     parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     parse.set_defaults(verb=run)
 
@@ -40,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.runtime.console import say
 
     engine = Engine.resume(arguments.run_dir, arguments.checkpoint)
-    folder = engine.export(arguments.out, weights=arguments.weights, overwrite=arguments.overwrite)
+    folder = engine.export(
+        arguments.out, weights=arguments.weights, overwrite=arguments.overwrite, style=arguments.style
+    )
     say(f"epoch {engine.epoch} written to {folder}, loaded back and compared")
     return 0
 

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Network = Callable[..., tuple[Tensor, ...]]
 """The transformer, or the training engine that wraps it: called, never looked into (ZeRO-3 gathers in the call)."""
+
+ExportStyle = Literal["diffusers", "comfyui"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ class FlowModel(Protocol):
         """Names and parameters that training moves: the LoRA, or every weight of the network."""
         ...
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Writes float32 `weights` (by `trained_parameters` name) as diffusers loads them, verified by loading back."""
+    def export(self, folder: Path, weights: dict[str, Tensor], style: ExportStyle = "diffusers") -> None:
+        """Writes float32 `weights` (by `trained_parameters` name), verified by loading back.
+
+        Style diffusers is what that loads, comfyui a LoRA in the names of the model's original code.
+        """
         ...

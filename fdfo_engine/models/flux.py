@@ -32,6 +32,17 @@ class FluxModel(PackedModel):
     family = "flux"
     pipeline_class = FluxPipeline
     takes_embedded_guidance = True
+    native_layers = {  # noqa: RUF012 - never written to
+        "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+        "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+        "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for part in "qkv"),
+        "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+        "single_blocks.{}.linear1": (
+            *(f"single_transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+            "single_transformer_blocks.{}.proj_mlp",
+        ),
+        "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    }
 
     def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
         super().__init__(pipeline, config, device)

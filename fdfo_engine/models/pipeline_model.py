@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.flow_model import Conditioning, Network
+from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Network
 from fdfo_engine.models.fused.choice import choose_blocks
 from fdfo_engine.models.fused.fuse import own_forwards
 from fdfo_engine.models.lora import (
@@ -27,12 +28,16 @@ from fdfo_engine.models.lora import (
     trainable,
     weights_in,
 )
+from fdfo_engine.models.native_lora import NativeLayers, add_native, to_native
 from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 EXPORT_TOLERANCE = 1e-5
 """Largest relative difference (rms) between the trained velocity and the exported one, in the model's float32."""
+
+NATIVE_FILE = "lora_comfyui.safetensors"
+"""What an export in style comfyui writes."""
 
 
 class PipelineModel:
@@ -49,6 +54,9 @@ class PipelineModel:
 
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_PROJECTIONS
     """What `lora.targets: family` stands for: ends of module names."""
+
+    native_layers: ClassVar[NativeLayers] = {}
+    """Names and fused layers of the model's original code, for exports in style comfyui."""
 
     takes_embedded_guidance: ClassVar[bool] = False
     """Whether models of the family may take guidance as an input."""
@@ -224,12 +232,17 @@ class PipelineModel:
         """See `FlowModel.trained_parameters`."""
         return trainable(self.network)
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], style: ExportStyle = "diffusers") -> None:
         """A LoRA that `load_lora_weights` takes (alpha folded), or a pipeline folder after full training.
 
+        Style comfyui writes the LoRA in the original model's names instead (`native_lora`), as `NATIVE_FILE`.
+
         Raises:
+            UsageError: style comfyui after full training, or of layers that it has no names for.
             CheckpointError: what was written does not give the same velocity when loaded back.
         """
+        if style == "comfyui" and self._lora_scale is None:
+            raise UsageError("export: style comfyui is a LoRA's, and this run trains every weight; takes diffusers")
         if self._lora_scale is None and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
             raise UsageError(f"export: {folder} is the base model itself; choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -239,15 +252,22 @@ class PipelineModel:
             if self._lora_scale is None:
                 exported = self._export_pipeline(aside, weights)
             else:
-                exported = self._export_lora(aside, weights, self._lora_scale)
+                folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, self._lora_scale)
+                exported = (self._export_lora if style == "diffusers" else self._export_native)(aside, folded)
             self._verify(exported, weights, folder)
             if folder.is_dir() and any(folder.iterdir()):
                 shutil.copytree(aside, folder, dirs_exist_ok=True)
             else:
                 os.replace(aside, folder)
 
-    def _export_lora(self, folder: Path, weights: dict[str, Tensor], scale: float) -> nn.Module:
-        folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, scale)
+    def _export_native(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
+        folder.mkdir()
+        save_file(to_native(folded, self.network, self.native_layers), folder / NATIVE_FILE)
+        network: nn.Module = self._fresh_pipeline(self.pipeline.config._name_or_path).transformer
+        add_native(network, load_file(folder / NATIVE_FILE, device=str(self.device)), self.native_layers)
+        return network
+
+    def _export_lora(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
         self.pipeline_class.save_lora_weights(folder, transformer_lora_layers=folded)
         fresh = self._fresh_pipeline(self.pipeline.config._name_or_path)
         fresh.load_lora_weights(folder)

@@ -24,6 +24,14 @@ class SD3Model(PipelineModel):
     family = "sd3"
     pipeline_class = StableDiffusion3Pipeline
     optional_parts = ("text_encoder_3", "tokenizer_3")
+    native_layers = {  # noqa: RUF012 - never written to
+        "joint_blocks.{}.x_block.attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
+        "joint_blocks.{}.x_block.attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+        "joint_blocks.{}.context_block.attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{p}_proj" for p in "qkv"),
+        "joint_blocks.{}.context_block.attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+        "joint_blocks.{}.x_block.attn2.qkv": tuple(f"transformer_blocks.{{}}.attn2.to_{part}" for part in "qkv"),
+        "joint_blocks.{}.x_block.attn2.proj": ("transformer_blocks.{}.attn2.to_out.0",),
+    }
 
     @classmethod
     def refuse_settings(cls, config: Config) -> None:

@@ -11,7 +11,7 @@ from fdfo_engine.runtime.memory import GIB, choose_micro_batch
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 CARDS = {"sd35m_16gb": 16, "flux1_dev_24gb": 24, "sd35m_combined": 48, "sd35m_pickscore": 48, "sd35m_vlm": 48}
 LARGEST = 80
-QUICK = ("shapes", "sd35m_16gb", "flux1_dev_24gb")
+QUICK = ("shapes", "sd35m_16gb")
 
 
 def gpu_gb(path):
@@ -24,7 +24,8 @@ def test_it_is_valid_and_divides_over_ranks(path):
     assert config.run.dir == f"runs/{path.stem}"
     for ranks in (1, 2, 3, 4):
         plan = BatchPlan.from_config(config, ranks)
-        assert plan.items_per_optimizer_step * config.update.optimizer_steps == 2 * plan.pairs_per_epoch * plan.trained_steps
+        items = 2 * plan.pairs_per_epoch * plan.trained_steps
+        assert plan.items_per_optimizer_step * plan.optimizer_steps == items
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 4.5])

@@ -3,12 +3,15 @@
 import family_checks as checks
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from family_checks import CPU, PROMPTS, Tiny, largest
 from tiny_flux import build_tiny_flux
 
 from fdfo_engine import Engine
+from fdfo_engine.models.flux import FluxModel
 from fdfo_engine.models.fused import is_fused
+from fdfo_engine.models.lora import add_lora, trainable
+from fdfo_engine.models.native_lora import to_native
 from fdfo_engine.models.packed_model import pack, unpack
 from fdfo_engine.models.registry import blank_footprint, load_model
 from fdfo_engine.runtime.errors import UsageError
@@ -134,3 +137,41 @@ def test_a_transformer_that_wants_an_image_is_refused(tmp_path):
     fill = Tiny(build_tiny_flux(tmp_path / "fill", in_channels=32), FluxPipeline, None, {})
     with pytest.raises(UsageError, match=r"takes 32 channels .* wants an image beside the prompt"):
         load_model(fill.config(tmp_path / "run"), CPU)
+
+
+def test_a_comfyui_export_adds_the_same_to_each_weight(dev, tmp_path):
+    engine, _, tensors = checks.comfyui_export(dev, tmp_path)
+    exact = checks.changes(engine.trainer.weights(), scale=2.0)
+    layers = {name.split(".")[0].removeprefix("lora_unet_") for name in tensors}
+    parts = ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")
+    assert layers == {f"double_blocks_{b}_{p}" for b in (0, 1) for p in parts} | {
+        f"single_blocks_{b}_linear1" for b in (0, 1)
+    }
+    qkv = torch.cat([exact[f"transformer_blocks.1.attn.{part}"] for part in JOINT[4:7]])
+    assert largest(checks.native_change(tensors, "double_blocks_1_txt_attn_qkv") - qkv) < 1e-6 * largest(qkv)
+    qkv = torch.cat([exact[f"single_transformer_blocks.0.attn.{part}"] for part in JOINT[:3]])
+    linear1 = checks.native_change(tensors, "single_blocks_0_linear1")
+    assert largest(linear1[: len(qkv)] - qkv) < 1e-6 * largest(qkv)
+    assert len(linear1) == len(qkv) + 4 * 16
+    assert largest(linear1[len(qkv) :]) == 0
+
+
+@pytest.mark.slow
+def test_diffusers_converts_a_comfyui_lora_back():
+    """Its own conversion knows FLUX.1's real width only: one block of each kind, on the meta device."""
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    add_lora(network, rank=4, alpha=4.0, targets=FluxModel.lora_targets, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    names = [(name.replace(".default.", "."), p.shape) for name, p in trainable(network)]
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in names}
+    native = to_native(weights, network, FluxModel.native_layers)
+    found, exact = checks.changes(FluxPipeline.lora_state_dict(dict(native))), checks.changes(weights)
+    assert len(exact) == len(JOINT) + 3
+    for name, change in exact.items():
+        assert largest(found[name] - change) < 1e-6 * largest(change), name
+    assert all(largest(found[name]) == 0 for name in found.keys() - exact.keys())
+
+
+def test_a_comfyui_export_that_cannot_be_right_is_refused(dev, tmp_path, monkeypatch):
+    checks.check_comfyui_refusals(dev, tmp_path, monkeypatch, "ff.net.2")

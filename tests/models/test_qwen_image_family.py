@@ -140,3 +140,19 @@ def test_an_editing_transformer_is_refused(tmp_path):
     config = Tiny(edit, None, None, {}).config(tmp_path / "run")
     with pytest.raises(UsageError, match="zero_cond_t of its transformer: it takes more than a prompt"):
         load_model(config, CPU)
+
+
+def test_a_comfyui_export_is_read_by_diffusers_too(tiny, tmp_path):
+    """diffusers converts such names itself for this family."""
+    engine, file, tensors = checks.comfyui_export(tiny, tmp_path)
+    assert "lora_unet_transformer_blocks_0_attn_to_out_0.lora_down.weight" in tensors
+    base = tiny.generated(tiny.pipeline(), 4.5)
+    fresh = tiny.pipeline()
+    fresh.load_lora_weights(file)
+    images = tiny.generated(fresh, 4.5)
+    assert largest(images - engine.generate(PROMPTS, guidance_scale=4.5)) < 1e-5
+    assert largest(images - base) > 1e-2
+
+
+def test_a_comfyui_export_that_cannot_be_right_is_refused(tiny, tmp_path, monkeypatch):
+    checks.check_comfyui_refusals(tiny, tmp_path, monkeypatch, None)

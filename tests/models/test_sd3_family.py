@@ -1,5 +1,6 @@
 """The SD3 family against diffusers' own pipeline, with random weights."""
 
+import family_checks as checks
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -181,3 +182,23 @@ def test_a_model_that_cannot_run_is_refused(tiny_sd3, tmp_path, section, error, 
 def test_embedded_guidance_is_refused(tiny_sd3, tmp_path):
     with pytest.raises(UsageError, match="embedded_guidance"):
         load_model(tiny_config(tiny_sd3, tmp_path, sampling={"embedded_guidance": 3.5}), CPU)
+
+
+def test_a_comfyui_export_adds_the_same_to_each_weight(tiny_sd3, tmp_path):
+    """Also with the second attention, which only SD3.5-M has."""
+    tiny = checks.Tiny(tiny_sd3, None, None, {"lora": {"targets": ["attn.to_k", "attn.add_v_proj", "attn2.to_out.0"]}})
+    engine, _, tensors = checks.comfyui_export(tiny, tmp_path)
+    exact = checks.changes(engine.trainer.weights(), scale=2.0)
+    blocks = ("joint_blocks_{}_x_block_attn_qkv", "joint_blocks_{}_context_block_attn_qkv")
+    wanted = {name.format(b) for name in blocks for b in (0, 1)} | {"joint_blocks_0_x_block_attn2_proj"}
+    assert {name.split(".")[0].removeprefix("lora_unet_") for name in tensors} == wanted
+    rows = checks.native_change(tensors, "joint_blocks_1_x_block_attn_qkv").chunk(3)
+    keys = exact["transformer_blocks.1.attn.to_k"]
+    assert largest(rows[0]) == largest(rows[2]) == 0
+    assert largest(rows[1] - keys) < 1e-6 * largest(keys)
+    out = exact["transformer_blocks.0.attn2.to_out.0"]
+    assert largest(checks.native_change(tensors, "joint_blocks_0_x_block_attn2_proj") - out) < 1e-6 * largest(out)
+
+
+def test_a_comfyui_export_that_cannot_be_right_is_refused(tiny_sd3, tmp_path, monkeypatch):
+    checks.check_comfyui_refusals(checks.Tiny(tiny_sd3, None, None, {}), tmp_path, monkeypatch, "ff.net.2")
