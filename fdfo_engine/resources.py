@@ -13,7 +13,8 @@ from fdfo_engine.models.flow_model import FlowModel, Network
 from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.graphed import GraphedNetwork, graph_refusals
 from fdfo_engine.ops import backend_for, backends
-from fdfo_engine.runtime.console import warn
+from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import any_rank, max_over_ranks, together, world_size
 from fdfo_engine.runtime.errors import EnvironmentProblem
 from fdfo_engine.runtime.memory import GIB, Footprint, Prediction, choose_micro_batch, refusal
@@ -72,10 +73,18 @@ def plan_memory(model: FlowModel, config: Config) -> Prediction | None:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_allocated(model.device)
     free = -max_over_ranks(-free, "the free memory")
-    prediction = choose_micro_batch(sizes, config, world_size(), free)
+    prediction = choose_micro_batch(sizes, config, world_size(), free, reward_bytes(config))
     if prediction.needed > free:
         warn(refusal(prediction, free))
     return prediction
+
+
+def reward_bytes(config: Config) -> int:
+    """What the reward models will take of a GPU, once they are loaded; says which are not counted."""
+    size, unknown = WeightedRewards.from_config(config.rewards).gpu_bytes()
+    if unknown:
+        say(f"memory: without the models of {', '.join(unknown)}, whose sizes are not known before they are loaded")
+    return size
 
 
 def _counted(model: FlowModel, config: Config) -> Footprint | None:

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     from fdfo_engine.config import BatchPlan, load_config
     from fdfo_engine.models.registry import blank_footprint
+    from fdfo_engine.resources import reward_bytes
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
 
@@ -40,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     plan = BatchPlan.from_config(config, arguments.ranks)
     free = int(arguments.gpu_gb * GIB)
-    prediction = choose_micro_batch(blank_footprint(config), config, arguments.ranks, free)
+    counted, scorers = blank_footprint(config), reward_bytes(config)
+    prediction = choose_micro_batch(counted, config, arguments.ranks, free, scorers)
     say(dataclasses.replace(plan, micro_batch=prediction.micro_batch).describe())
     say(prediction.describe())
     if prediction.needed > free:

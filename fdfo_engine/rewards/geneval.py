@@ -75,6 +75,11 @@ class GenevalOptions(ModelOptions):
         """See `ModelOptions`."""
         return (*super().sources, Source.of(self, self.clip))
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """See `ModelOptions`."""
+        return self.model, self.clip
+
 
 @register("geneval")
 class Geneval(ModelReward[GenevalOptions]):

@@ -19,6 +19,16 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 OptionsT = TypeVar("OptionsT", bound="ModelOptions")
 
+PARAMETERS = {
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": 986_109_441,
+    "yuvalkirstain/PickScore_v1": 986_109_441,
+    "adams-story/HPSv2-hf": 986_109_441,
+    "openai/clip-vit-large-patch14": 427_616_513,
+    "google/owlv2-base-patch16-ensemble": 154_966_792,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+}
+"""Weights of the default models, for a memory plan before anything is loaded."""
+
 
 class ModelOptions(Section):
     """Which model scores, where, and how many images at a time."""
@@ -45,6 +55,11 @@ class ModelOptions(Section):
     def sources(self) -> tuple[Source, ...]:
         """What it loads from."""
         return (Source.of(self),)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Hub ids or folders of the networks that it loads."""
+        return (self.model,)
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,14 @@ class ModelReward(Generic[OptionsT]):
     def forbid_downloads(self) -> None:
         """Takes only what is on this machine, whatever the options say; before anything is loaded."""
         self.options = self.options.model_copy(update={"allow_download": False})
+
+    def gpu_bytes(self) -> int | None:
+        """What its weights take of a GPU, wherever this runs; None where the size of a model is not known unloaded."""
+        if self.options.device == "cpu":
+            return 0
+        counts = [PARAMETERS.get(network) for network in self.options.networks]
+        width = torch.empty((), dtype=getattr(torch, self.options.dtype)).element_size()
+        return None if None in counts else width * sum(count for count in counts if count)
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`."""

@@ -65,6 +65,11 @@ class WeightedRewards:
         }
         return cls(rewards, log_folder, {label: part.normalize for label, part in parts.items()})
 
+    def gpu_bytes(self) -> tuple[int, list[str]]:
+        """What all models take of a GPU, in bytes, and the names of the rewards whose models are not counted in it."""
+        sizes = {n: reward.gpu_bytes() for n, (_, reward) in self.rewards.items() if hasattr(reward, "gpu_bytes")}
+        return sum(size for size in sizes.values() if size), [name for name, size in sizes.items() if size is None]
+
     def require_ready(self) -> None:
         """Asks every reward that depends on something outside whether it can score, before a model is loaded.
 

@@ -100,8 +100,8 @@ class Prediction:
         return "\n".join(lines)
 
 
-def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction:
-    """The memory of an epoch as `plan` cuts it (its ranks and micro-batch)."""
+def predict(footprint: Footprint, config: Config, plan: BatchPlan, scorers: int = 0) -> Prediction:
+    """The memory of an epoch as `plan` cuts it (its ranks and micro-batch), with `scorers` bytes of reward models."""
     sharded = plan.world_size if config.zero.stage == 3 else 1
     pairs = min(len(plan.blocks_of_rank(plan.world_size - 1)) * plan.block_pairs, plan.pairs_per_epoch)
     guided = 1 if config.sampling.guidance_scale == 1.0 else 2
@@ -115,6 +115,7 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan) -> Prediction
     resident |= {
         "optimizer": 0 if config.zero.offload_optimizer else optimizer,
         "VAE": footprint.other,
+        "reward models": scorers,
         "frozen copy": 0 if config.update.kl_reference is None else footprint.frozen + footprint.trained,
     }
     gathers = sharded > 1 or config.zero.offload_parameters
@@ -139,7 +140,7 @@ def _weights(footprint: Footprint, sharded: int) -> dict[str, int]:
     return {"frozen weights": footprint.frozen // sharded, "trained weights": footprint.trained // sharded}
 
 
-def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: int) -> Prediction:
+def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: int, scorers: int = 0) -> Prediction:
     """What fits `free` bytes, for `update.micro_batch: auto` the largest of `MICRO_BATCHES`; a given number stays.
 
     Rounding depends on the micro-batch, so it must not depend on the ranks: it is chosen as if one rank held all
@@ -150,12 +151,12 @@ def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: i
     """
     plan = BatchPlan.from_config(config, ranks)
     if config.update.micro_batch != "auto":
-        return predict(footprint, config, plan)
+        return predict(footprint, config, plan, scorers)
     for decisive in (dataclasses.replace(plan, world_size=1), plan):
         for size in MICRO_BATCHES:
-            if predict(footprint, config, dataclasses.replace(decisive, micro_batch=size)).needed <= free:
-                return predict(footprint, config, dataclasses.replace(plan, micro_batch=size))
-    least = predict(footprint, config, dataclasses.replace(plan, micro_batch=1))
+            if predict(footprint, config, dataclasses.replace(decisive, micro_batch=size), scorers).needed <= free:
+                return predict(footprint, config, dataclasses.replace(plan, micro_batch=size), scorers)
+    least = predict(footprint, config, dataclasses.replace(plan, micro_batch=1), scorers)
     raise UsageError(f"{refusal(least, free)}\n{least.describe()}")
 
 

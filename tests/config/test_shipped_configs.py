@@ -6,6 +6,7 @@ import pytest
 
 from fdfo_engine.config import BatchPlan, load_config
 from fdfo_engine.models.registry import blank_footprint
+from fdfo_engine.resources import reward_bytes
 from fdfo_engine.runtime.memory import GIB, choose_micro_batch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -50,4 +51,4 @@ def test_the_papers_settings(name, guidance):
 def test_it_fits_its_gpu_by_plan(path):
     config = load_config(path)
     free = gpu_gb(path) * GIB
-    assert choose_micro_batch(blank_footprint(config), config, 1, free).needed <= free
+    assert choose_micro_batch(blank_footprint(config), config, 1, free, reward_bytes(config)).needed <= free

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fdfo_engine.config import BatchPlan, load_config
+from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.runtime.memory import GIB, MICRO_BATCHES, Footprint, Line, choose_micro_batch, predict
 
@@ -75,6 +76,18 @@ def test_the_host_takes_what_is_offloaded():
     one = of(config("zero.stage=3", "zero.offload_parameters=true"), 1)
     assert one.update["gathered weights"] > 0, "one rank gathers from the host"
     assert "host: 0.27 GiB (optimizer" in of(config("zero.offload_optimizer=true"), 1).describe()
+
+
+def test_reward_models_are_counted_by_their_type_and_place():
+    def size(*overrides):
+        return WeightedRewards.from_config(config(*overrides).rewards).gpu_bytes()
+
+    clip_h, qwen = 986_109_441, 8_292_166_656
+    assert size() == (4 * clip_h + 2 * qwen, [])
+    assert size("rewards.0.dtype=bfloat16", "rewards.1.device=cpu") == (2 * clip_h, [])
+    assert size("rewards.0.model=some/other") == (2 * qwen, ["pickscore"])
+    scorers, plan = 3 * GIB, BatchPlan.from_config(config(), 1)
+    assert predict(MEDIUM, config(), plan, scorers).peak - predict(MEDIUM, config(), plan).peak == scorers
 
 
 def test_text_encoders_lie_beside_the_network_before_a_rollout():
