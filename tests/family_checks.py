@@ -126,6 +126,17 @@ def check_resume_is_bit_for_bit(tiny, run_dir, guidance):
     assert all(torch.equal(exact[name], found[name]) for name in exact)
 
 
+def check_a_bfloat16_run(tiny, run_dir):
+    """Frozen weights and stored velocities in bfloat16; guided once and rounded once on both sides, so equal."""
+    config = tiny.config(run_dir, model={"dtype": "bfloat16"}, sampling={"guidance_scale": 4.5})
+    engine = Engine(config)
+    rollout = engine.rollout(PROMPTS)
+    assert rollout.velocities.dtype == torch.bfloat16
+    metrics = engine.update(rollout, REWARDS)
+    assert metrics["grad_norm"] > 0
+    assert metrics["log_ratio_floor"] < 1e-3
+
+
 def check_kl_is_of_the_guided_velocities(tiny, run_dir, guidance):
     """Nothing before the adapter has moved; then the mean over all items of the squared distance to the base."""
     settings = {"update": {"kl_weight": 0.1, "optimizer_steps": 1, "micro_batch": 64}}

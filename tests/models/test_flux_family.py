@@ -71,6 +71,10 @@ def test_training(dev, tmp_path, guidance):
     checks.check_kl_is_of_the_guided_velocities(dev, tmp_path / "c", guidance)
 
 
+def test_a_bfloat16_run(dev, tmp_path):
+    checks.check_a_bfloat16_run(dev, tmp_path)
+
+
 @pytest.mark.parametrize(("train", "guidance"), [("lora", 1.0), ("lora", 4.5), ("full", 1.0)])
 def test_export(dev, tmp_path, train, guidance):
     checks.check_export_is_the_same_in_diffusers(dev, tmp_path, train, guidance)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from engine.launching import launch
 from fused_models import build
-from tiny_sd3 import PROMPTS, build_tiny_sd3, tiny_config
+from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
 from fdfo_engine.cli.doctor import findings
@@ -83,17 +82,6 @@ def test_export_and_unfuse_after_training(tiny_sd3, tmp_path):
     images = engine.generate(PROMPTS)
     unfuse(engine.model.network)
     assert (engine.generate(PROMPTS) - images).abs().max() < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_zero3_gathers_what_fused_blocks_read(tmp_path, train, ranks):
-    build_tiny_sd3(tmp_path / "model")
-    done = launch(
-        "tests/models/fused_zero_worker.py", tmp_path / "model", tmp_path, train, by="torchrun", ranks=ranks
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_doctor_lists_attention(tmp_path):

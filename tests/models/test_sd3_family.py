@@ -4,6 +4,7 @@ import family_checks as checks
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from tiny_sd3 import PROMPTS, SIZE, tiny_config
 
 from fdfo_engine import Engine
@@ -198,6 +199,31 @@ def test_a_comfyui_export_adds_the_same_to_each_weight(tiny_sd3, tmp_path):
     assert largest(rows[1] - keys) < 1e-6 * largest(keys)
     out = exact["transformer_blocks.0.attn2.to_out.0"]
     assert largest(checks.native_change(tensors, "joint_blocks_0_x_block_attn2_proj") - out) < 1e-6 * largest(out)
+
+
+class Checkpoint(dict):
+    """An original checkpoint whose other weights are zero."""
+
+    def __missing__(self, key):
+        return torch.zeros(6, 1)
+
+    def pop(self, key):
+        return super().pop(key, self[key])
+
+
+def test_diffusers_reads_the_original_names_as_meant(tiny_sd3, tmp_path):
+    """Its conversion of original checkpoints, applied to what the adapter adds to each weight."""
+    engine, _, tensors = checks.comfyui_export(checks.Tiny(tiny_sd3, None, None, {}), tmp_path)
+    exact = checks.changes(engine.trainer.weights(), scale=2.0)
+    original = Checkpoint()
+    for block in (0, 1):
+        for layer in ("x_block.attn.qkv", "x_block.attn.proj", "context_block.attn.qkv", "context_block.attn.proj"):
+            key = f"joint_blocks_{block}_{layer.replace('.', '_')}"
+            if f"lora_unet_{key}.alpha" in tensors:
+                original[f"joint_blocks.{block}.{layer}.weight"] = checks.native_change(tensors, key)
+    found = convert_sd3_transformer_checkpoint_to_diffusers(original)
+    for name, change in exact.items():
+        assert largest(found[f"{name}.weight"] - change) < 1e-6 * largest(change), name
 
 
 def test_a_comfyui_export_that_cannot_be_right_is_refused(tiny_sd3, tmp_path, monkeypatch):
