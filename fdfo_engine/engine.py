@@ -17,6 +17,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
+from fdfo_engine.report.model_card import write_card
 from fdfo_engine.resources import kl_reference, pair_backend, plan_memory, rollout_network
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
@@ -172,7 +173,7 @@ class Engine:
         if rewards.shape != (rollout.num_pairs, 2):
             raise UsageError(f"rewards: shape {tuple(rewards.shape)}; takes [{rollout.num_pairs}, 2]: pair, branch")
         if not allow_stale:
-            _refuse_stale(rollout, self.weights_version)
+            rollout.require_fresh(self.weights_version)
         metrics = self._updater.update(rollout, rewards[rollout.local_rows])
         rollout.used = True
         self.epoch += 1
@@ -288,7 +289,8 @@ class Engine:
     ) -> Path:
         """A LoRA for `load_lora_weights`, or after full training a pipeline folder; verified by loading it back.
 
-        Style comfyui writes the LoRA in the names of the model's original code (`models/native_lora.py`).
+        Style comfyui writes the LoRA in the names of the model's original code (`models/native_lora.py`), merged a
+        pipeline folder with the LoRA in its weights. A model card (README.md) lies beside each.
 
         Raises:
             UsageError: `folder` is not empty, without `overwrite`, which writes over the files of these names;
@@ -299,8 +301,12 @@ class Engine:
             raise UsageError(f"export: {folder} is not empty; choose another folder or pass overwrite=True")
         trained = self.trained_weights(weights)
         # a fresh model: under ZeRO-3 the live one holds only pieces of its weights
-        on_main(lambda: load_model(self.config, self.device).export(Path(folder), trained, style))
+        on_main(lambda: self._export(Path(folder), trained, style))
         return Path(folder)
+
+    def _export(self, folder: Path, trained: dict[str, Tensor], style: ExportStyle) -> None:
+        load_model(self.config, self.device).export(folder, trained, style)
+        write_card(folder, self.config, self.epoch, whole=style == "merged")
 
     def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:
         size, last = self._block_pairs, len(prompts) - 1
@@ -382,16 +388,6 @@ def _share(count: int, what: str, *, may_idle: bool = False) -> range:
     if count < ranks and not may_idle:
         raise UsageError(f"prompts: {count} {what} for {ranks} ranks; takes at least one a rank")
     return range(rank() * count // ranks, (rank() + 1) * count // ranks)
-
-
-def _refuse_stale(rollout: Rollout, version: int) -> None:
-    if rollout.used:
-        raise UsageError("rollout: was trained on already; sample a new one, or pass allow_stale=True")
-    if rollout.weights_version != version:
-        raise UsageError(
-            f"rollout: sampled after {rollout.weights_version} optimiser steps, the weights are now at {version}; "
-            "sample a new one, or pass allow_stale=True"
-        )
 
 
 def _refuse_text(prompts: Sequence[str]) -> None:

@@ -172,12 +172,23 @@ def check_export_is_the_same_in_diffusers(tiny, tmp_path, train, guidance):
     assert largest(images - base) > 1e-2
 
 
+def check_merged_export_is_the_same_in_diffusers(tiny, tmp_path):
+    engine = Engine(tiny.config(tmp_path / "run"))
+    moved(engine)
+    engine.export(tmp_path / "out", style="merged")
+    images = tiny.generated(tiny.pipeline(tmp_path / "out"), 1.0)
+    assert largest(images - engine.generate(PROMPTS, guidance_scale=1.0)) < 1e-5
+    full = load_model(tiny.config(tmp_path / "full", model={"train": "full"}), CPU)
+    with pytest.raises(UsageError, match="style merged is a LoRA's"):
+        full.export(tmp_path / "other", {}, style="merged")
+
+
 def comfyui_export(tiny, tmp_path):
     """An engine with a trained adapter, and its export in style comfyui: file and tensors."""
     engine = Engine(tiny.config(tmp_path / "run"))
     moved(engine)
     engine.export(tmp_path / "out", style="comfyui")
-    (file,) = (tmp_path / "out").iterdir()
+    (file,) = (tmp_path / "out").glob("*.safetensors")
     return engine, file, load_file(file)
 
 

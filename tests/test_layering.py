@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "fdfo_engine"
 LAYERS = {
     "config": 0, "kernels": 0, "ops": 1, "runtime": 1, "shapes": 1, "models": 2, "rewards": 2, "metrics": 2,
-    "trajectory": 2, "resources": 3, "rollout": 3, "update": 4, "engine": 5, "report": 5, "evaluation": 6, "loop": 7,
+    "trajectory": 2, "resources": 3, "rollout": 3, "update": 4, "report": 4, "engine": 5, "evaluation": 6, "loop": 7,
     "train": 8, "cli": 9,
 }  # fmt: skip
 

@@ -21,7 +21,15 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("out", type=Path, help="the folder to write")
     parse.add_argument("--checkpoint", metavar="NAME", help="such as epoch_000010; default: the newest")
     add_weights(parse)
-    parse.add_argument(
+    kind = parse.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--merge",
+        dest="style",
+        action="store_const",
+        const="merged",
+        help="a whole pipeline with the LoRA in its weights",
+    )
+    kind.add_argument(
         "--style",
         choices=("diffusers", "comfyui"),
         default="diffusers",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Network = Callable[..., tuple[Tensor, ...]]
 """The transformer, or the training engine that wraps it: called, never looked into (ZeRO-3 gathers in the call)."""
 
-ExportStyle = Literal["diffusers", "comfyui"]
+ExportStyle = Literal["diffusers", "comfyui", "merged"]
 
 
 @dataclass(frozen=True)

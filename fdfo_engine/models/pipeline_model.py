@@ -25,6 +25,7 @@ from fdfo_engine.models.lora import (
     adapters_off,
     add_lora,
     fold_alpha,
+    merge,
     trainable,
     weights_in,
 )
@@ -235,15 +236,23 @@ class PipelineModel:
     def export(self, folder: Path, weights: dict[str, Tensor], style: ExportStyle = "diffusers") -> None:
         """A LoRA that `load_lora_weights` takes (alpha folded), or a pipeline folder after full training.
 
-        Style comfyui writes the LoRA in the original model's names instead (`native_lora`), as `NATIVE_FILE`.
+        Style comfyui writes the LoRA in the original model's names instead (`native_lora`), as `NATIVE_FILE`; merged a
+        pipeline folder with the LoRA added to its weights, and says what their dtype rounds away of it.
 
         Raises:
-            UsageError: style comfyui after full training, or of layers that it has no names for.
+            UsageError: comfyui or merged after full training; comfyui of layers that it has no names for; merged of a
+                run on quantised weights.
             CheckpointError: what was written does not give the same velocity when loaded back.
         """
-        if style == "comfyui" and self._lora_scale is None:
-            raise UsageError("export: style comfyui is a LoRA's, and this run trains every weight; takes diffusers")
-        if self._lora_scale is None and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
+        if style != "diffusers" and self._lora_scale is None:
+            raise UsageError(f"export: style {style} is a LoRA's, and this run trains every weight; takes diffusers")
+        if style == "merged" and self.settings.quantize:
+            raise UsageError(
+                f"export: style merged: the LoRA was trained on weights in {self.settings.quantize}, to which nothing "
+                "can be added exactly; takes diffusers or comfyui"
+            )
+        whole = self._lora_scale is None or style == "merged"
+        if whole and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
             raise UsageError(f"export: {folder} is the base model itself; choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         # written and verified aside: a wrong export is never seen, and a folder of the user's is only added to
@@ -253,7 +262,8 @@ class PipelineModel:
                 exported = self._export_pipeline(aside, weights)
             else:
                 folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, self._lora_scale)
-                exported = (self._export_lora if style == "diffusers" else self._export_native)(aside, folded)
+                write = {"diffusers": self._export_lora, "comfyui": self._export_native, "merged": self._export_merged}
+                exported = write[style](aside, folded)
             self._verify(exported, weights, folder)
             if folder.is_dir() and any(folder.iterdir()):
                 shutil.copytree(aside, folder, dirs_exist_ok=True)
@@ -272,6 +282,15 @@ class PipelineModel:
         fresh = self._fresh_pipeline(self.pipeline.config._name_or_path)
         fresh.load_lora_weights(folder)
         network: nn.Module = fresh.transformer
+        return network
+
+    def _export_merged(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
+        base = self.pipeline.config._name_or_path
+        pipeline = load_pipeline(self.pipeline_class, base, self.settings, self.optional_parts)
+        lost = merge(pipeline.transformer, folded)
+        say(f"merged into {self.settings.dtype} weights, which realise the LoRA's change to {lost:.1%} (rms)")
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        network: nn.Module = self._fresh_pipeline(str(folder)).transformer
         return network
 
     def _export_pipeline(self, folder: Path, weights: dict[str, Tensor]) -> nn.Module:

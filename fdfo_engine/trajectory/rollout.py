@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdfo_engine.ops import replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
-from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 _ON_DEVICE = ("images", "velocities", "direction")
 _TENSORS = (*_ON_DEVICE, "gammas", "sigmas", "timesteps")
@@ -74,6 +74,16 @@ class Rollout:
             sigmas=self.sigmas, gammas=self.gammas, seed=self.seed,
             backend=self.backend,
         )  # fmt: skip
+
+    def require_fresh(self, weights_version: int) -> None:
+        """Raises UsageError where it was trained on already, or sampled with other than these weights."""
+        if self.used:
+            raise UsageError("rollout: was trained on already; sample a new one, or pass allow_stale=True")
+        if self.weights_version != weights_version:
+            raise UsageError(
+                f"rollout: sampled after {self.weights_version} optimiser steps, the weights are now at "
+                f"{weights_version}; sample a new one, or pass allow_stale=True"
+            )
 
     def gather_images(self) -> Tensor | None:
         """Images of all pairs, `[num_pairs, 2, 3, height, width]`, on rank 0; None on the others. Collective."""

@@ -80,6 +80,10 @@ def test_export(dev, tmp_path, train, guidance):
     checks.check_export_is_the_same_in_diffusers(dev, tmp_path, train, guidance)
 
 
+def test_merged_export(dev, tmp_path):
+    checks.check_merged_export_is_the_same_in_diffusers(dev, tmp_path)
+
+
 def test_lora_is_on_every_attention_projection(dev, tmp_path):
     model = load_model(dev.config(tmp_path), CPU)
     double = {f"transformer_blocks.{block}.attn.{part}" for block in (0, 1) for part in JOINT}

@@ -56,6 +56,10 @@ def test_export(tiny, tmp_path, train, guidance):
     checks.check_export_is_the_same_in_diffusers(tiny, tmp_path, train, guidance)
 
 
+def test_merged_export(tiny, tmp_path):
+    checks.check_merged_export_is_the_same_in_diffusers(tiny, tmp_path)
+
+
 @pytest.mark.parametrize("length", [TOKENS, 64])
 def test_padding_does_not_change_the_velocity(tiny, tmp_path, length):
     """Rows of prompts of different lengths in one batch, against each prompt by itself, unpadded and unmasked."""

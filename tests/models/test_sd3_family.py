@@ -3,7 +3,7 @@
 import family_checks as checks
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from tiny_sd3 import PROMPTS, SIZE, tiny_config
 
@@ -115,6 +115,41 @@ def test_exported_full_model_gives_the_same_images_in_diffusers(tiny_sd3, tmp_pa
     images = diffusers_images(StableDiffusion3Pipeline.from_pretrained(tmp_path / "out"), 1.0)
     assert largest(images - engine.generate(PROMPTS)) < 1e-5
     assert largest(images - base) > 1e-2
+
+
+def test_a_merged_export_gives_the_same_images_in_diffusers(tiny_sd3, config, tmp_path):
+    engine = Engine(config)
+    moved(engine)
+    engine.export(tmp_path / "out", style="merged")
+    images = diffusers_images(StableDiffusion3Pipeline.from_pretrained(tmp_path / "out"), 1.0)
+    assert largest(images - engine.generate(PROMPTS)) < 1e-5
+
+
+def test_merging_says_what_bfloat16_loses(tiny_sd3, tmp_path, capsys):
+    """A change of half a unit in the last place of most weights is mostly rounded away."""
+    engine = Engine(tiny_config(tiny_sd3, tmp_path / "run", model={"dtype": "bfloat16"}))
+    weights = moved(engine, scale=0.004)
+    engine.export(tmp_path / "out", style="merged")
+    before, after = (
+        SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16).state_dict()
+        for folder in (tiny_sd3, tmp_path / "out")
+    )
+    error = size = 0.0
+    for name, a in weights.items():
+        if "lora_A" in name:
+            layer = name.removesuffix(".lora_A.default.weight") + ".weight"
+            wanted = 2.0 * weights[name.replace("lora_A", "lora_B")].double() @ a.double()
+            error += (after[layer].double() - before[layer].double() - wanted).square().sum().item()
+            size += wanted.square().sum().item()
+    lost = (error / size) ** 0.5
+    assert lost > 0.1
+    assert f"realise the LoRA's change to {lost:.1%}" in capsys.readouterr().out
+
+
+def test_a_quantised_run_is_not_merged(tiny_sd3, tmp_path):
+    model = load_model(tiny_config(tiny_sd3, tmp_path / "run", model={"quantize": "nf4"}), CPU)
+    with pytest.raises(UsageError, match="style merged: the LoRA was trained on weights in nf4"):
+        model.export(tmp_path / "out", dict(model.trained_parameters()), style="merged")
 
 
 def test_an_export_that_loads_wrong_is_refused(config, tmp_path, monkeypatch):
