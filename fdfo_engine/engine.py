@@ -230,7 +230,7 @@ class Engine:
             CheckpointError: it holds checkpoints that this engine neither loaded nor saved; no room; the storage
                 refuses. Earlier checkpoints are untouched.
         """
-        tensors = {"weights": self.trainer.weights(), "optimizer": self.trainer.state()}
+        tensors = {"weights": self.trainer.weights(only_main=True), "optimizer": self.trainer.state(only_main=True)}
         if self.ema is not None:
             tensors["ema"] = self.ema
         state = {

@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill at any instant, a full disk and a flipped bit.
 
-A checkpoint is a folder: safetensors files, `state.json`, and `manifest.json` with the size and SHA-256 of each. It is
+A checkpoint is a folder: safetensors files (a large group of tensors as several, `weights-00001-of-00003.safetensors`),
+`state.json`, and `manifest.json` with the size and SHA-256 of each. It is
 written under a temporary name, synced, and renamed: under its final name it is whole. Nothing here is collective: rank
 0 saves; on a shared storage every rank may load, and then compares the name (`all_agree_hash`).
 """
@@ -42,6 +43,10 @@ _TEMPORARY = ".tmp-"
 _REPLACED = ".replaced-"
 _REMOVED = ".removed-"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in one file, but for a tensor that is larger alone."""
+
 _HEADER_BYTES = 1 << 20  # room for safetensors headers, state and manifest
 
 
@@ -204,9 +209,12 @@ class _DamagedError(Exception):
 
 def _write_contents(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     for stem, group in tensors.items():
-        path = folder / f"{stem}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
-        sync_file(path)
+        shards = _shards(group)
+        for i, names in enumerate(shards, 1):
+            number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            path = folder / f"{stem}{number}.safetensors"
+            save_file({name: group[name].detach().cpu().contiguous() for name in names}, path)
+            sync_file(path)
     write_synced(folder / _STATE, json.dumps(plain_json(state), indent=1).encode())
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -216,6 +224,19 @@ def _write_contents(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
     }
     write_synced(folder / _MANIFEST, _manifest_bytes(manifest))
     sync_folder(folder)
+
+
+def _shards(group: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of `group` in order, cut so that no part's tensors exceed `SHARD_BYTES`; at least one part."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in group.items():
+        size += tensor.nbytes
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = tensor.nbytes
+        shards[-1].append(name)
+    return shards
 
 
 def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
@@ -229,7 +250,9 @@ def _read_verified(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
         files = _read_manifest(folder)
         for name, (size, digest) in files.items():
             _verify_file(folder / name, size, digest)
-        tensors = {Path(name).stem: load_file(folder / name) for name in files if name.endswith(".safetensors")}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name in (n for n in files if n.endswith(".safetensors")):
+            tensors.setdefault(_SHARD.sub("", Path(name).stem), {}).update(load_file(folder / name))
         return tensors, json.loads((folder / _STATE).read_bytes())
     except OSError as error:
         raise _DamagedError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
@@ -274,8 +297,8 @@ def _verify_file(path: Path, size: int, digest: str) -> None:
 
 def _require_plain_names(names: list[str]) -> None:
     for name in names:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"checkpoint or file name {name!r}: takes letters, digits, '_', '-' and '.'")
+        if not _NAME.fullmatch(name) or _SHARD.search(name):
+            raise ValueError(f"checkpoint or file name {name!r}: takes letters, digits, '_', '-' and '.', no shard's")
 
 
 def _size(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,14 +91,22 @@ class ZeroTrainer:
 
         return {name: safe_get_full_grad(p).float().cpu().clone() for name, p in self._parameters.items()}
 
-    def weights(self) -> dict[str, Tensor]:
-        """The float32 master weights by name, on the CPU."""
-        return {name: self._full(p, None) for name, p in self._parameters.items()}
+    def weights(self, *, only_main: bool = False) -> dict[str, Tensor]:
+        """The float32 master weights by name, on the CPU; `only_main` leaves all ranks but 0 with nothing to hold."""
+        return self._collected(((name, p, None) for name, p in self._parameters.items()), only_main)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, *, only_main: bool = False) -> dict[str, Tensor]:
         """AdamW's moments and step count: `NAME.exp_avg`, `NAME.exp_avg_sq`, `step`; float32 on the CPU."""
-        tensors = {f"{name}.{m}": self._full(p, m) for name, p in self._parameters.items() for m in MOMENTS}
-        return tensors | {"step": torch.tensor(float(self.step_count))}
+        every = ((f"{name}.{m}", p, m) for name, p in self._parameters.items() for m in MOMENTS)
+        return self._collected(every, only_main) | {"step": torch.tensor(float(self.step_count))}
+
+    def _collected(self, parts: Iterable[tuple[str, nn.Parameter, str | None]], only_main: bool) -> dict[str, Tensor]:
+        kept = {}
+        for name, parameter, moment in parts:
+            value = self._full(parameter, moment)  # collective, one at a time
+            if rank() == 0 or not only_main:
+                kept[name] = value
+        return kept
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Puts back what `weights` and `state` gave, bit for bit at an equal number of ranks."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fdfo_engine.runtime.checkpoint import SCHEMA_VERSION, CheckpointStore, _manifest_bytes
 from fdfo_engine.runtime.errors import CheckpointError
@@ -46,6 +47,26 @@ def test_what_was_saved_is_loaded(tmp_path):
         for name, tensor in group.items():
             assert torch.equal(loaded.tensors[stem][name], tensor)
             assert loaded.tensors[stem][name].dtype == tensor.dtype
+
+
+def test_a_large_group_is_cut_into_files_and_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("fdfo_engine.runtime.checkpoint.SHARD_BYTES", 100)
+    sizes = {"a": 10, "b": 15, "alone": 60, "c": 25, "d": 1}  # float32: 40 + 60, 240, 100, 4 bytes
+    group = {name: torch.full((n,), float(n)) for name, n in sizes.items()}
+    store = CheckpointStore(tmp_path)
+    folder = store.save("x", {"weights": group, "small": {"s": torch.ones(2)}}, {})
+    shards = sorted(path.name for path in folder.glob("weights*"))
+    assert shards == [f"weights-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert [len(load_file(folder / name)) for name in shards] == [2, 1, 1, 1]
+    found = store.load().tensors
+    assert found.keys() == {"weights", "small"}
+    assert found["weights"].keys() == group.keys()
+    assert all(torch.equal(found["weights"][name], group[name]) for name in group)
+    (folder / shards[2]).unlink()
+    with pytest.raises(CheckpointError, match=r"weights-00003-of-00004\.safetensors is missing"):
+        store.load("x")
+    with pytest.raises(ValueError, match="no shard's"):
+        store.save("y", {"weights-00001-of-00002": group}, {})
 
 
 def test_strided_and_bfloat16_tensors(tmp_path):
