@@ -101,9 +101,7 @@ class FusedSingleBlock:
         up, down = parts_of(self.block.proj_mlp), parts_of(self.block.proj_out)
         if up.lora_a is not None or down.lora_a is not None:
             return project(self.block.proj_out, torch.cat([mixed, project(self.block.proj_mlp, n, gelu=True)], 2))
-        width = mixed.shape[2]
-        fed = feed_forward(n, *up[:2], down.weight[:, width:], down.bias, recompute=self.recompute)
-        return torch.addmm(fed.flatten(0, 1), mixed.flatten(0, 1), down.weight[:, :width].t()).view_as(fed)
+        return feed_forward(n, *up[:2], *down[:2], beside=mixed, recompute=self.recompute)
 
 
 class FusedFlux:
