@@ -5,8 +5,9 @@ is counted: aten calls by a dispatch mode, those of Triton by standing in for th
 peft's LoRA under bfloat16 autocast, of whose casts the CPU's list is taken, which is shorter than that of a GPU; fused
 is `fdfo_engine.models.fused` on backend triton. Attention is one call each way in both.
 
-Bytes: each tensor that a launch reads or writes, once. Products of two large matrices, convolutions and attention are
-left out of them; products with LoRA's thin factors are not. Saved: storages that the graph keeps for its backward,
+Bytes: each tensor that a launch reads or writes, once. Products of two large matrices, with what they read and write
+beside it (an adapter, GELU's input), convolutions and attention are left out; products with LoRA's thin factors are
+not. Saved: storages that the graph keeps for its backward,
 each once, without parameters and buffers.
 """
 
@@ -41,7 +42,8 @@ ROLLOUT_BATCH, TRAIN_BATCH = 12, 6
 THIN = 64
 """A product is large where all its sizes are above this."""
 
-_GEMMS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
+LARGE_KERNELS = {"lora_linear_kernel", "lora_linear_input_kernel"}
+_GEMMS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
 _FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
 }  # fmt: skip
@@ -84,7 +86,7 @@ class Recorder(TorchDispatchMode):
             name, found = kernel.fn.__name__, tensors_of((args, kwargs))
             if name.startswith("qk_rms_norm"):  # what it has no use for gets a tensor that it has already
                 found = list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in found}.values())
-            self.add(name, found, [], large=name == "lora_linear_kernel")
+            self.add(name, found, [], large=name in LARGE_KERNELS)
 
         return record
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.resources
-import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +41,11 @@ class Resources(NamedTuple):
 class Case(NamedTuple):
     """A Triton kernel with the types of its arguments, in order, its compile-time constants and launch options.
 
-    Type "none" is an argument that is left out.
+    Type "none" is an argument that is left out; a tuple of types one that is a tuple.
     """
 
     kernel: Any
-    types: list[str]
+    types: list[Any]
     constants: dict[str, Any]
     options: dict[str, Any] = {"enable_fp_fusion": False}  # noqa: RUF012
     architectures: tuple[int, ...] = ARCHITECTURES
@@ -116,8 +115,12 @@ def _qk_rms_norm_cases() -> Iterator[Case]:
 _ODD_SIZES = ("B", "TOKENS0", "TOKENS1", "HEADS")
 
 
+RANK = 64  # of the adapters; from 32 on the kernels are the same for every rank
+STREAMS, LAYERS = 2, 3  # text and image tokens; queries, keys and values
+
+
 def _linear_cases() -> Iterator[Case]:
-    """GELU, and LoRA of rank 32 in bfloat16 and float32, each at the tile that its architecture takes."""
+    """GELU, and LoRA in bfloat16 and float32, each at the tile that its architecture takes."""
     from fdfo_engine.kernels import gelu, lora_linear
 
     from fdfo_engine.ops import _gelu, _lora_triton
@@ -126,28 +129,54 @@ def _linear_cases() -> Iterator[Case]:
     yield Case(gelu.gelu_forward_kernel, [bf16, bf16, "i32"], block)
     yield Case(gelu.gelu_backward_kernel, [*4 * [bf16], "i32"], block)
     yield Case(lora_linear.lora_linear_sum_kernel, [f32, f32, "i32", "i32"], {"BLOCK": _lora_triton.SUM_BLOCK})
-    for x, dtype in ((bf16, torch.bfloat16), (f32, torch.float32)):
-        wide, thin, factors = {"WIDE": x == f32}, _lora_triton.THIN, _lora_triton.FACTORS
-        for backward in (False, True):
-            constants = {"BACKWARD": backward, **wide, "ROWS": thin.rows, "RANK": 32, "INNER": thin.inner}
-            yield Case(
-                lora_linear.lora_linear_thin_kernel, [x, f32, x, *5 * ["i32"], "fp32"], constants, _options(thin)
-            )
-        constants = {**wide, "ROWS": factors.rows, "RANK": 32, "COLUMNS": factors.columns}
-        types = [*4 * [x], f32, *9 * ["i32"]]
-        yield Case(lora_linear.lora_linear_factors_kernel, types, constants, _options(factors))
-        for architecture, (backward, use_gelu) in itertools.product(ARCHITECTURES, COMBINATIONS):
-            tile = _lora_triton.tile(dtype, architecture // 10, gelu=use_gelu)
-            constants = {
-                "BACKWARD": backward, "GELU": use_gelu, **wide, "ROWS": tile.rows, "COLUMNS": tile.columns,
-                "INNER": tile.inner, "RANK": 32, "GROUP": tile.group,
-            }  # fmt: skip
-            optional = ["none" if backward else x, x, f32, x if backward else "none", x if use_gelu else "none"]
-            types = [x, x, *optional, x, *6 * ["i32"]]
-            yield Case(lora_linear.lora_linear_kernel, types, constants, _options(tile), (architecture,))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from _thin_cases(lora_linear, dtype)
+        for architecture in ARCHITECTURES:
+            yield from _large_cases(lora_linear, dtype, RANK, architecture)
+    for architecture in ARCHITECTURES:  # no adapter: the feed-forward's GELU, forward and backward
+        yield from _large_cases(lora_linear, torch.bfloat16, 0, architecture)
 
 
-COMBINATIONS = ((False, False), (False, True), (True, False))  # backward, GELU
+def _thin_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
+    """Products with a thin side, of both streams and all their layers."""
+    from fdfo_engine.ops import _lora_triton
+
+    x, f32, block = POINTERS[str(dtype)[6:]], POINTERS["float32"], _lora_triton.rank_block(RANK)
+    thin, factors = _lora_triton.thin_tile(dtype), _lora_triton.FACTORS
+    known = {"STREAMS": STREAMS, "LAYERS": LAYERS}
+    xs, stream = STREAMS * (x,), STREAMS * ("i32",)
+    layers, layer, masters = STREAMS * LAYERS * (x,), STREAMS * LAYERS * ("i32",), STREAMS * LAYERS * (f32,)
+    tile = {"WIDE": x == f32, "ROWS": thin.rows, "RANK": block, "INNER": thin.inner}
+    types = [xs, masters, layers, *5 * [stream], layer, "i32", "fp32"]
+    yield Case(kernels.lora_linear_thin_kernel, types, known | tile, _options(thin))
+    types = [layers, masters, layers, *3 * [stream], *4 * [layer], "fp32"]
+    yield Case(kernels.lora_linear_thin_gradient_kernel, types, known | tile, _options(thin))
+    known["SPLITS"] = _lora_triton.SPLITS
+    tile = {"WIDE": x == f32, "ROWS": factors.rows, "RANK": block, "COLUMNS": factors.columns}
+    types = [xs, layers, layers, layers, f32, *6 * [stream], *4 * [layer], "i32", "i32"]
+    yield Case(kernels.lora_linear_factors_kernel, types, known | tile, _options(factors))
+
+
+def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int) -> Iterator[Case]:
+    """Forward and gradient of x: of all layers, and of one with GELU."""
+    from fdfo_engine.ops import _lora_triton
+
+    x, wide = POINTERS[str(dtype)[6:]], {"WIDE": dtype == torch.float32}
+    for streams, count, gelu in ((STREAMS, LAYERS, False), (1, 1, True)):
+        xs, layers, none = streams * (x,), streams * count * (x,), streams * count * ("none",)
+        adapter = [layers, streams * count * (POINTERS["float32"],)] if rank else [none, none]
+        stream, layer = streams * ("i32",), streams * count * ("i32",)
+        forward = [xs, layers, layers, *adapter, layers if gelu else none, layers, *5 * [stream], *3 * [layer], "i32"]
+        backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *4 * [layer], "i32"]
+        known = {"STREAMS": streams, "LAYERS": count}
+        for kernel, types, more in (
+            (kernels.lora_linear_kernel, forward, gelu), (kernels.lora_linear_input_kernel, backward, True),
+        ):  # fmt: skip
+            tile = _lora_triton.tile(dtype, architecture // 10, more=more)
+            constants = known | ({"GELU": gelu} if types is forward else {}) | wide
+            sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner}
+            sizes |= {"RANK": _lora_triton.rank_block(rank), "GROUP": tile.group}
+            yield Case(kernel, types, constants | sizes, _options(tile), (architecture,))
 
 
 def _options(tile: Any) -> dict[str, Any]:
@@ -162,7 +191,9 @@ def _block_cases(size: int) -> list[Case]:
     block, warps = ops.tile(size)
     f32, bf16, stride = POINTERS["float32"], POINTERS["bfloat16"], ["i32"]
     tile = {"TOKENS": ops.TOKENS, "BLOCK": block}
-    norm, sums = {"RESIDUAL": True, "SECOND": True}, {"UPSTREAM_X": True, "SUM_MODULATIONS": True, "SUM_GATE": True}
+
+    def two(kind: str) -> tuple[str, ...]:
+        return STREAMS * (kind,)
 
     def launch(warps: int) -> dict[str, Any]:
         return {"enable_fp_fusion": False, "num_warps": warps}
@@ -170,13 +201,13 @@ def _block_cases(size: int) -> list[Case]:
     return [
         Case(
             layer_norm_modulate.layer_norm_modulate_forward_kernel,
-            [*7 * [bf16], f32, *3 * [bf16], *2 * ["i32"], *9 * stride, "fp32"],
-            norm | {"KEEP": True, "BLOCK": block}, launch(warps),
+            [*7 * [two(bf16)], two(f32), *3 * [two(bf16)], "i32", two("i32"), "i32", *9 * [two("i32")], "fp32"],
+            {"STREAMS": STREAMS, "BLOCK": block}, launch(warps),
         ),
         Case(
             layer_norm_modulate.layer_norm_modulate_backward_kernel,
-            [*5 * [bf16], f32, *5 * [bf16], f32, *2 * ["i32"], *13 * stride], norm | sums | {"KINDS": 5} | tile,
-            launch(2 * warps),
+            [*5 * [two(bf16)], two(f32), *5 * [two(bf16)], two(f32), "i32", two("i32"), "i32", *13 * [two("i32")]],
+            {"STREAMS": STREAMS, "SUM_MODULATIONS": True} | tile, launch(2 * warps),
         ),
         Case(
             gated_residual.gated_residual_forward_kernel, [*4 * [bf16], *2 * ["i32"], *5 * stride],
@@ -199,15 +230,16 @@ def triton_resources(case: Case, architecture: int) -> Resources:
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
-    types = ["constexpr" if kind == "none" else kind for kind in case.types]
-    signature = dict(zip(names, [*types, *["constexpr"] * len(case.constants)], strict=True))
-    left_out = {name: None for name, kind in zip(names, case.types, strict=False) if kind == "none"}
+    signature = dict(zip(names, [*map(_signature, case.types), *["constexpr"] * len(case.constants)], strict=True))
+    places = dict(_places(case.types))
+    left_out = {place: None for place, kind in places.items() if kind == "none"}
     multiples = [
-        i for i, kind in enumerate(case.types) if kind.startswith("*") or (kind == "i32" and names[i] not in _ODD_SIZES)
-    ]
+        place for place, kind in places.items()
+        if kind.startswith("*") or (kind == "i32" and names[place[0]] not in _ODD_SIZES)
+    ]  # fmt: skip
     source = ASTSource(
         case.kernel, signature, constexprs={**left_out, **case.constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
+        attrs={place: [["tt.divisibility", 16]] for place in multiples},
     )  # fmt: skip
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -216,6 +248,20 @@ def triton_resources(case: Case, architecture: int) -> Resources:
         found = list(cubin_resources(Path(file.name), f"sm_{architecture}"))
     name = f"triton {case.kernel.fn.__name__.removesuffix('_kernel')}"
     return found[0]._replace(kernel=name, approximate=len(re.findall(r"\b(?:lg2|sqrt|ex2)\.approx", built.asm["ptx"])))
+
+
+def _signature(kind: Any) -> Any:
+    """The type of an argument as Triton's compiler takes it."""
+    return tuple(map(_signature, kind)) if isinstance(kind, tuple) else "constexpr" if kind == "none" else kind
+
+
+def _places(types: Sequence[Any], inside: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Path and type of every argument, those inside tuples too."""
+    for i, kind in enumerate(types):
+        if isinstance(kind, tuple):
+            yield from _places(kind, (*inside, i))
+        else:
+            yield (*inside, i), kind
 
 
 def cubin_resources(path: Path, architecture: str) -> Iterator[Resources]:

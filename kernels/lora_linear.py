@@ -1,5 +1,9 @@
 """Triton kernels of `fdfo_engine.ops.lora_linear`. Device code: imports triton only, never the engine.
 
+A launch runs up to two streams of tokens with up to three layers each. What belongs to a stream comes as a tuple of
+STREAMS, what belongs to a layer as one of STREAMS * LAYERS, layer by layer of the first stream, then of the second.
+Rows of a stream lie in samples of S tokens: row m of x is at `(m // S) * batch + (m % S) * row`.
+
 Adapter factors are float32 in memory and rounded to the model's dtype on the way into a product. `WIDE` makes operands
 float32: for float32 models, and for the interpreter, whose products of bfloat16 are wrong.
 """
@@ -25,61 +29,85 @@ def product(a, b, acc):
 
 
 @triton.jit
-def lora_linear_thin_kernel(
-    x_ptr, factor_ptr, out_ptr, M, K, R, x_row, out_row, scale,
-    BACKWARD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    # grid (cdiv(M, ROWS), cdiv(R, RANK)): out [M, R] = scale * x F^T; F is A [R, K], or stored as B [K, R] if BACKWARD
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]
-    acc = tl.zeros([ROWS, RANK], tl.float32)
-    for first in range(0, K, INNER):
-        k = first + tl.arange(0, INNER)  # [INNER]
-        x = tl.load(x_ptr + m[:, None] * x_row + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        at = k[:, None] * R + r[None, :] if BACKWARD else r[None, :] * K + k[:, None]
-        factor = tl.load(factor_ptr + at, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)  # [INNER, RANK]
-        acc = product(operand(x, dtype, WIDE), operand(factor, dtype, WIDE), acc)
-    mask = (m < M)[:, None] & (r < R)[None, :]
-    tl.store(out_ptr + m[:, None] * out_row + r[None, :], rounded(scale * acc, dtype), mask=mask)
+def pointer_of(pointers, i, COUNT: tl.constexpr):
+    """Pointer i of a tuple."""
+    found = pointers[0]
+    for j in tl.static_range(1, COUNT):
+        if i == j:
+            found = pointers[j]
+    return found
+
+
+@triton.jit
+def size_of(sizes, i, COUNT: tl.constexpr):
+    """Integer i of a tuple; Triton makes a constant of each that is 1."""
+    found = tl.cast(sizes[0], tl.int32)
+    for j in tl.static_range(1, COUNT):
+        found = tl.where(i == j, tl.cast(sizes[j], tl.int32), found)
+    return found
+
+
+@triton.jit
+def starts_of(m, S, batch, row):
+    """Offsets of rows m, `[ROWS]`, int64."""
+    return (m // S).to(tl.int64) * batch + (m % S).to(tl.int64) * row
 
 
 @triton.jit
 def lora_linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, thin_ptr, factor_ptr, add_ptr, h_ptr, out_ptr, M, N, K, R, x_row, thin_row,
-    BACKWARD: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
+    xs, weights, biases, thins, factors, hs, outs, Ms, Ss, x_batches, x_rows, thin_rows, Ns, Rs, out_batches, K,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # grid cdiv(M, ROWS) * cdiv(N, COLUMNS), GROUP tiles of rows at a time, whose operands stay in L2:
-    # out [M, N] = x W^T + thin F^T + bias + add. W is [N, K], F is B [N, R]; if BACKWARD, W is [K, N], F is A [R, N]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
-    m = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    # grid: tiles of all layers, one layer after the other; of a layer GROUP tiles of rows at a time, whose operands
+    # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0
+    dtype: tl.constexpr = xs[0].dtype.element_ty
+    COUNT: tl.constexpr = STREAMS * LAYERS
+    layer, tile = layer_of(tl.program_id(0), Ms, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
+    stream = layer // LAYERS
+    M, S, N = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS), size_of(Ns, layer, COUNT)
+    x_ptr, weight_ptr = pointer_of(xs, stream, STREAMS), pointer_of(weights, layer, COUNT)
+    tile_m, tile_n = tile_of(tile, tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
+    m = tile_m * ROWS + tl.arange(0, ROWS)  # [ROWS]
     n = tile_n.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     in_m, in_n = (m < M)[:, None], (n < N)[None, :]
+    x_at = starts_of(m, S, size_of(x_batches, stream, STREAMS), size_of(x_rows, stream, STREAMS))
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, K, INNER):
         k = first + tl.arange(0, INNER)  # [INNER]
-        x = tl.load(x_ptr + m[:, None] * x_row + k[None, :], mask=in_m & (k < K)[None, :], other=0.0)
-        at = k[:, None] * N + n[None, :] if BACKWARD else n[None, :] * K + k[:, None]
-        weight = tl.load(weight_ptr + at, mask=in_n & (k < K)[:, None], other=0.0)  # [INNER, COLUMNS]
+        x = tl.load(x_ptr + x_at[:, None] + k[None, :], mask=in_m & (k < K)[None, :], other=0.0)
+        weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=in_n & (k < K)[:, None], other=0.0)
         acc = product(operand(x, dtype, WIDE), operand(weight, dtype, WIDE), acc)
-    for first in range(0, R, RANK):
-        r = first + tl.arange(0, RANK)  # [RANK]
-        thin = tl.load(thin_ptr + m[:, None] * thin_row + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
-        at = r[:, None] * N + n[None, :] if BACKWARD else n[None, :] * R + r[:, None]
-        factor = tl.load(factor_ptr + at, mask=in_n & (r < R)[:, None], other=0.0)  # [RANK, COLUMNS]
-        acc = product(operand(thin, dtype, WIDE), operand(factor, dtype, WIDE), acc)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = m[:, None] * N + n[None, :]
-    if add_ptr is not None:
-        acc += tl.load(add_ptr + at, mask=in_m & in_n, other=0.0).to(tl.float32)
-    if h_ptr is not None:
-        tl.store(h_ptr + at, rounded(acc, dtype), mask=in_m & in_n)
+    if RANK > 0:
+        R, thin_ptr = size_of(Rs, layer, COUNT), pointer_of(thins, layer, COUNT)
+        factor_ptr = pointer_of(factors, layer, COUNT)
+        thin_at = m.to(tl.int64) * size_of(thin_rows, stream, STREAMS)
+        for first in range(0, R, RANK):
+            r = first + tl.arange(0, RANK)  # [RANK]
+            thin = tl.load(thin_ptr + thin_at[:, None] + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
+            factor = tl.load(factor_ptr + n[None, :] * R + r[:, None], mask=in_n & (r < R)[:, None], other=0.0)
+            acc = product(operand(thin, dtype, WIDE), operand(factor, dtype, WIDE), acc)
+    if biases[0] is not None:
+        acc += tl.load(pointer_of(biases, layer, COUNT) + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = starts_of(m, S, size_of(out_batches, layer, COUNT), N)[:, None] + n[None, :]
+    if hs[0] is not None:
+        tl.store(pointer_of(hs, layer, COUNT) + at, rounded(acc, dtype), mask=in_m & in_n)
     if GELU:
         acc, _ = gelu(acc)
-    tl.store(out_ptr + at, rounded(acc, dtype), mask=in_m & in_n)
+    tl.store(pointer_of(outs, layer, COUNT) + at, rounded(acc, dtype), mask=in_m & in_n)
+
+
+@triton.jit
+def layer_of(program, Ms, Ns, STREAMS: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Layer of a program, counted through both streams, and its tile there."""
+    layer, tile = 0, program
+    before = 0
+    for j in tl.static_range(STREAMS * LAYERS):
+        if j > 0:
+            inside = program >= before
+            layer, tile = tl.where(inside, j, layer), tl.where(inside, program - before, tile)
+        before += tl.cdiv(Ms[j // LAYERS], ROWS) * tl.cdiv(Ns[j], COLUMNS)
+    return layer, tile
 
 
 @triton.jit
@@ -92,35 +120,186 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def lora_linear_factors_kernel(
-    x_ptr, grad_ptr, thin_ptr, thin_grad_ptr, partial_ptr, M, N, K, R, x_row, grad_row, thin_row, thin_grad_row, SPLIT,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+def lora_linear_input_kernel(
+    grads, weights, thins, factors, h_ptr, outs, Ms, Ss, thin_rows, out_batches, Ns, Rs, grad_batches, grad_rows, K,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # grid (cdiv(K, COLUMNS) + cdiv(N, COLUMNS), cdiv(R, RANK), splits): SPLIT rows of x and grad, each read once, give
-    # partial [splits, R * K + N * R], the sums of dA = thin_grad^T x, then those of dB = grad^T thin
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    tile, tiles_k = tl.program_id(0), tl.cdiv(K, COLUMNS)
-    of_a = tile < tiles_k
-    wide_ptr, narrow_ptr, size = x_ptr, thin_grad_ptr, K
-    wide_row, narrow_row = x_row, thin_grad_row
-    if tile >= tiles_k:
-        wide_ptr, narrow_ptr, size = grad_ptr, thin_ptr, N
-        wide_row, narrow_row = grad_row, thin_row
-        tile -= tiles_k
+    # grid: as above, a stream in the place of a layer: out [M, K] = the sum over layers of grad W + thin A, times the
+    # slope of GELU at h where that is given; W is [N, K], A [R, K]; without any adapter RANK is 0
+    dtype: tl.constexpr = grads[0].dtype.element_ty
+    tiles_k, first_tiles = tl.cdiv(K, COLUMNS), tl.cdiv(Ms[0], ROWS) * tl.cdiv(K, COLUMNS)
+    stream = (tl.program_id(0) >= first_tiles).to(tl.int32)
+    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    tile = tl.program_id(0) - tl.where(stream == 1, first_tiles, 0)
+    tile_m, tile_k = tile_of(tile, tl.cdiv(M, ROWS), tiles_k, GROUP)
+    m = tile_m * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    k = tile_k.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    in_m, in_k = (m < M)[:, None], (k < K)[None, :]
+    thin_at = m.to(tl.int64) * size_of(thin_rows, stream, STREAMS)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in tl.static_range(LAYERS):
+        layer = stream * LAYERS + i
+        N, grad_ptr = size_of(Ns, layer, STREAMS * LAYERS), pointer_of(grads, layer, STREAMS * LAYERS)
+        weight_ptr = pointer_of(weights, layer, STREAMS * LAYERS)
+        batch = size_of(grad_batches, layer, STREAMS * LAYERS)
+        grad_at = starts_of(m, S, batch, size_of(grad_rows, layer, STREAMS * LAYERS))
+        for first in range(0, N, INNER):
+            n = first + tl.arange(0, INNER)  # [INNER]
+            grad = tl.load(grad_ptr + grad_at[:, None] + n[None, :], mask=in_m & (n < N)[None, :], other=0.0)
+            weight_at = n.to(tl.int64)[:, None] * K + k[None, :]
+            weight = tl.load(weight_ptr + weight_at, mask=in_k & (n < N)[:, None], other=0.0)
+            acc = product(operand(grad, dtype, WIDE), operand(weight, dtype, WIDE), acc)
+        if RANK > 0:
+            R, thin_ptr = size_of(Rs, layer, STREAMS * LAYERS), pointer_of(thins, layer, STREAMS * LAYERS)
+            factor_ptr = pointer_of(factors, layer, STREAMS * LAYERS)
+            for first in range(0, R, RANK):
+                r = first + tl.arange(0, RANK)  # [RANK]
+                thin = tl.load(thin_ptr + thin_at[:, None] + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
+                factor = tl.load(factor_ptr + r[:, None] * K + k[None, :], mask=in_k & (r < R)[:, None], other=0.0)
+                acc = product(operand(thin, dtype, WIDE), operand(factor, dtype, WIDE), acc)
+    at = starts_of(m, S, size_of(out_batches, stream, STREAMS), K)[:, None] + k[None, :]
+    if h_ptr is not None:
+        _, slope = gelu(tl.load(h_ptr + at, mask=in_m & in_k, other=0.0).to(tl.float32))
+        acc *= slope
+    tl.store(pointer_of(outs, stream, STREAMS) + at, rounded(acc, dtype), mask=in_m & in_k)
+
+
+@triton.jit
+def lora_linear_thin_kernel(
+    xs, factors, outs, Ms, Ss, x_batches, x_rows, out_rows, Rs, K, scale,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    # grid (tiles of the rows of both streams, cdiv(max R, RANK)): out [M, R] = scale * x A^T of every layer of a
+    # stream, whose x is read once; A is [R, K]
+    dtype: tl.constexpr = xs[0].dtype.element_ty
+    stream, m = rows_of(tl.program_id(0), Ms, STREAMS, ROWS)
+    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    x_ptr, in_m = pointer_of(xs, stream, STREAMS), (m < M)[:, None]
+    x_at = starts_of(m, S, size_of(x_batches, stream, STREAMS), size_of(x_rows, stream, STREAMS))
+    r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]
+    acc0 = tl.zeros([ROWS, RANK], tl.float32)
+    acc1, acc2 = acc0, acc0
+    for first in range(0, K, INNER):
+        k = first + tl.arange(0, INNER)  # [INNER]
+        x = tl.load(x_ptr + x_at[:, None] + k[None, :], mask=in_m & (k < K)[None, :], other=0.0)
+        x = operand(x, dtype, WIDE)
+        acc0 = product(x, transposed_factor(factors, Rs, stream, 0, r, k, K, STREAMS, LAYERS, dtype, WIDE), acc0)
+        if LAYERS > 1:
+            acc1 = product(x, transposed_factor(factors, Rs, stream, 1, r, k, K, STREAMS, LAYERS, dtype, WIDE), acc1)
+        if LAYERS > 2:
+            acc2 = product(x, transposed_factor(factors, Rs, stream, 2, r, k, K, STREAMS, LAYERS, dtype, WIDE), acc2)
+    at = m.to(tl.int64)[:, None] * size_of(out_rows, stream, STREAMS) + r[None, :]
+    for i in tl.static_range(LAYERS):
+        acc = acc0 if i == 0 else acc1 if i == 1 else acc2
+        layer = stream * LAYERS + i
+        mask = in_m & (r < size_of(Rs, layer, STREAMS * LAYERS))[None, :]
+        tl.store(pointer_of(outs, layer, STREAMS * LAYERS) + at, rounded(scale * acc, dtype), mask=mask)
+
+
+@triton.jit
+def transposed_factor(
+    factors, Rs, stream, i: tl.constexpr, r, k, K, STREAMS: tl.constexpr, LAYERS: tl.constexpr,
+    dtype: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block of A^T, `[INNER, RANK]`, of layer i of a stream, as an operand."""
+    layer = stream * LAYERS + i
+    mask = (k < K)[:, None] & (r < size_of(Rs, layer, STREAMS * LAYERS))[None, :]
+    factor_ptr = pointer_of(factors, layer, STREAMS * LAYERS)
+    return operand(tl.load(factor_ptr + r[None, :] * K + k[:, None], mask=mask, other=0.0), dtype, WIDE)
+
+
+@triton.jit
+def rows_of(program, Ms, STREAMS: tl.constexpr, ROWS: tl.constexpr):
+    """Stream of a program, and its rows, `[ROWS]`."""
+    first = tl.cdiv(Ms[0], ROWS)
+    stream = (program >= first).to(tl.int32)
+    return stream, (program - tl.where(stream == 1, first, 0)) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def lora_linear_thin_gradient_kernel(
+    grads, factors, outs, Ms, Ss, out_rows, Ns, Rs, grad_batches, grad_rows, scale,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    # grid (tiles of the rows of both streams, cdiv(max R, RANK), LAYERS): out [M, R] = scale * grad B; B is [N, R]
+    dtype: tl.constexpr = grads[0].dtype.element_ty
+    stream, m = rows_of(tl.program_id(0), Ms, STREAMS, ROWS)
+    layer = stream * LAYERS + tl.program_id(2)
+    COUNT: tl.constexpr = STREAMS * LAYERS
+    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    N, R = size_of(Ns, layer, COUNT), size_of(Rs, layer, COUNT)
+    grad_ptr, factor_ptr = pointer_of(grads, layer, COUNT), pointer_of(factors, layer, COUNT)
+    grad_at = starts_of(m, S, size_of(grad_batches, layer, COUNT), size_of(grad_rows, layer, COUNT))
+    in_m = (m < M)[:, None]
+    r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]
+    acc = tl.zeros([ROWS, RANK], tl.float32)
+    for first in range(0, N, INNER):
+        n = first + tl.arange(0, INNER)  # [INNER]
+        grad = tl.load(grad_ptr + grad_at[:, None] + n[None, :], mask=in_m & (n < N)[None, :], other=0.0)
+        factor = tl.load(factor_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
+        acc = product(operand(grad, dtype, WIDE), operand(factor, dtype, WIDE), acc)
+    at = m.to(tl.int64)[:, None] * size_of(out_rows, stream, STREAMS) + r[None, :]
+    tl.store(pointer_of(outs, layer, COUNT) + at, rounded(scale * acc, dtype), mask=in_m & (r < R)[None, :])
+
+
+@triton.jit
+def lora_linear_factors_kernel(
+    xs, grads, thins, thin_grads, partial_ptr, Ms, Ss, x_batches, x_rows, thin_rows, thin_grad_rows,
+    Ns, Rs, grad_batches, grad_rows, K, TOTAL,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # grid (the sum over layers of cdiv(K, COLUMNS) + cdiv(N, COLUMNS), cdiv(max R, RANK), SPLITS): a part of the rows
+    # gives partial [SPLITS, TOTAL]: layer by layer the sums of dA = thin_grad^T x, then those of dB = grad^T thin
+    dtype: tl.constexpr = xs[0].dtype.element_ty
+    COUNT: tl.constexpr = STREAMS * LAYERS
+    layer, tile, place = factors_of(tl.program_id(0), Ns, Rs, K, COUNT, COLUMNS)
+    stream, of_a = layer // LAYERS, tile < tl.cdiv(K, COLUMNS)
+    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    N, R = size_of(Ns, layer, COUNT), size_of(Rs, layer, COUNT)
+    wide_ptr, narrow_ptr, size = pointer_of(xs, stream, STREAMS), pointer_of(thin_grads, layer, COUNT), K
+    batch, row = size_of(x_batches, stream, STREAMS), size_of(x_rows, stream, STREAMS)
+    narrow_row = size_of(thin_grad_rows, stream, STREAMS)
+    if not of_a:
+        wide_ptr, narrow_ptr, size = pointer_of(grads, layer, COUNT), pointer_of(thins, layer, COUNT), N
+        batch, row = size_of(grad_batches, layer, COUNT), size_of(grad_rows, layer, COUNT)
+        narrow_row = size_of(thin_rows, stream, STREAMS)
+        tile -= tl.cdiv(K, COLUMNS)
     c = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]
-    begin = tl.program_id(2).to(tl.int64) * SPLIT
-    end = min(begin + SPLIT, M)
+    split = ROWS * tl.cdiv(M, ROWS * SPLITS)
+    begin = tl.program_id(2) * split
+    end = min(begin + split, M)
     acc = tl.zeros([RANK, COLUMNS], tl.float32)
     for first in range(begin, end, ROWS):
         m = first + tl.arange(0, ROWS)  # [ROWS]
         in_m = (m < end)[:, None]
-        narrow = tl.load(narrow_ptr + m[:, None] * narrow_row + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
-        wide = tl.load(wide_ptr + m[:, None] * wide_row + c[None, :], mask=in_m & (c < size)[None, :], other=0.0)
+        narrow_at = m.to(tl.int64)[:, None] * narrow_row + r[None, :]
+        narrow = tl.load(narrow_ptr + narrow_at, mask=in_m & (r < R)[None, :], other=0.0)
+        wide_at = starts_of(m, S, batch, row)[:, None] + c[None, :]
+        wide = tl.load(wide_ptr + wide_at, mask=in_m & (c < size)[None, :], other=0.0)
         acc = product(operand(narrow, dtype, WIDE).T, operand(wide, dtype, WIDE), acc)
     at = tl.where(of_a, r[:, None] * K + c[None, :], R * K + c[None, :] * R + r[:, None])
-    into = partial_ptr + tl.program_id(2).to(tl.int64) * R * (K + N)
+    into = partial_ptr + tl.program_id(2).to(tl.int64) * TOTAL + place
     tl.store(into + at, acc, mask=(r < R)[:, None] & (c < size)[None, :])
+
+
+@triton.jit
+def factors_of(program, Ns, Rs, K, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Layer of a program, its tile there, and where the layer's sums begin."""
+    layer, tile, place = 0, program, tl.cast(0, tl.int64)
+    before, begin = 0, tl.cast(0, tl.int64)
+    for j in tl.static_range(COUNT):
+        if j > 0:
+            inside = program >= before
+            layer, tile = tl.where(inside, j, layer), tl.where(inside, program - before, tile)
+            place = tl.where(inside, begin, place)
+        before += tl.cdiv(K, COLUMNS) + tl.cdiv(Ns[j], COLUMNS)
+        begin += tl.cast(Rs[j], tl.int64) * (K + Ns[j])
+    return layer, tile, place
 
 
 @triton.jit

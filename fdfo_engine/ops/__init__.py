@@ -6,10 +6,10 @@ from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, back
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.feed_forward import feed_forward
 from fdfo_engine.ops.gated_residual import gated_residual
-from fdfo_engine.ops.gated_residual_norm import gated_residual_norm
+from fdfo_engine.ops.gated_residual_norm import NormStream, gated_residual_norm, gated_residual_norms
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
-from fdfo_engine.ops.lora_linear import lora_linear, lora_linear_group
+from fdfo_engine.ops.lora_linear import lora_linear, lora_linear_group, lora_linear_streams
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -46,6 +46,7 @@ __all__ = [
     "SCALAR_STREAM",
     "SHARED_STREAM",
     "BackendUnavailableError",
+    "NormStream",
     "backend_for",
     "backends",
     "block_backend",
@@ -55,11 +56,13 @@ __all__ = [
     "feed_forward",
     "gated_residual",
     "gated_residual_norm",
+    "gated_residual_norms",
     "guided_velocity",
     "implementations",
     "layer_norm_modulate",
     "lora_linear",
     "lora_linear_group",
+    "lora_linear_streams",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",

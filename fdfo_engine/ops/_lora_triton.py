@@ -1,16 +1,19 @@
-"""`lora_linear` by Triton: the adapter's product runs on in the accumulator of the base layer's."""
+"""`lora_linear` by Triton: the adapter's product runs on in the accumulator of the base layer's.
+
+A launch takes all layers of both streams of tokens. What it is handed for each comes as tuples, whose order
+`kernels/lora_linear.py` tells.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from fdfo_engine.ops import _dispatch, _gelu
-from fdfo_engine.ops._lora_torch import Gradients, Linear, Outputs, Wants, joined_a, split_ranks
+from fdfo_engine.ops import _compiled, _dispatch
+from fdfo_engine.ops._lora_torch import NOTHING, Gradients, Linear, Outputs, Streams, Wants, split_ranks
 
 
 class Tile(NamedTuple):
@@ -25,8 +28,8 @@ class Tile(NamedTuple):
 
 
 # Not tuned on a GPU yet: as large as registers allow. float32 takes no tensor core; other dtypes go by the GPU's major
-# compute capability and by whether GELU follows, which needs registers of its own.
-FLOAT32_TILE = Tile(64, 64, 32, 8, 8, 2)
+# compute capability and by whether more goes on than one product: GELU, or the sum over layers, takes registers too.
+FLOAT32_TILE = Tile(64, 64, 16, 8, 8, 2)
 TILES = {
     (8, False): Tile(128, 128, 32, 8, 8, 3),
     (8, True): Tile(128, 128, 32, 8, 8, 3),
@@ -36,144 +39,315 @@ TILES = {
     (10, True): Tile(128, 128, 64, 8, 8, 4),
 }
 THIN = Tile(64, 0, 64, 0, 4, 3)  # of the product with a thin factor; columns are the rank
+FLOAT32_THIN = Tile(32, 0, 16, 0, 8, 2)
 FACTORS = Tile(32, 128, 0, 0, 4, 3)  # of the factors' gradients: rows a step
 SPLITS = 8  # parts into which their rows are cut
 SUM_BLOCK = 1024
-MAX_RANK = 64  # columns of the rank that a program takes
+MAX_RANK = 32  # columns of the rank that a program takes at once
+THIN_LAYERS = 3  # layers whose thin products a program makes of one reading of x
 
 
-def tile(dtype: torch.dtype, major: int, *, gelu: bool) -> Tile:
+class Used(NamedTuple):
+    """A layer whose output was used: its gradient `[B, S, N]`, its thin product and `s g B`, `[M, r]`, where made."""
+
+    grad: Tensor
+    linear: Linear
+    thin: Tensor | None
+    thin_grad: Tensor | None
+    place: int
+
+
+def tile(dtype: torch.dtype, major: int, *, more: bool) -> Tile:
     """Tile of the large product; GPUs that are not in the table take the smallest, which fits any shared memory."""
-    return FLOAT32_TILE if dtype == torch.float32 else TILES.get((major, gelu), TILES[8, gelu])
+    return FLOAT32_TILE if dtype == torch.float32 else TILES.get((major, more), TILES[8, more])
+
+
+def thin_tile(dtype: torch.dtype) -> Tile:
+    """Tile of a thin product."""
+    return FLOAT32_THIN if dtype == torch.float32 else THIN
 
 
 def rank_block(rank: int) -> int:
-    """Columns of the rank that one block holds: a power of two, at least the 16 of a tensor core."""
-    return min(MAX_RANK, max(16, 1 << (rank - 1).bit_length()))
+    """Columns of the rank that one block holds: a power of two, at least the 16 of a tensor core; 0 without rank."""
+    return min(MAX_RANK, max(16, 1 << (rank - 1).bit_length())) if rank else 0
 
 
-def forward(x: Tensor, linears: Sequence[Linear], scaling: float, *, gelu: bool, keep: bool, backend: str) -> Outputs:
-    """As `_lora_torch.forward`. Layers without adapter go to torch: a plain product is best left to cuBLAS."""
-    x = x.contiguous()
-    thin = None
-    if any(linear.rank for linear in linears):
-        factor = joined_a(linears, torch.float32).contiguous()
-        thin = torch.empty(len(x), len(factor), dtype=x.dtype, device=x.device)
-        thin_product(x, factor, thin, scaling, backward=False)
-    y, h = [], []
-    for linear, part in zip(linears, split_ranks(thin, linears), strict=True):
-        out = x.new_empty(len(x), len(linear.weight)) if linear.rank else functional.linear(x, *linear[:2])
-        inner = torch.empty_like(out) if gelu and keep and linear.rank else None
-        if part is not None:
-            product(x, linear, part, out, h=inner, gelu=gelu, backward=False)
-        elif gelu:
-            inner, out = out, _gelu.forward(out, None, backend, inplace=not keep)
-        y.append(out)
-        h += [] if inner is None or not keep else [inner]
-    return Outputs(y, h, thin)
+def takes_gelu(backend: str, dtype: torch.dtype) -> bool:
+    """Whether GELU is taken inside a product of ours, which saves a pass each way; float32 is left to cuBLAS."""
+    return backend == "triton" and dtype != torch.float32
 
 
-def thin_gradients(grads: Sequence[Tensor | None], linears: Sequence[Linear], scaling: float) -> list[Tensor | None]:
-    """`s g B` of each layer, `[M, r]`."""
-    found: list[Tensor | None] = []
-    for grad, linear in zip(grads, linears, strict=True):
-        thin = None
-        if grad is not None and linear.lora_b is not None:
-            thin = grad.new_empty(len(grad), linear.rank)
-            thin_product(grad, linear.lora_b.contiguous(), thin, scaling, backward=True)
-        found.append(thin)
-    return found
+def forward(
+    xs: Sequence[Tensor], linears: Streams, scaling: float, *, gelu: bool, keep: bool, packed: bool, backend: str
+) -> Outputs:
+    """As `_lora_torch.forward`."""
+    xs, (y, joined) = [_compiled.last_contiguous(x) for x in xs], _room(xs, linears, packed=packed)
+    thins = _thin_products(xs, linears, scaling)
+    h = torch.empty_like(y[0][0]) if gelu and keep else None
+    for some in _together([len(layers) for layers in linears]):
+        layers = [linear for s in some for linear in linears[s]]
+        parts = [part for s in some for part in split_ranks(thins[s], linears[s])]
+        product([xs[s] for s in some], layers, parts, [out for s in some for out in y[s]], h=h, gelu=gelu)
+    if packed:
+        y = [outs[:-1] for outs in y]
+    return Outputs(y, joined, [] if h is None else [h], thins)
 
 
-def input_gradient(
-    grads: Sequence[Tensor | None], thins: Sequence[Tensor | None], linears: Sequence[Linear], _scaling: float
-) -> Tensor | None:
-    """`sum_i g_i W_i + (s g_i B_i) A_i`; None where no gradient came. The thin products are scaled already."""
-    dx: Tensor | None = None
-    for grad, thin, linear in zip(grads, thins, linears, strict=True):
-        if grad is None:
-            continue
-        if thin is None:
-            dx = grad @ linear.weight if dx is None else dx.addmm_(grad, linear.weight)
-            continue
-        before, dx = dx, grad.new_empty(len(grad), linear.weight.shape[1])
-        product(grad, linear, thin, dx, add=before, backward=True)
-    return dx
+def _room(xs: Sequence[Tensor], linears: Streams, *, packed: bool) -> tuple[list[list[Tensor]], Tensor | None]:
+    """Outputs of each layer, the last ones as views of one tensor if `packed`, and that tensor."""
+    y = [
+        [x.new_empty(*x.shape[:2], len(linear.weight)) for linear in layers[: len(layers) - packed]]
+        for x, layers in zip(xs, linears, strict=True)
+    ]
+    if not packed:
+        return y, None
+    joined = xs[0].new_empty(len(xs[0]), sum(x.shape[1] for x in xs), len(linears[0][-1].weight))
+    for outs, part in zip(y, joined.split([x.shape[1] for x in xs], 1), strict=True):
+        outs.append(part)
+    return y, joined
 
 
-def parameter_gradients(
-    grad: Tensor,
-    x: Tensor,
-    thin: Tensor | None,
-    thin_grad: Tensor | None,
-    _linear: Linear,
-    _scaling: float,
-    wants: Wants,
-) -> Gradients:
-    """As `_lora_torch.parameter_gradients`; both thin products are scaled already."""
-    want_weight, want_bias, want_a, want_b = wants
-    da = db = None
-    if thin is not None and thin_grad is not None and (want_a or want_b):
-        da, db = factor_gradients(x.contiguous(), grad, thin, thin_grad)
-    return (
-        grad.T @ x if want_weight else None, grad.sum(0) if want_bias else None,
-        da if want_a else None, db if want_b else None,
-    )  # fmt: skip
+def backward(
+    grads: Sequence[Sequence[Tensor | None]], xs: Sequence[Tensor | None], thins: Sequence[Tensor | None],
+    linears: Streams, scaling: float, wants: Sequence[Sequence[Wants]], dxs: Sequence[Tensor | None],
+) -> list[Gradients]:  # fmt: skip
+    """As `_lora_torch.backward`; the thin products are scaled already."""
+    used = [_used(*stream) for stream in zip(grads, thins, linears, strict=True)]
+    for some in _together([sum(u.thin_grad is not None for u in layers) for layers in used]):
+        thin_gradients([[u for u in used[s] if u.thin_grad is not None] for s in some], scaling)
+    for dx, layers in zip(dxs, used, strict=True):
+        if dx is not None and not layers:
+            dx.zero_()
+    for some in _together([len(layers) if dx is not None else 0 for dx, layers in zip(dxs, used, strict=True)]):
+        input_product([used[s] for s in some], [dx for s in some if (dx := dxs[s]) is not None])
+    found = [[NOTHING] * len(layers) for layers in linears]
+    trained = [
+        [u for u in layers if u.thin is not None and u.thin_grad is not None and any(want[u.place][2:])]
+        for layers, want in zip(used, wants, strict=True)
+    ]
+    for some in _together([len(layers) for layers in trained]):
+        pairs = iter(factor_gradients([x for s in some if (x := xs[s]) is not None], [trained[s] for s in some]))
+        for s in some:
+            for u in trained[s]:
+                da, db = next(pairs)
+                want_a, want_b = wants[s][u.place][2:]
+                found[s][u.place] = (None, None, da if want_a else None, db if want_b else None)
+    for s, layers in enumerate(used):
+        for u in layers:
+            whole = _whole_gradients(u.grad, xs[s], wants[s][u.place])
+            found[s][u.place] = (*whole, *found[s][u.place][2:])
+    return [four for of_stream in found for four in of_stream]
 
 
-def thin_product(x: Tensor, factor: Tensor, out: Tensor, scaling: float, *, backward: bool) -> None:
-    """`out [M, r] = scaling * x F^T`; F is `[r, K]`, or in the backward stored as `[K, r]`."""
+def _used(grads: Sequence[Tensor | None], thin: Tensor | None, layers: Sequence[Linear]) -> list[Used]:
+    """Layers of a stream whose output was used, with room for `s g B`, which lies side by side."""
+    live = [i for i, grad in enumerate(grads) if grad is not None]
+    if not live:
+        return []
+    some, parts = [layers[i] for i in live], split_ranks(thin, layers)
+    given = [_compiled.last_contiguous(grad) for grad in grads if grad is not None]
+    rows, ranks = given[0].shape[0] * given[0].shape[1], sum(linear.rank for linear in some)
+    thin_grads = split_ranks(given[0].new_empty(rows, ranks) if ranks else None, some)
+    return [
+        Used(grad, linear, parts[i], room, i)
+        for grad, linear, room, i in zip(given, some, thin_grads, live, strict=True)
+    ]
+
+
+def _whole_gradients(grad: Tensor, x: Tensor | None, wants: Wants) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias."""
+    rows = grad.flatten(0, 1) if any(wants[:2]) else grad
+    return rows.T @ x.flatten(0, 1) if wants[0] and x is not None else None, rows.sum(0) if wants[1] else None
+
+
+def _together(counts: Sequence[int]) -> list[list[int]]:
+    """Streams that one launch takes: all that have layers, if equally many, else each by itself."""
+    some = [s for s, count in enumerate(counts) if count]
+    return [some] if some and len({counts[s] for s in some}) == 1 else [[s] for s in some]
+
+
+def _thin_products(xs: Sequence[Tensor], linears: Streams, scaling: float) -> list[Tensor | None]:
+    """`s x A^T` of all adapters of each stream, side by side, `[M, ranks]`."""
+    ranks = [sum(linear.rank for linear in layers) for layers in linears]
+    thins = [x.new_empty(x.shape[0] * x.shape[1], r) if r else None for x, r in zip(xs, ranks, strict=True)]
+    made = [
+        [(linear, part) for linear, part in zip(layers, split_ranks(thin, layers), strict=True) if part is not None]
+        for layers, thin in zip(linears, thins, strict=True)
+    ]
+    for first in range(0, max(map(len, made)), THIN_LAYERS):
+        some_layers = [layers[first : first + THIN_LAYERS] for layers in made]
+        for some in _together([len(layers) for layers in some_layers]):
+            thin_product([xs[s] for s in some], [pair for s in some for pair in some_layers[s]], scaling)
+    return thins
+
+
+def thin_product(xs: Sequence[Tensor], layers: Sequence[tuple[Linear, Tensor]], scaling: float) -> None:
+    """`s x A^T` of each layer into the `[M, r]` beside it; equally many layers for each x."""
     from fdfo_engine.kernels.lora_linear import lora_linear_thin_kernel  # triton: only where it runs
 
-    (M, K), R = x.shape, out.shape[1]
-    ranks = rank_block(R)
-    with torch.cuda.device_of(x):  # triton launches on the current device, not on the tensor's
-        lora_linear_thin_kernel[(-(-M // THIN.rows), -(-R // ranks))](
-            x, factor, out, M, K, R, x.stride(0), out.stride(0), scaling, BACKWARD=backward, WIDE=wide(x.dtype),
-            ROWS=THIN.rows, RANK=ranks, INNER=THIN.inner, num_warps=THIN.warps, num_stages=THIN.stages,
-        )  # fmt: skip
-
-
-def product(
-    x: Tensor, linear: Linear, thin: Tensor, out: Tensor, *,
-    backward: bool, add: Tensor | None = None, h: Tensor | None = None, gelu: bool = False,
-) -> None:  # fmt: skip
-    """`out = x W^T + thin B^T + bias`, or in the backward, where x is a gradient, `add + x W + thin A`."""
-    from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
-
-    factor = linear.lora_a if backward else linear.lora_b
-    (M, K), N, R = x.shape, out.shape[1], thin.shape[1]
-    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    t = tile(x.dtype, major, gelu=gelu)
-    with torch.cuda.device_of(x):
-        lora_linear_kernel[(-(-M // t.rows) * -(-N // t.columns),)](
-            x, linear.weight.contiguous(), None if backward else linear.bias, thin, factor.contiguous(),  # type: ignore[union-attr]
-            add, h, out, M, N, K, R, x.stride(0), thin.stride(0), BACKWARD=backward, GELU=gelu, WIDE=wide(x.dtype),
-            ROWS=t.rows, COLUMNS=t.columns, INNER=t.inner, RANK=rank_block(R), GROUP=t.group,
+    linears, outs = zip(*layers, strict=True)
+    streams, count, ranks = len(xs), len(layers) // len(xs), [linear.rank for linear in linears]
+    t = thin_tile(xs[0].dtype)
+    block = rank_block(max(ranks))
+    grid = sum(-(-rows // t.rows) for rows in _rows(xs)), -(-max(ranks) // block)
+    with torch.cuda.device_of(xs[0]):  # triton launches on the current device, not on the tensor's
+        lora_linear_thin_kernel[grid](
+            tuple(xs), _contiguous([linear.lora_a for linear in linears]), tuple(outs), *_places(xs),
+            tuple(out.stride(0) for out in outs[::count]), tuple(ranks), xs[0].shape[2], scaling,
+            STREAMS=streams, LAYERS=count, WIDE=wide(xs[0].dtype), ROWS=t.rows, RANK=block, INNER=t.inner,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
 
-def factor_gradients(x: Tensor, grad: Tensor, thin: Tensor, thin_grad: Tensor) -> tuple[Tensor, Tensor]:
-    """dA `[r, K]` and dB `[N, r]`, float32: partial sums over fixed parts of the rows, then their sum in order."""
+def product(
+    xs: Sequence[Tensor], linears: Sequence[Linear], thins: Sequence[Tensor | None], outs: Sequence[Tensor], *,
+    h: Tensor | None = None, gelu: bool = False,
+) -> None:  # fmt: skip
+    """`out = x W^T + thin B^T + bias` of each layer, then GELU of that, which `h` gets; equally many layers an x."""
+    from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
+
+    count, ranks = len(linears) // len(xs), [linear.rank for linear in linears]
+    biases = [_bias(linear) if any(one.bias is not None for one in linears) else None for linear in linears]
+    t, rows = _tile(xs[0], more=gelu), _rows(xs)
+    tiles = [-(-rows[i // count] // t.rows) * -(-len(linear.weight) // t.columns) for i, linear in enumerate(linears)]
+    with torch.cuda.device_of(xs[0]):
+        lora_linear_kernel[(sum(tiles),)](
+            tuple(xs), _contiguous([linear.weight for linear in linears]), tuple(biases), _filled(thins),
+            _contiguous(_filled([linear.lora_b for linear in linears])),
+            (h,) if h is not None else (None,) * len(linears), tuple(outs), *_places(xs), _row_strides(thins, count),
+            tuple(len(linear.weight) for linear in linears), tuple(ranks), tuple(map(_batch, outs)), xs[0].shape[2],
+            STREAMS=len(xs), LAYERS=count, GELU=gelu, **_blocks(xs[0], t, ranks),
+        )  # fmt: skip
+
+
+def gelu_product(x: Tensor, linear: Linear, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """`gelu(x W^T + bias)` of rows `[M, K]`, and what GELU was taken of if `keep`."""
+    out = x.new_empty(1, len(x), len(linear.weight))
+    h = torch.empty_like(out) if keep else None
+    product([_compiled.last_contiguous(x)[None]], [linear], [None], [out], h=h, gelu=True)
+    return out[0], None if h is None else h[0]
+
+
+def gelu_gradient(grad: Tensor, linear: Linear, h: Tensor) -> Tensor:
+    """`(grad W) * gelu'(h)` of rows `[M, N]`: the backward of GELU and of the layer after it."""
+    out = torch.empty_like(h)[None]
+    input_product([[Used(_compiled.last_contiguous(grad)[None], linear, None, None, 0)]], [out], h=h)
+    return out[0]
+
+
+def input_product(layers: Sequence[Sequence[Used]], dxs: Sequence[Tensor], *, h: Tensor | None = None) -> None:
+    """`dx = sum_i g_i W_i + (s g_i B_i) A_i` of each stream, times GELU's slope at `h`; equally many layers each."""
+    from fdfo_engine.kernels.lora_linear import lora_linear_input_kernel  # triton: only where it runs
+
+    flat = [u for stream in layers for u in stream]
+    grads, linears, ranks = [u.grad for u in flat], [u.linear for u in flat], [u.linear.rank for u in flat]
+    thins, count = [u.thin_grad for u in flat], len(layers[0])
+    t = _tile(dxs[0], more=count > 1 or h is not None)
+    tiles = sum(-(-rows // t.rows) for rows in _rows(dxs)) * -(-dxs[0].shape[2] // t.columns)
+    with torch.cuda.device_of(dxs[0]):
+        lora_linear_input_kernel[(tiles,)](
+            tuple(grads), _contiguous([linear.weight for linear in linears]), _filled(thins),
+            _contiguous(_filled([linear.lora_a for linear in linears])), h, tuple(dxs), tuple(_rows(dxs)),
+            tuple(dx.shape[1] for dx in dxs), _row_strides(thins, count), tuple(map(_batch, dxs)),
+            *_gradient_places(grads, ranks), dxs[0].shape[2], STREAMS=len(dxs), LAYERS=count,
+            **_blocks(dxs[0], t, ranks),
+        )  # fmt: skip
+
+
+def thin_gradients(layers: Sequence[Sequence[Used]], scaling: float) -> None:
+    """`s g B` of each layer, into its `thin_grad`; equally many layers in each stream."""
+    from fdfo_engine.kernels.lora_linear import lora_linear_thin_gradient_kernel  # triton: only where it runs
+
+    flat = [u for stream in layers for u in stream]
+    grads, outs = [u.grad for u in flat], [u.thin_grad for u in flat]
+    first, ranks, t = [stream[0].grad for stream in layers], [u.linear.rank for u in flat], thin_tile(grads[0].dtype)
+    tiles, block = sum(-(-rows // t.rows) for rows in _rows(first)), rank_block(max(ranks))
+    with torch.cuda.device_of(grads[0]):
+        lora_linear_thin_gradient_kernel[(tiles, -(-max(ranks) // block), len(layers[0]))](
+            tuple(grads), _contiguous([u.linear.lora_b for u in flat]), tuple(outs), tuple(_rows(first)),
+            tuple(g.shape[1] for g in first), _row_strides(outs, len(layers[0])),
+            *_gradient_places(grads, ranks), scaling,
+            STREAMS=len(layers), LAYERS=len(layers[0]), WIDE=wide(grads[0].dtype), ROWS=t.rows, RANK=block,
+            INNER=t.inner, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+
+
+def factor_gradients(xs: Sequence[Tensor], layers: Sequence[Sequence[Used]]) -> list[tuple[Tensor, Tensor]]:
+    """dA `[r, K]` and dB `[N, r]` of each layer, float32: partial sums over parts of the rows, then their sum."""
     from fdfo_engine.kernels.lora_linear import lora_linear_factors_kernel, lora_linear_sum_kernel
 
-    (M, K), N, R = x.shape, grad.shape[1], thin.shape[1]
-    split = FACTORS.rows * -(-M // (FACTORS.rows * SPLITS))
-    splits, count, ranks = -(-M // split), R * (K + N), rank_block(R)
-    partial = torch.empty(splits, count, dtype=torch.float32, device=x.device)
-    out = torch.empty(count, dtype=torch.float32, device=x.device)
-    tiles = -(-K // FACTORS.columns) + -(-N // FACTORS.columns)
-    with torch.cuda.device_of(x):
-        lora_linear_factors_kernel[(tiles, -(-R // ranks), splits)](
-            x, grad, thin, thin_grad, partial, M, N, K, R, x.stride(0), grad.stride(0), thin.stride(0),
-            thin_grad.stride(0), split, WIDE=wide(x.dtype), ROWS=FACTORS.rows, RANK=ranks, COLUMNS=FACTORS.columns,
+    flat, K, count = [u for stream in layers for u in stream], xs[0].shape[2], len(layers[0])
+    xs, ranks, grads = [_compiled.last_contiguous(x) for x in xs], [u.linear.rank for u in flat], [u.grad for u in flat]
+    sizes = [rank * size for rank, g in zip(ranks, grads, strict=True) for size in (K, g.shape[2])]
+    total, block = sum(sizes), rank_block(max(ranks))
+    thins, thin_grads = [u.thin for u in flat], [u.thin_grad for u in flat]
+    partial = torch.empty(SPLITS, total, dtype=torch.float32, device=xs[0].device)
+    out = torch.empty(total, dtype=torch.float32, device=xs[0].device)
+    tiles = sum(-(-K // FACTORS.columns) + -(-u.grad.shape[2] // FACTORS.columns) for u in flat)
+    with torch.cuda.device_of(out):
+        lora_linear_factors_kernel[(tiles, -(-max(ranks) // block), SPLITS)](
+            tuple(xs), tuple(grads), tuple(thins), tuple(thin_grads), partial, *_places(xs), _row_strides(thins, count),
+            _row_strides(thin_grads, count), *_gradient_places(grads, ranks), K, total, STREAMS=len(xs), LAYERS=count,
+            SPLITS=SPLITS, WIDE=wide(xs[0].dtype), ROWS=FACTORS.rows, RANK=block, COLUMNS=FACTORS.columns,
             num_warps=FACTORS.warps, num_stages=FACTORS.stages,
         )  # fmt: skip
-        lora_linear_sum_kernel[(-(-count // SUM_BLOCK),)](partial, out, count, splits, BLOCK=SUM_BLOCK)
-    return out[: R * K].view(R, K), out[R * K :].view(N, R)
+        lora_linear_sum_kernel[(-(-total // SUM_BLOCK),)](partial, out, total, SPLITS, BLOCK=SUM_BLOCK)
+    parts = out.split(sizes)
+    return [(a.view(r, K), b.view(-1, r)) for a, b, r in zip(parts[::2], parts[1::2], ranks, strict=True)]
 
 
 def wide(dtype: torch.dtype) -> bool:
     """Whether products take float32 operands: the interpreter's of bfloat16 are wrong."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _dispatch.interpreted())
+
+
+def _tile(x: Tensor, *, more: bool) -> Tile:
+    return tile(x.dtype, torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9, more=more)
+
+
+def _blocks(x: Tensor, t: Tile, ranks: Sequence[int]) -> dict[str, Any]:
+    """Constants and launch options of a large product."""
+    return {
+        "WIDE": wide(x.dtype), "ROWS": t.rows, "COLUMNS": t.columns, "INNER": t.inner, "GROUP": t.group,
+        "RANK": rank_block(max(ranks)), "num_warps": t.warps, "num_stages": t.stages,
+    }  # fmt: skip
+
+
+def _rows(xs: Sequence[Tensor]) -> list[int]:
+    return [x.shape[0] * x.shape[1] for x in xs]
+
+
+def _batch(x: Tensor) -> int:
+    """Stride from sample to sample; 0 where there is one, whose stride may be past 32 bits."""
+    return x.stride(0) if len(x) > 1 else 0
+
+
+def _places(xs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Rows, tokens a sample, and strides of samples and rows of each stream."""
+    return tuple(_rows(xs)), tuple(x.shape[1] for x in xs), tuple(map(_batch, xs)), tuple(x.stride(1) for x in xs)
+
+
+def _gradient_places(grads: Sequence[Tensor], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Columns, ranks, and strides of samples and rows, of each layer's gradient."""
+    columns, rows = tuple(g.shape[2] for g in grads), tuple(g.stride(1) for g in grads)
+    return columns, tuple(ranks), tuple(map(_batch, grads)), rows
+
+
+def _row_strides(thins: Sequence[Tensor | None], count: int) -> tuple[int, ...]:
+    """Of the thin products of each stream of `count` layers; all of its layers lie in one tensor."""
+    streams = [thins[i : i + count] for i in range(0, len(thins), count)]
+    return tuple(next((thin.stride(0) for thin in stream if thin is not None), 0) for stream in streams)
+
+
+def _bias(linear: Linear) -> Tensor:
+    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.contiguous()
+
+
+def _filled(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """With another one in the place of each that is not there, which is not read; Nones where there is none."""
+    some = next((t for t in tensors if t is not None), None)
+    return tuple(some if t is None else t for t in tensors)
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
@@ -10,11 +13,27 @@ from fdfo_engine.ops.layer_norm_modulate import (
     EPS,
     OFFERED,
     layer_norm_modulate_reference,
-    modulated_norm,
+    modulated_norms,
     modulations_of,
 )
 
-__all__ = ["OFFERED", "gated_residual_norm"]
+__all__ = ["OFFERED", "NormStream", "gated_residual_norm", "gated_residual_norms"]
+
+MAX_STREAMS = 2
+
+
+class NormStream(NamedTuple):
+    """Tokens of one kind with their modulation, and a second one or not; with y and gate or neither, as in
+    `gated_residual_norm`.
+    """
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+    scale2: Tensor | None = None
+    shift2: Tensor | None = None
 
 
 def gated_residual_norm(
@@ -46,13 +65,61 @@ def gated_residual_norm(
         ValueError: an argument is out of range or of the wrong shape, dtype or device; one of scale2 and shift2.
         BackendUnavailableError: `backend` can't run on `x`'s device.
     """
-    op = "gated_residual_norm"
-    check_residual(op, x, y, gate)
-    modulations = modulations_of(op, x, scale, shift, scale2, shift2)
+    check_residual("gated_residual_norm", x, y, gate)
+    stream = NormStream(x, scale, shift, y, gate, scale2, shift2)
+    return _run("gated_residual_norm", [stream], eps, backend)[0]
+
+
+def gated_residual_norms(
+    streams: Sequence[NormStream], *, eps: float = EPS, backend: str | None = None
+) -> list[tuple[Tensor, ...]]:
+    """`gated_residual_norm` of one or two kinds of tokens at once, image and text: one launch on backend triton.
+
+    Where a stream has no y and gate it is `layer_norm_modulate`.
+
+    Args:
+        streams: of one batch and width; else as in `gated_residual_norm`, which this raises the errors of.
+        eps, backend: as there.
+
+    Returns:
+        Of each stream `(x_new, n)`, or `(x_new, n, n2)`; x itself in the place of x_new where there is no gate.
+    """
+    op = "gated_residual_norms"
+    if not 1 <= len(streams) <= MAX_STREAMS:
+        _checks.refuse(op, "streams", f"of length {len(streams)}", f"one to {MAX_STREAMS} streams")
+    for i, s in enumerate(streams):
+        if (s.y is None) != (s.gate is None):
+            _checks.refuse(op, f"streams[{i}].{'y' if s.y is None else 'gate'}", None, "both y and gate, or neither")
+        _checks.tokens(op, "x", s.x)
+        like = streams[0].x
+        if len(s.x) != len(like) or s.x.shape[2] != like.shape[2] or s.x.dtype != like.dtype:
+            wanted = f"[{len(like)}, any, {like.shape[2]}] of {like.dtype}, as of streams[0]"
+            _checks.refuse(op, f"streams[{i}].x", f"{list(s.x.shape)} of {s.x.dtype}", wanted)
+    return _run(op, streams, eps, backend)
+
+
+def _run(op: str, streams: Sequence[NormStream], eps: float, backend: str | None) -> list[tuple[Tensor, ...]]:
+    given: list[tuple[Tensor | None, ...]] = []
+    for x, scale, shift, y, gate, scale2, shift2 in streams:
+        if y is None or gate is None:
+            _checks.tokens(op, "x", x)
+        else:
+            check_residual(op, x, y, gate)
+        given.append((x, y, gate, *modulations_of(op, x, scale, shift, scale2, shift2)))
     eps = _checks.not_negative(op, "eps", eps)
-    implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
+    implementation = _dispatch.choose(op, OFFERED, streams[0].x.device, forced=backend)
     if implementation != "torch":
-        return modulated_norm(x, y, gate, modulations, eps, implementation)
+        found = modulated_norms(given, eps, implementation)
+    else:
+        found = [_reference(*stream, eps=eps) for stream in given]  # type: ignore[arg-type]
+    return [out if s.gate is not None else (s.x, *out) for out, s in zip(found, streams, strict=True)]
+
+
+def _reference(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, *modulations: Tensor, eps: float
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if y is None or gate is None:
+        return layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
     return gated_residual_norm_reference(x, y, gate, modulations, eps)
 
 

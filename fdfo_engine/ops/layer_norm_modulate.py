@@ -70,7 +70,7 @@ def layer_norm_modulate(
     if implementation == "torch":
         found = layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
     else:
-        found = modulated_norm(x, None, None, modulations, eps, implementation)
+        (found,) = modulated_norms([(x, None, None, *modulations)], eps, implementation)
     return found[0] if scale2 is None else found
 
 
@@ -99,15 +99,21 @@ def modulations_of(
     return scale, shift, scale2, shift2
 
 
-def modulated_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, modulations: tuple[Tensor, ...], eps: float, backend: str
-) -> tuple[Tensor, ...]:
-    """On a fast backend: `layer_norm_modulate`, or with y and gate `gated_residual_norm`."""
-    tensors = x, y, gate, *modulations
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found: tuple[Tensor, ...] = _ModulatedNorm.apply(eps, backend, *tensors)
-        return found
-    return _forward(_Inputs.of(*tensors), eps, None, backend)
+def modulated_norms(streams: Sequence[tuple[Tensor | None, ...]], eps: float, backend: str) -> list[tuple[Tensor, ...]]:
+    """On a fast backend: x_new where there is a gate, and norms, of each stream of x, y, gate and its modulations."""
+    flat = [t for stream in streams for t in (*stream, *[None] * (_FIELDS - len(stream)))]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
+        outputs = iter(_ModulatedNorms.apply(eps, backend, *flat))
+        return [tuple(next(outputs) for _ in range(_count(*stream[2:]))) for stream in streams]
+    return _forward(_Inputs.of_streams(flat), eps, [None] * len(streams), backend)
+
+
+_FIELDS = 7
+
+
+def _count(gate: Tensor | None, *modulations: Tensor | None) -> int:
+    """Outputs of a stream."""
+    return (gate is not None) + sum(m is not None for m in modulations) // 2
 
 
 class _Inputs(NamedTuple):
@@ -122,9 +128,10 @@ class _Inputs(NamedTuple):
     shift2: Tensor | None = None
 
     @classmethod
-    def of(cls, *tensors: Tensor | None) -> _Inputs:
-        """`tensors`, copied where their last axis is not contiguous."""
-        return cls(*map(_compiled.last_contiguous, tensors))  # type: ignore[arg-type]
+    def of_streams(cls, tensors: Sequence[Tensor | None]) -> list[_Inputs]:
+        """Of each stream, out of `tensors`, copied where their last axis is not contiguous."""
+        given = [*map(_compiled.last_contiguous, tensors)]
+        return [cls(*given[i : i + _FIELDS]) for i in range(0, len(given), _FIELDS)]  # type: ignore[arg-type]
 
 
 class _Gradients(NamedTuple):
@@ -138,52 +145,77 @@ class _Gradients(NamedTuple):
     sum_modulations: bool
     sum_gate: bool
 
+    @classmethod
+    def of(cls, inputs: _Inputs, upstream: Sequence[Tensor | None], needed: Sequence[bool]) -> _Gradients:
+        """Of a stream with these upstream gradients, not all None; `needed` of its inputs."""
+        given, gate = [*map(_compiled.last_contiguous, upstream)], inputs.gate
+        upstream_x = None if gate is None else given.pop(0)
+        first, *second = (torch.zeros_like(inputs.x) if u is None else u for u in given)
+        dx = _compiled.empty_contiguous(first)
+        dy = None if gate is None else _compiled.empty_contiguous(first)
+        return cls(first, second[0] if second else None, upstream_x, dx, dy, any(needed[3:]), needed[2])
+
     @property
     def kinds(self) -> int:
         """Rows a sample that are sums over tokens: of scale, shift, scale2, shift2 and gate, in this order."""
         return self.sum_modulations * (2 if self.upstream2 is None else 4) + self.sum_gate
 
 
-class _ModulatedNorm(torch.autograd.Function):
+class _Work(NamedTuple):
+    """Backward of one stream; `first` of its gradients among all."""
+
+    first: int
+    inputs: _Inputs
+    statistics: Tensor
+    gradients: _Gradients
+
+
+class _ModulatedNorms(torch.autograd.Function):
+    """`tensors`: the fields of `_Inputs` of each stream."""
+
     @staticmethod
     def forward(ctx: Any, eps: float, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        inputs = _Inputs.of(*tensors)
-        x = inputs.x
-        statistics = torch.empty(*x.shape[:2], 2, dtype=torch.float32, device=x.device)
-        outputs = _forward(inputs, eps, statistics, backend)
-        normed = x if inputs.gate is None else outputs[0]
-        y = inputs.y if ctx.needs_input_grad[4] else None
-        kept = inputs._replace(x=normed, y=y, shift=None, shift2=None)
-        ctx.save_for_backward(statistics, *kept)
+        streams, kept = _Inputs.of_streams(tensors), list[Tensor | None]()
+        shapes = [s.x.shape[:2] for s in streams]
+        statistics = [torch.empty(*shape, 2, dtype=torch.float32, device=streams[0].x.device) for shape in shapes]
+        outputs = _forward(streams, eps, list(statistics), backend)
+        for i, (s, of_stream, out) in enumerate(zip(streams, statistics, outputs, strict=True)):
+            y = s.y if ctx.needs_input_grad[2 + _FIELDS * i + 2] else None
+            kept += [of_stream, *s._replace(x=s.x if s.gate is None else out[0], y=y, shift=None, shift2=None)]
+        ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
-        return outputs
+        ctx.backend, ctx.counts = backend, [len(out) for out in outputs]
+        return tuple(t for out in outputs for t in out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        statistics, *tensors = ctx.saved_tensors
-        inputs, needed = _Inputs(*tensors), ctx.needs_input_grad[2:]
-        if all(u is None for u in upstream):
-            return None, None, *[None] * len(needed)
-        given = [*map(_compiled.last_contiguous, upstream)]
-        upstream_x = None if inputs.gate is None else given.pop(0)
-        first, *second = (torch.zeros_like(inputs.x) if u is None else u for u in given)
-        dx = _compiled.empty_contiguous(first)
-        dy = None if inputs.gate is None else _compiled.empty_contiguous(first)
-        g = _Gradients(first, second[0] if second else None, upstream_x, dx, dy, any(needed[3:]), needed[2])
-        sums = (_BACKWARD[ctx.backend] if dx.numel() else _no_tokens)(inputs, statistics, g)
-        d_modulations = sums[: len(needed) - 3] if g.sum_modulations else [None] * (len(needed) - 3)
-        return None, None, dx, dy, sums[-1] if g.sum_gate else None, *d_modulations
+        saved, rest, work = ctx.saved_tensors, iter(upstream), list[_Work]()
+        grads: list[Tensor | None] = [None] * (2 + _FIELDS * len(ctx.counts))
+        for i, count in enumerate(ctx.counts):
+            statistics, *tensors = saved[(1 + _FIELDS) * i : (1 + _FIELDS) * (i + 1)]
+            given, first = [next(rest) for _ in range(count)], 2 + _FIELDS * i
+            if any(g is not None for g in given):
+                inputs, needed = _Inputs(*tensors), ctx.needs_input_grad[first : first + _FIELDS]
+                work.append(_Work(first, inputs, statistics, _Gradients.of(inputs, given, needed)))
+        empty = [w for w in work if not w.gradients.dx.numel()]
+        full = [w for w in work if w.gradients.dx.numel()]
+        found_sums = _no_tokens(empty) + (_BACKWARD[ctx.backend](full) if full else [])
+        for w, sums in zip(empty + full, found_sums, strict=True):
+            g, modulations = w.gradients, sums[: w.gradients.kinds - w.gradients.sum_gate]
+            found = g.dx, g.dy, sums[-1] if g.sum_gate else None, *modulations
+            grads[w.first : w.first + len(found)] = found
+        return tuple(grads)
 
 
-def _forward(inputs: _Inputs, eps: float, statistics: Tensor | None, backend: str) -> tuple[Tensor, ...]:
-    """The outputs, x_new first where there is a gate."""
-    x = inputs.x
-    count = (inputs.gate is not None) + 1 + (inputs.scale2 is not None)
-    outputs = tuple([_compiled.empty_contiguous(x) for _ in range(count)])
-    if x.numel():
-        _FORWARD[backend](inputs, eps, statistics, outputs)
+def _forward(
+    streams: Sequence[_Inputs], eps: float, statistics: Sequence[Tensor | None], backend: str
+) -> list[tuple[Tensor, ...]]:
+    """The outputs of each stream, x_new first where there is a gate."""
+    outputs = [tuple([_compiled.empty_contiguous(s.x) for _ in range(_count(*s[2:]))]) for s in streams]
+    some = [i for i, s in enumerate(streams) if s.x.numel()]
+    if some:
+        _FORWARD[backend]([streams[i] for i in some], [statistics[i] for i in some], [outputs[i] for i in some], eps)
     return outputs
 
 
@@ -195,26 +227,32 @@ def _arguments(inputs: _Inputs, statistics: Tensor | None, eps: float) -> Any:
     )  # fmt: skip
 
 
-def _forward_cpp(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs: Sequence[Tensor]) -> None:
-    addresses = [out.data_ptr() for out in outputs]
-    x_new = 0 if inputs.gate is None else addresses.pop(0)
-    out, out2 = addresses if len(addresses) == 2 else (addresses[0], 0)
-    arguments = _arguments(inputs, statistics, eps)
-    _compiled.call("layer_norm_modulate_forward", inputs.x.device, arguments, x_new, out, out2)
+def _forward_cpp(
+    streams: Sequence[_Inputs], statistics: Sequence[Tensor | None], outputs: Sequence[tuple[Tensor, ...]], eps: float
+) -> None:
+    for inputs, kept, of_stream in zip(streams, statistics, outputs, strict=True):
+        addresses = [out.data_ptr() for out in of_stream]
+        x_new = 0 if inputs.gate is None else addresses.pop(0)
+        out, out2 = addresses if len(addresses) == 2 else (addresses[0], 0)
+        arguments = _arguments(inputs, kept, eps)
+        _compiled.call("layer_norm_modulate_forward", inputs.x.device, arguments, x_new, out, out2)
 
 
-def _backward_cpp(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
-    sums = _sums(inputs, g)
-    _compiled.call(
-        "layer_norm_modulate_backward", g.dx.device, _arguments(inputs, statistics, 0.0),
-        *map(_compiled.strided, g[:3]), g.dx.data_ptr(), 0 if g.dy is None else g.dy.data_ptr(),
-        sums[0].data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
-    )  # fmt: skip
-    return sums
+def _backward_cpp(work: Sequence[_Work]) -> list[tuple[Tensor, ...]]:
+    found = []
+    for _, inputs, statistics, g in work:
+        sums = _sums(inputs, g)
+        _compiled.call(
+            "layer_norm_modulate_backward", g.dx.device, _arguments(inputs, statistics, 0.0),
+            *map(_compiled.strided, g[:3]), g.dx.data_ptr(), 0 if g.dy is None else g.dy.data_ptr(),
+            sums[0].data_ptr() if g.sum_modulations else 0, sums[-1].data_ptr() if g.sum_gate else 0,
+        )  # fmt: skip
+        found.append(sums)
+    return found
 
 
-def _no_tokens(inputs: _Inputs, _statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
-    return tuple(out.zero_() for out in _sums(inputs, g))
+def _no_tokens(work: Sequence[_Work]) -> list[tuple[Tensor, ...]]:
+    return [tuple(out.zero_() for out in _sums(w.inputs, w.gradients)) for w in work]
 
 
 def _sums(inputs: _Inputs, g: _Gradients) -> tuple[Tensor, ...]:
@@ -224,40 +262,61 @@ def _sums(inputs: _Inputs, g: _Gradients) -> tuple[Tensor, ...]:
     return torch.empty(g.kinds, *inputs.scale.shape, dtype=g.dx.dtype, device=g.dx.device).unbind()
 
 
-def _forward_triton(inputs: _Inputs, eps: float, statistics: Tensor | None, outputs: Sequence[Tensor]) -> None:
+def _forward_triton(
+    streams: Sequence[_Inputs], statistics: Sequence[Tensor | None], outputs: Sequence[tuple[Tensor, ...]], eps: float
+) -> None:
     from fdfo_engine.kernels.layer_norm_modulate import layer_norm_modulate_forward_kernel  # triton: only where it runs
 
-    x, y, *rows = inputs
-    (B, S, D), residual, second = x.shape, inputs.gate is not None, inputs.scale2 is not None
-    targets: list[Tensor | None] = [*[None] * (not residual), *outputs, *[None] * (not second)]
-    block, warps = tile(D)
+    x, targets = streams[0].x, []
+    for s, out in zip(streams, outputs, strict=True):
+        targets.append([*[None] * (s.gate is None), *out, *[None] * (s.scale2 is None)])
+    block, warps = tile(x.shape[2])
     with torch.cuda.device_of(x):  # triton launches on the current device, not on the tensor's
-        layer_norm_modulate_forward_kernel[(B * S,)](
-            *inputs, statistics, *targets, S, D,
-            *_compiled.strided(x)[1:], *_compiled.strided(y)[1:], *(_compiled.row_strided(row)[1] for row in rows), eps,
-            RESIDUAL=residual, SECOND=second, KEEP=statistics is not None, BLOCK=block, num_warps=warps,
-            enable_fp_fusion=False,
+        layer_norm_modulate_forward_kernel[(sum(s.x.shape[0] * s.x.shape[1] for s in streams),)](
+            *zip(*streams, strict=True), tuple(statistics), *zip(*targets, strict=True), len(x),
+            tuple(s.x.shape[1] for s in streams), x.shape[2], *_token_strides([s.x for s in streams]),
+            *_token_strides([s.y for s in streams]), *map(_row_strides, list(zip(*streams, strict=True))[2:]), eps,
+            STREAMS=len(streams), BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def _backward_triton(inputs: _Inputs, statistics: Tensor, g: _Gradients) -> tuple[Tensor, ...]:
+def _backward_triton(work: Sequence[_Work]) -> list[tuple[Tensor, ...]]:
+    if len({w.gradients.sum_modulations for w in work}) > 1:
+        return [sums for w in work for sums in _backward_triton([w])]
     from fdfo_engine.kernels.layer_norm_modulate import layer_norm_modulate_backward_kernel
 
-    (B, S, D), tokens = inputs.x.shape, TOKENS if g.kinds else 1
-    rows = inputs.gate, inputs.scale, inputs.scale2
-    partial = torch.empty(B, -(-S // tokens), g.kinds, D, dtype=torch.float32, device=g.dx.device)
-    block, warps = tile(D)
-    with torch.cuda.device_of(g.dx):
-        layer_norm_modulate_backward_kernel[(B * partial.shape[1],)](
-            inputs.x, inputs.y, *rows, statistics, *g[:5], partial, S, D,
-            *_compiled.strided(inputs.x)[1:], *_compiled.strided(inputs.y)[1:],
-            *(_compiled.row_strided(row)[1] for row in rows),
-            *(stride for upstream in g[:3] for stride in _compiled.strided(upstream)[1:]),
-            RESIDUAL=inputs.gate is not None, SECOND=g.upstream2 is not None, UPSTREAM_X=g.upstream_x is not None,
-            SUM_MODULATIONS=g.sum_modulations, SUM_GATE=g.sum_gate, KINDS=g.kinds, TOKENS=tokens, BLOCK=block,
+    xs, ys, gates, scales, _, scale2s, _ = zip(*(w.inputs for w in work), strict=True)
+    gradients = [w.gradients for w in work]
+    tokens = TOKENS if any(g.kinds for g in gradients) else 1
+    counts = [xs[0].shape[0] * -(-x.shape[1] // tokens) for x in xs]
+    partials = tuple(
+        torch.empty(count, g.kinds, x.shape[2], dtype=torch.float32, device=x.device)
+        for count, g, x in zip(counts, gradients, xs, strict=True)
+    )
+    block, warps = tile(xs[0].shape[2])
+    upstreams = [*zip(*(g[:5] for g in gradients), strict=True)]
+    with torch.cuda.device_of(xs[0]):
+        layer_norm_modulate_backward_kernel[(sum(counts),)](
+            xs, ys, gates, scales, scale2s, tuple(w.statistics for w in work), *upstreams, partials, len(xs[0]),
+            tuple(x.shape[1] for x in xs), xs[0].shape[2], *_token_strides(xs), *_token_strides(ys),
+            *map(_row_strides, (gates, scales, scale2s)),
+            *(strides for upstream in upstreams[:3] for strides in _token_strides(upstream)),
+            STREAMS=len(work), SUM_MODULATIONS=gradients[0].sum_modulations, TOKENS=tokens, BLOCK=block,
             num_warps=2 * warps, enable_fp_fusion=False,
         )  # fmt: skip
-    return partial.sum(1).to(g.dx.dtype).unbind(1)
+    return [
+        part.unflatten(0, (len(x), -1)).sum(1).to(x.dtype).unbind(1) if g.kinds else ()
+        for part, x, g in zip(partials, xs, gradients, strict=True)
+    ]
+
+
+def _row_strides(rows: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(_compiled.row_strided(row)[1] for row in rows)
+
+
+def _token_strides(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides of samples and of tokens, of each stream."""
+    return tuple(_compiled.strided(t)[1] for t in tensors), tuple(_compiled.strided(t)[2] for t in tensors)
 
 
 def tile(size: int) -> tuple[int, int]:

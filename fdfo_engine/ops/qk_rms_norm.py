@@ -19,11 +19,14 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class QKV(NamedTuple):
-    """Projections of one token stream, and the weights of its norms; without a weight, that one is not normed."""
+    """Projections of one token stream, and the weights of its norms; without a weight, that one is not normed.
+
+    v is None where the values of all streams are packed already.
+    """
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     q_weight: Tensor | None = None
     k_weight: Tensor | None = None
 
@@ -35,7 +38,7 @@ def qk_rms_norm(
     rotary: Rotary | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`x * rsqrt(mean(x^2) + eps) * weight` of q and k by head, then the rotary embedding; streams packed by tokens.
 
     As diffusers' `RMSNorm` rounds: with weights in the activations' dtype the normed value and its product with the
@@ -54,8 +57,8 @@ def qk_rms_norm(
         backend: None takes the fastest that runs on the tensors' device; a name of `ops.backends` forces one.
 
     Returns:
-        q, k and v, `[B, sum S_i, H, E]`, contiguous, in the dtype of the activations. With one stream a contiguous v
-        is not copied: the result is a view of it.
+        q, k and v, `[B, sum S_i, H, E]`, contiguous, in the dtype of the activations. With one stream v is not copied:
+        the result is a view of it, with its strides. Where the streams have no v there is none.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; more than two streams.
@@ -67,21 +70,24 @@ def qk_rms_norm(
     if rotary is not None:
         _check_rotary(op, rotary, streams, head_size)
     implementation = _dispatch.choose(op, OFFERED, streams[0].q.device, forced=backend)
-    only_v = streams[0].v if len(streams) == 1 and streams[0].v.is_contiguous() else None
+    only_v = streams[0].v if len(streams) == 1 else None
+    if only_v is not None:
+        streams = [streams[0]._replace(v=None)]
     if implementation == "torch":
         packed = qk_rms_norm_reference(streams, head_size, rotary, eps)
     else:
         settings = _Settings(head_size, eps, implementation, *rotary or (None, None))
-        flat = [t for s in streams for t in (s.q, s.k, s.v if only_v is None else None, s.q_weight, s.k_weight)]
-        packed = _QkRmsNorm.apply(settings, *flat)
-    return packed[0], packed[1], packed[2] if only_v is None else only_v.unflatten(2, (-1, head_size))
+        packed = _QkRmsNorm.apply(settings, *(tensor for stream in streams for tensor in stream))
+    v = packed[2] if len(packed) == 3 else None
+    return packed[0], packed[1], v if only_v is None else only_v.unflatten(2, (-1, head_size))
 
 
 def qk_rms_norm_reference(
     streams: Sequence[QKV], head_size: int, rotary: Rotary | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The specification."""
-    q, k, v = ([x.unflatten(2, (-1, head_size)) for x in xs] for xs in list(zip(*streams, strict=True))[:3])
+    q, k = ([x.unflatten(2, (-1, head_size)) for x in xs] for xs in zip(*((s.q, s.k) for s in streams), strict=True))
+    values = [s.v.unflatten(2, (-1, head_size)) for s in streams if s.v is not None]
     packed = []
     for heads, weights in ((q, [s.q_weight for s in streams]), (k, [s.k_weight for s in streams])):
         x_BSHE = torch.cat([_normed(x, w, eps) for x, w in zip(heads, weights, strict=True)], 1)
@@ -89,8 +95,8 @@ def qk_rms_norm_reference(
             cos, sin = (table[:, None] for table in rotary)
             even, odd = x_BSHE.float().unflatten(3, (-1, 2)).unbind(4)
             x_BSHE = x_BSHE.float() * cos + torch.stack((-odd, even), 4).flatten(3) * sin
-        packed.append(x_BSHE.to(v[0].dtype).contiguous())
-    return packed[0], packed[1], torch.cat(v, 1).contiguous()
+        packed.append(x_BSHE.to(streams[0].q.dtype).contiguous())
+    return packed[0], packed[1], torch.cat(values, 1).contiguous() if values else None
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -323,9 +329,10 @@ def _check_streams(op: str, streams: Sequence[QKV], head_size: int) -> None:
     dtypes, device = (first.dtype,), first.device
     weights = [w for s in streams for w in (s.q_weight, s.k_weight) if isinstance(w, Tensor)]
     of_weights = (weights[0].dtype,) if weights and weights[0].dtype == torch.float32 else dtypes
+    names = ("q", "k") if all(s.v is None for s in streams) else ("q", "k", "v")
     for i, stream in enumerate(streams):
         tokens = stream.q.shape[1] if isinstance(stream.q, Tensor) and stream.q.ndim == 3 else 0
-        for name in ("q", "k", "v"):
+        for name in names:
             shape = (first.shape[0], tokens, first.shape[2])
             _checks.tensor(op, f"streams[{i}].{name}", getattr(stream, name), dtypes, shape=shape, device=device)
         for name in ("q_weight", "k_weight"):

@@ -47,6 +47,33 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_own(variant, train):
     assert_as_close(forward_backward(model, given), plain, exact)
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Ops run their Triton kernels, by the interpreter."""
+    monkeypatch.setattr("fdfo_engine.ops._dispatch.choose", lambda *_, **__: "triton")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("train", TRAINED)
+def test_triton_is_diffusers_own(variant, train):
+    model = TRAINED[train](build(variant, layers=1, single_layers=1))
+    exact = forward_backward(model, inputs(variant, 2))
+    fuse(model)
+    assert_equal_runs(forward_backward(model, inputs(variant, 2)), exact)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("recompute", ["none", "fc1"])
+def test_triton_in_bfloat16_is_as_close_to_float32_as_diffusers_own(variant, recompute):
+    model = adapted(build(variant, heads=4, head_size=16).bfloat16())
+    given = inputs(variant, 4, dtype=torch.bfloat16)
+    exact = forward_backward(in_float32(model), as_float32(given))
+    plain = forward_backward(model, given)
+    fuse(model, recompute=recompute)
+    assert_as_close(forward_backward(model, given), plain, exact)
+
+
 @pytest.mark.parametrize("recompute", ["fc1", "block"])
 @pytest.mark.parametrize("train", ["lora everywhere", "full"])
 def test_recomputing_changes_nothing(variant, train, recompute):

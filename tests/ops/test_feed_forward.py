@@ -169,3 +169,32 @@ REFUSALS = [
 def test_refuses(bad, message):
     with pytest.raises(ValueError, match=f"feed_forward: {message}"):
         ops.feed_forward(**GOOD | bad)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_input_beside(dtype, recompute, backend, device):
+    """As one product of both, joined; autograd keeps the second weight itself, not a view of it."""
+    shapes = ((2, 5, 12), (18, 12), (18,), (8, 10 + 18), (8,), (2, 5, 10))
+    leaves = [(draw(*s, seed=i) * s[-1] ** -0.5).to(device, dtype).requires_grad_() for i, s in enumerate(shapes)]
+    upstream = draw(2, 5, 8, seed=9, dtype=dtype, device=device)
+
+    def joined(x, w1, b1, w2, b2, beside):
+        hidden = torch.nn.functional.gelu(torch.nn.functional.linear(x, w1, b1), approximate="tanh")
+        return torch.nn.functional.linear(torch.cat([beside, hidden], 2), w2, b2)
+
+    def run(tensors, function, upstream):
+        y = function(*tensors)
+        return [y, *torch.autograd.grad(y, tensors, upstream)]
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        found = run(
+            leaves, lambda *a: ops.feed_forward(*a[:5], beside=a[5], recompute=recompute, backend=backend), upstream
+        )
+    of_w2 = [t for t in saved if t.untyped_storage().data_ptr() == leaves[3].untyped_storage().data_ptr()]
+    assert [tuple(t.shape) for t in of_w2] == [(8, 28)]
+    assert not any(t._is_view() for t in of_w2)
+    exact = run([t.detach().double().requires_grad_() for t in leaves], joined, upstream.double())
+    for i, (actual, plain, value) in enumerate(zip(found, run(leaves, joined, upstream), exact, strict=True)):
+        assert_as_good_as(actual, plain, value, name=str(i), floor=2e-6)

@@ -193,3 +193,69 @@ def test_residual_refuses(bad, message):
 def test_norm_refuses(bad, message):
     with pytest.raises(ValueError, match=f"gated_residual_norm: {message}"):
         ops.gated_residual_norm(**{"x": X, "y": X, "gate": ROW, "scale": ROW, "shift": ROW} | bad)
+
+
+def both_streams(backend, device, dtype, kinds):
+    """Each kind of stream, its leaves, and what `gated_residual_norm` or `layer_norm_modulate` alone makes of it."""
+    found = []
+    for i, kind in enumerate(kinds):
+        x, y, *rows = inputs((2, 5 - 2 * i, 130), dtype, device, rows=5)
+        gate, scale, shift, scale2, shift2 = rows
+        second = {"scale2": scale2, "shift2": shift2} if "two" in kind else {}
+        if "gate" in kind:
+            stream = ops.NormStream(x, scale, shift, y, gate, **second)
+            alone = ops.gated_residual_norm(x, y, gate, scale, shift, **second, backend=backend)
+        else:
+            stream = ops.NormStream(x, scale, shift, **second)
+            alone = ops.layer_norm_modulate(x, scale, shift, **second, backend=backend)
+            alone = (x, *alone) if second else (x, alone)
+        found.append((stream, [t for t in stream if t is not None], alone))
+    return found
+
+
+@pytest.mark.parametrize("kinds", [("gate two", "gate"), ("two", "plain"), ("plain", "gate"), ("gate",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streams_together_are_as_alone(dtype, kinds, backend, device):
+    """To the bit, outputs and gradients, and where a stream's outputs are not used."""
+    streams = both_streams(backend, device, dtype, kinds)
+    together = ops.gated_residual_norms([stream for stream, _, _ in streams], backend=backend)
+    for outputs, (_, _, alone) in zip(together, streams, strict=True):
+        assert len(outputs) == len(alone)
+        assert all(map(torch.equal, outputs, alone))
+    for used in ([0], list(range(len(streams)))):
+        leaves = [t for i in used for t in streams[i][1]]
+        results = []
+        for outs in (together, [alone for _, _, alone in streams]):
+            flat = [t for i in used for t in outs[i] if t.grad_fn is not None]
+            results.append(torch.autograd.grad(flat, leaves, [upstream(t) for t in flat], retain_graph=True))
+        assert all(map(torch.equal, *results))
+
+
+def test_a_stream_without_tokens_beside_one_with(backend, device):
+    (full, leaves, alone), _ = both_streams(backend, device, torch.float32, ("gate", "gate"))
+    none = full._replace(x=full.x[:, :0], y=full.y[:, :0])
+    (first, second) = ops.gated_residual_norms([none, full], backend=backend)
+    assert first[1].shape == (2, 0, 130)
+    assert torch.equal(second[1], alone[1])
+    found = torch.autograd.grad(first[1].sum() + second[1].sum(), leaves)
+    assert all(map(torch.equal, found, torch.autograd.grad(alone[1].sum(), leaves)))
+
+
+GOOD = ops.NormStream(X, ROW, ROW, X, ROW)
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ([], "streams is of length 0"),
+        ([GOOD] * 3, "streams is of length 3; it takes one to 2"),
+        ([GOOD, GOOD._replace(gate=None)], r"streams\[1\].gate is None"),
+        ([GOOD, GOOD._replace(y=None)], r"streams\[1\].y is None"),
+        ([GOOD, GOOD._replace(x=X[:1])], r"streams\[1\].x is"),
+        ([GOOD, GOOD._replace(x=X.half())], r"streams\[1\].x is"),
+        ([GOOD, GOOD._replace(scale=X)], "scale is"),
+    ],
+)
+def test_streams_refuse(streams, message):
+    with pytest.raises(ValueError, match=f"gated_residual_norms: {message}"):
+        ops.gated_residual_norms(streams)

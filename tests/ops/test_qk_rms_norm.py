@@ -175,8 +175,22 @@ def test_a_stream_alone_keeps_its_v(backend, device):
     assert v.data_ptr() == stream.v.data_ptr()
     assert v.shape == (2, 4, 3, 64)
     strided = stream._replace(v=stream.v.detach().transpose(0, 1).contiguous().transpose(0, 1))
-    assert ops.qk_rms_norm([strided], head_size=64, backend=backend)[2].is_contiguous()
-    assert_right([strided._replace(v=strided.v.requires_grad_(), q=stream.q)], backend) if backend == "torch" else None
+    v = ops.qk_rms_norm([strided], head_size=64, backend=backend)[2]
+    assert v.data_ptr() == strided.v.data_ptr()
+    assert torch.equal(v, stream.v.unflatten(2, (3, 64)))
+
+
+def test_values_that_are_packed_already(backend, device):
+    streams = make(device=device)
+    (q, k, _), grads = run(streams, backend)
+    bare = [s._replace(v=None) for s in streams]
+    found_q, found_k, v = ops.qk_rms_norm(bare, head_size=64, backend=backend)
+    assert v is None
+    assert torch.equal(found_q, q)
+    assert torch.equal(found_k, k)
+    leaves = [t for s in bare for t in (s.q, s.k, s.q_weight, s.k_weight)]
+    found = torch.autograd.grad((found_q, found_k), leaves, upstream((q, k)))
+    assert all(map(torch.equal, found, [g for i, g in enumerate(grads) if i % 5 != 2]))
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -295,6 +309,7 @@ REFUSALS = [
     ({"streams": [GOOD._replace(v=X.bfloat16())]}, r"streams\[0\].v is torch.bfloat16"),
     ({"streams": [GOOD, GOOD._replace(q=X[:1])]}, r"streams\[1\].q is"),
     ({"streams": [GOOD, GOOD._replace(v=X.to("meta"))]}, r"streams\[1\].v is on meta"),
+    ({"streams": [GOOD, GOOD._replace(v=None)]}, r"streams\[1\].v is NoneType"),
     ({"streams": [GOOD, GOOD._replace(q=None)]}, r"streams\[1\].q is NoneType"),
     ({"streams": [GOOD._replace(q_weight=W[:3])]}, r"streams\[0\].q_weight is"),
     ({"streams": [GOOD, GOOD._replace(k_weight=W.bfloat16())]}, r"streams\[1\].k_weight is torch.bfloat16"),

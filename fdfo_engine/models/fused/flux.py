@@ -8,8 +8,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from fdfo_engine.models.fused.linear import parts_of, project
+from fdfo_engine.models.fused.linear import parts_of, project, project_parts
 from fdfo_engine.models.fused.modulation import (
+    Attended,
     Modulations,
     Residual,
     attend_and_feed,
@@ -18,7 +19,7 @@ from fdfo_engine.models.fused.modulation import (
 )
 from fdfo_engine.models.fused.sd3 import Rows, final_layer, run_block
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
-from fdfo_engine.ops import feed_forward, gated_residual, layer_norm_modulate
+from fdfo_engine.ops import NormStream, feed_forward, gated_residual, gated_residual_norms, layer_norm_modulate
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -48,13 +49,18 @@ class FusedDoubleBlock:
         row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
         shift, scale, gate, *feed = row.chunk(6, 1)
         text_shift, text_scale, text_gate, *text_feed = text_row.chunk(6, 1)
-        n, text_n = layer_norm_modulate(x, scale, shift), layer_norm_modulate(text, text_scale, text_shift)
-        text_mixed, mixed = self.attention(text_n, n, rotary=image_rotary_emb)
-        out, text_out = project(block.attn.to_out[0], mixed), project(block.attn.to_add_out, text_mixed)
-        text_ff, recompute = block.ff_context, self.recompute
-        x = attend_and_feed(x, out, gate, feed, block.ff, recompute=recompute).joined()
-        text = attend_and_feed(text, text_out, text_gate, text_feed, text_ff, recompute=recompute).joined()
-        return within_half(text), x
+        (_, n), (_, text_n) = gated_residual_norms(
+            [NormStream(x, scale, shift), NormStream(text, text_scale, text_shift)]
+        )
+        mixed = self.attention(text_n, n, rotary=image_rotary_emb)
+        layers = [block.attn.to_add_out, block.attn.to_out[0]]
+        text_out, out = project_parts(layers, mixed, [text.shape[1], x.shape[1]])
+        attended = (
+            Attended(x, out, gate, feed, block.ff),
+            Attended(text, text_out, text_gate, text_feed, block.ff_context),
+        )
+        found, found_text = attend_and_feed(attended, recompute=self.recompute)
+        return within_half(found_text.joined()), found.joined()
 
 
 class FusedSingleBlock:
@@ -83,7 +89,7 @@ class FusedSingleBlock:
             x = torch.cat([text, x], 1)
         shift, scale, gate = modulation_of(self.block.norm, temb, modulation[0]).chunk(3, 1)
         n = layer_norm_modulate(x, scale, shift)
-        (mixed,) = self.attention(n, rotary=image_rotary_emb)
+        mixed = self.attention(n, rotary=image_rotary_emb)
         x = within_half(gated_residual(x, self._out(n, mixed), gate))
         if text is None:
             return None, x
@@ -95,9 +101,7 @@ class FusedSingleBlock:
         up, down = parts_of(self.block.proj_mlp), parts_of(self.block.proj_out)
         if up.lora_a is not None or down.lora_a is not None:
             return project(self.block.proj_out, torch.cat([mixed, project(self.block.proj_mlp, n, gelu=True)], 2))
-        width = mixed.shape[2]
-        fed = feed_forward(n, *up[:2], down.weight[:, width:], down.bias, recompute=self.recompute)
-        return torch.addmm(fed.flatten(0, 1), mixed.flatten(0, 1), down.weight[:, :width].t()).view_as(fed)
+        return feed_forward(n, *up[:2], *down[:2], beside=mixed, recompute=self.recompute)
 
 
 class FusedFlux:

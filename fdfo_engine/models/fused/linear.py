@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.refusals import adapter_refusals
-from fdfo_engine.ops import feed_forward, lora_linear, lora_linear_group
+from fdfo_engine.ops import feed_forward, lora_linear, lora_linear_group, lora_linear_streams
 
 
 class LinearParts(NamedTuple):
@@ -59,9 +59,38 @@ def project_all(layers: Sequence[nn.Module], x: Tensor, joint: JointWeights | No
     parts = [parts_of(layer) for layer in layers]
     if joint is not None and all(p.lora_a is None for p in parts) and joint.runs([base_of(layer) for layer in layers]):
         return joint.together(x)
-    if len({p.scaling for p in parts}) > 1:
+    scalings = _scalings(parts)
+    if len(scalings) > 1:
         return tuple(lora_linear(x, *p) for p in parts)
-    return lora_linear_group(x, [p[:4] for p in parts], parts[0].scaling)
+    return lora_linear_group(x, [p[:4] for p in parts], scalings[0])
+
+
+def project_streams(
+    streams: Sequence[Sequence[nn.Module]], joints: Sequence[JointWeights | None], tokens: Sequence[Tensor]
+) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+    """Queries, keys and values of each stream; where one call makes those of several, their values come packed."""
+    parts = [[parts_of(layer) for layer in layers] for layers in streams]
+    scalings = _scalings([p for stream in parts for p in stream])
+    if len(scalings) > 1 or all(p.lora_a is None for stream in parts for p in stream):
+        each = zip(streams, tokens, joints, strict=True)
+        return [project_all(layers, x, joint) for layers, x, joint in each], None
+    linears = [[p[:4] for p in stream] for stream in parts]
+    return lora_linear_streams(tokens, linears, scalings[0], packed=len(tokens) > 1)
+
+
+def project_parts(layers: Sequence[nn.Module], x: Tensor, tokens: Sequence[int]) -> list[Tensor]:
+    """`layer(part)` of the streams of `tokens` that lie in x one after the other; it may hold more than that."""
+    parts = [parts_of(layer) for layer in layers]
+    scalings = _scalings(parts)
+    if len(scalings) > 1:
+        split = x.split([*tokens, x.shape[1] - sum(tokens)], 1)[:-1]
+        return [lora_linear(part, *p) for part, p in zip(split, parts, strict=True)]
+    return [y for (y,) in lora_linear_streams(x, [[p[:4]] for p in parts], scalings[0], tokens=tokens)[0]]
+
+
+def _scalings(parts: Sequence[LinearParts]) -> list[float]:
+    """Of the adapters: different ones, at least one."""
+    return list({p.scaling for p in parts if p.lora_a is not None}) or [1.0]
 
 
 def feed_forward_of(module: Any, x: Tensor, *, recompute: bool) -> Tensor:

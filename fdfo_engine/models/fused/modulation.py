@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.linear import feed_forward_of, project
-from fdfo_engine.ops import gated_residual, gated_residual_norm, layer_norm_modulate
+from fdfo_engine.ops import NormStream, gated_residual, gated_residual_norms
 
 
 class Modulations:
@@ -39,25 +39,32 @@ class Residual(NamedTuple):
     y: Tensor | None = None
     gate: Tensor | None = None
 
-    def normed(self, scale: Tensor, shift: Tensor, **second: Any) -> tuple[Tensor, ...]:
-        """The sum and its norm, modulated, once or twice."""
-        if self.y is not None and self.gate is not None:
-            return gated_residual_norm(self.x, self.y, self.gate, scale, shift, **second)
-        found: Any = layer_norm_modulate(self.x, scale, shift, **second)
-        return (self.x, *found) if second else (self.x, found)
+    def to_norm(self, scale: Tensor, shift: Tensor, **second: Tensor) -> NormStream:
+        """What `gated_residual_norms` takes for the sum and its norm, modulated, once or twice."""
+        return NormStream(self.x, scale, shift, self.y, self.gate, **second)
 
     def joined(self) -> Tensor:
         """The sum."""
         return self.x if self.y is None or self.gate is None else gated_residual(self.x, self.y, self.gate)
 
 
-def attend_and_feed(
-    x: Tensor, out: Tensor, gate: Tensor, feed: Sequence[Tensor], module: Any, *, recompute: bool
-) -> Residual:
-    """The residual stream after attention's `out` and the feed-forward `module`; `feed` are shift, scale and gate."""
-    shift, scale, feed_gate = feed
-    x, n = gated_residual_norm(x, out, gate, scale, shift)
-    return Residual(x, feed_forward_of(module, n, recompute=recompute), feed_gate)
+class Attended(NamedTuple):
+    """A stream before its attention's gated output is added, and its feed-forward with shift, scale and gate."""
+
+    x: Tensor
+    out: Tensor
+    gate: Tensor
+    feed: Sequence[Tensor]
+    module: Any
+
+
+def attend_and_feed(streams: Sequence[Attended], *, recompute: bool) -> list[Residual]:
+    """The residual streams after attention and feed-forward."""
+    normed = gated_residual_norms([NormStream(s.x, s.feed[1], s.feed[0], s.out, s.gate) for s in streams])
+    return [
+        Residual(x, feed_forward_of(s.module, n, recompute=recompute), s.feed[2])
+        for (x, n), s in zip(normed, streams, strict=True)
+    ]
 
 
 def refuse_attention_kwargs(kwargs: dict[str, Any] | None) -> None:

@@ -9,8 +9,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fdfo_engine.models.fused.linear import project
+from fdfo_engine.models.fused.linear import project, project_parts
 from fdfo_engine.models.fused.modulation import (
+    Attended,
     Modulations,
     Residual,
     attend_and_feed,
@@ -18,7 +19,7 @@ from fdfo_engine.models.fused.modulation import (
     refuse_attention_kwargs,
 )
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
-from fdfo_engine.ops import gated_residual
+from fdfo_engine.ops import NormStream, gated_residual, gated_residual_norms
 
 Rows = tuple[Tensor | None, Tensor | None]
 Carried = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -53,47 +54,46 @@ class FusedJointBlock:
         refuse_attention_kwargs(joint_attention_kwargs)
         y, gate, text_y, text_gate = carried or NOTHING
         row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
-        image = self._image_norm(Residual(hidden_states, y, gate), row)
-        text, text_n, text_gates = self._text_norm(Residual(encoder_hidden_states, text_y, text_gate), text_row)
-        found_text, found = self._attend(image, text, text_n, text_gates)
+        image, gates = self._image_norm(Residual(hidden_states, y, gate), row)
+        text, text_gates = self._text_norm(Residual(encoder_hidden_states, text_y, text_gate), text_row)
+        (x, *norms), (text_x, text_n) = gated_residual_norms([image, text])
+        found, *found_text = self._attend(x, norms, gates, text_x, text_n, text_gates)
         if carried is None:
-            return None if found_text is None else found_text.joined(), found.joined()
-        text_x, *text_rest = found_text or (None, None, None)
-        return text_x, found.x, (*found[1:], *text_rest)
+            return found_text[0].joined() if found_text else None, found.joined()
+        last = found_text[0] if found_text else (None, None, None)
+        return last[0], found.x, (*found[1:], *last[1:])
 
-    def _image_norm(self, residual: Residual, row: Tensor) -> tuple[Any, ...]:
-        """The stream, its norms, and the rest of its modulation."""
+    def _image_norm(self, residual: Residual, row: Tensor) -> tuple[NormStream, list[Tensor]]:
+        """The stream with the modulation of its norms, and the rest of its modulation."""
         if self.attention2 is None:
             shift, scale, *gates = row.chunk(6, 1)
-            x, *norms = residual.normed(scale, shift)
-        else:
-            shift, scale, gate, *feed, shift2, scale2, gate2 = row.chunk(9, 1)
-            x, *norms = residual.normed(scale, shift, scale2=scale2, shift2=shift2)
-            gates = [gate, *feed, gate2]
-        return x, norms, gates
+            return residual.to_norm(scale, shift), gates
+        shift, scale, gate, *feed, shift2, scale2, gate2 = row.chunk(9, 1)
+        return residual.to_norm(scale, shift, scale2=scale2, shift2=shift2), [gate, *feed, gate2]
 
-    def _text_norm(self, residual: Residual, row: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _text_norm(self, residual: Residual, row: Tensor) -> tuple[NormStream, list[Tensor]]:
         if self.block.context_pre_only:
             scale, shift = row.chunk(2, 1)
-            return *residual.normed(scale, shift), ()  # type: ignore[return-value]
+            return residual.to_norm(scale, shift), []
         shift, scale, *gates = row.chunk(6, 1)
-        return *residual.normed(scale, shift), tuple(gates)  # type: ignore[return-value]
+        return residual.to_norm(scale, shift), gates
 
     def _attend(
-        self, image: tuple[Any, ...], text: Tensor, text_n: Tensor, text_gates: tuple[Tensor, ...]
-    ) -> tuple[Residual | None, Residual]:
-        block, (x, norms, (gate, *feed)) = self.block, image
-        mixed, text_mixed = self.attention(norms[0], text_n)
-        out = project(block.attn.to_out[0], mixed)
+        self, x: Tensor, norms: list[Tensor], gates: list[Tensor], text: Tensor, text_n: Tensor,
+        text_gates: list[Tensor],
+    ) -> list[Residual]:  # fmt: skip
+        """The streams of image and, but for the last block, text."""
+        block, (gate, *feed), streams = self.block, gates, list[Attended]()
+        layers = [block.attn.to_out[0], *([] if block.context_pre_only else [block.attn.to_add_out])]
+        mixed, tokens = self.attention(norms[0], text_n), [x.shape[1], text.shape[1]][: len(layers)]
+        out, *text_out = project_parts(layers, mixed, tokens)
         if self.attention2 is not None:
             x = gated_residual(x, out, gate)
-            out, gate = project(block.attn2.to_out[0], *self.attention2(norms[1])), feed.pop()
-        found = attend_and_feed(x, out, gate, feed, block.ff, recompute=self.recompute)
-        if block.context_pre_only:
-            return None, found
-        text_out, (text_gate, *text_feed) = project(block.attn.to_add_out, text_mixed), text_gates
-        ff = block.ff_context
-        return attend_and_feed(text, text_out, text_gate, text_feed, ff, recompute=self.recompute), found
+            out, gate = project(block.attn2.to_out[0], self.attention2(norms[1])), feed.pop()
+        if text_out:
+            text_gate, *text_feed = text_gates
+            streams = [Attended(text, text_out[0], text_gate, text_feed, block.ff_context)]
+        return attend_and_feed([Attended(x, out, gate, feed, block.ff), *streams], recompute=self.recompute)
 
 
 class FusedSD3:
@@ -154,7 +154,7 @@ def run_block(model: Any, block: Any, *arguments: Any) -> Any:
 def final_layer(model: Any, residual: Residual, temb: Tensor, row: Tensor | None) -> Tensor:
     """The last norm and projection, whose layers are called as modules: ZeRO-3 gathers them in the call."""
     scale, shift = (model.norm_out.linear(silu(temb)) if row is None else row).chunk(2, 1)
-    out: Tensor = model.proj_out(residual.normed(scale, shift)[1])
+    out: Tensor = model.proj_out(gated_residual_norms([residual.to_norm(scale, shift)])[0][1])
     return out
 
 

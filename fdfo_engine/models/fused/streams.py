@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fdfo_engine.models.fused.attention import attention
 from fdfo_engine.models.fused.joint_weights import JointWeights
-from fdfo_engine.models.fused.linear import base_of, project_all
+from fdfo_engine.models.fused.linear import base_of, project_streams
 from fdfo_engine.ops import QKV, qk_rms_norm
 
 IMAGE = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
@@ -30,16 +30,17 @@ class Stream:
     def __init__(self, module: Any, names: tuple[tuple[str, ...], tuple[str, ...]], *, rehome: bool) -> None:
         self.module = module
         self.layer_names, self.norm_names = names
-        bases = [base_of(layer) for layer in self._layers()]
+        bases = [base_of(layer) for layer in self.layers()]
         self.joint = JointWeights.of(bases) if rehome else None
 
-    def __call__(self, x: Tensor) -> QKV:
-        """The projections of `x`, not yet normed."""
-        norms = [getattr(self.module, name, None) for name in self.norm_names]
-        return QKV(*project_all(self._layers(), x, self.joint), *(None if n is None else n.weight for n in norms))
-
-    def _layers(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
+        """The projections to queries, keys and values, as they are now."""
         return [getattr(self.module, name) for name in self.layer_names]
+
+    def norm_weights(self) -> list[Tensor | None]:
+        """Of the norms of queries and keys; None without a norm."""
+        norms = [getattr(self.module, name, None) for name in self.norm_names]
+        return [None if norm is None else norm.weight for norm in norms]
 
 
 class StreamAttention:
@@ -56,9 +57,15 @@ class StreamAttention:
         """Buffers that hold the weights of its projections."""
         return [stream.joint for stream in self.streams if stream.joint is not None]
 
-    def __call__(self, *tokens: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Each stream's share of the attention's output, `[B, S_i, H * E]`."""
-        streams = [stream(x) for stream, x in zip(self.streams, tokens, strict=True)]
+    def __call__(self, *tokens: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The attention's output, `[B, sum S_i, H * E]`: the tokens of the streams in order."""
+        joints = [stream.joint for stream in self.streams]
+        made, packed_v = project_streams([stream.layers() for stream in self.streams], joints, tokens)
+        streams = [
+            QKV(*qkv, *([] if packed_v is None else [None]), *stream.norm_weights())
+            for qkv, stream in zip(made, self.streams, strict=True)
+        ]
         q, k, v = qk_rms_norm(streams, head_size=self.head_size, rotary=rotary, eps=EPS)
-        mixed = attention(q, k, v, self.backend).flatten(2)
-        return mixed.split([x.shape[1] for x in tokens], 1) if len(tokens) > 1 else (mixed,)
+        v = packed_v.unflatten(2, q.shape[2:]) if v is None and packed_v is not None else v
+        assert v is not None
+        return attention(q, k, v, self.backend).flatten(2)
