@@ -18,7 +18,7 @@ from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
 from fdfo_engine.report.model_card import write_card
-from fdfo_engine.resources import kl_reference, pair_backend, plan_memory, rollout_network
+from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory, rollout_network
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
 from fdfo_engine.runtime.distributed import (
@@ -130,13 +130,14 @@ class Engine:
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
         together(lambda: self.sampler.warm([prompts[i] for i in local]))
         kept: dict[str, Tensor] = {}
-        for i, number in enumerate(self._in_step(own)):
-            block = together(partial(self._block, prompts, number))
-            if i < len(own):
-                _keep(kept, block, i, len(own))
-                if on_block is not None:
-                    texts = prompts[number * self._block_pairs : (number + 1) * self._block_pairs]
-                    on_block(texts, block.images[: len(texts)])
+        with self._gathered():
+            for i, number in enumerate(self._in_step(own)):
+                block = together(partial(self._block, prompts, number))
+                if i < len(own):
+                    _keep(kept, block, i, len(own))
+                    if on_block is not None:
+                        texts = prompts[number * self._block_pairs : (number + 1) * self._block_pairs]
+                        on_block(texts, block.images[: len(texts)])
         self.next_pair += count
         grid, joined = self.sampler.grid, {name: rows[: len(local)] for name, rows in kept.items()}
         return Rollout(
@@ -206,7 +207,7 @@ class Engine:
         size, count = self.config.evaluation.batch, len(prompts)
         own = _share(-(-count // size), "batches", may_idle=True)
         images = []
-        with self._using(weights):
+        with self._using(weights), self._gathered():
             for number in self._in_step(own):
                 indices = [min(i, count - 1) for i in range(number * size, (number + 1) * size)]
                 batch = [prompts[i] for i in indices]
@@ -324,6 +325,10 @@ class Engine:
         if weights == "ema" and self.ema is None:
             raise UsageError("weights = 'ema': the run keeps no average; set update.ema")
         return weights != "raw" and self.ema is not None
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        keeps = gathers_rollout(self.config, self.trainer.weight_bytes, self.device)
+        return self.trainer.whole_weights() if keeps else nullcontext()
 
     def _using(self, weights: Weights) -> AbstractContextManager[None]:
         if self._averages(weights) and self.ema is not None:

@@ -59,6 +59,20 @@ def kl_reference(config: Config, model: FlowModel) -> nn.Module | None:
     return reference
 
 
+def gathers_rollout(config: Config, weights: int, device: torch.device) -> bool:
+    """Whether a rollout at stage 3 holds the network's whole `weights`, bytes; auto leaves half of what is free.
+
+    Collective: where one rank has no room, none does.
+    """
+    if config.zero.stage < 3 or config.zero.gather_rollout != "auto":
+        return config.zero.stage == 3 and config.zero.gather_rollout is True
+    if device.type != "cuda":
+        return True
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + reserved
+    return not any_rank(2 * weights > free)
+
+
 def plan_memory(model: FlowModel, config: Config) -> Prediction | None:
     """The prediction for this GPU, and the micro-batch that fits every rank's; None where it could not be counted.
 

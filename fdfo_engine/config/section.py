@@ -1,14 +1,20 @@
 """What all sections of the settings share."""
 
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
 def frozen_list(value: object) -> object:
     """YAML has lists, frozen settings have tuples; strict mode would not take one for the other."""
     return tuple(value) if isinstance(value, list) else value
+
+
+Auto = Literal["auto"]
+Name = Annotated[str, Field(min_length=1)]
+NameList = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(frozen_list)]
 
 
 def refuse(problems: Iterable[tuple[str, str]]) -> None:

@@ -22,6 +22,8 @@ from fdfo_engine.runtime.distributed import any_rank, rank, world_size
 from fdfo_engine.runtime.memory import BUCKET_VALUES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEPT = -1
+"""A module that is none of DeepSpeed's numbers: a weight that it uses stays gathered."""
 
 
 class ZeroTrainer:
@@ -124,6 +126,30 @@ class ZeroTrainer:
         return int(max((slot["step"].item() for slot in self._inner.state.values()), default=0))
 
     @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within this context stage 3 gathers no weight again: every rank holds all of them, frozen ones too."""
+        if self.stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameters: list[Any] = list(self.engine.module.parameters())
+        with GatheredParameters(parameters):
+            for parameter in parameters:  # what a module still uses is not released after the call of another
+                parameter.ds_active_sub_modules.add(_KEPT)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(_KEPT)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What whole weights take on a rank, frozen ones too."""
+        parameters: Iterable[Any] = self.engine.module.parameters()
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+
+    @contextmanager
     def weights_swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Within this context the network computes with `weights`; its own come back after, bit for bit."""
         with self._gathered():
@@ -145,7 +171,7 @@ class ZeroTrainer:
         if self.stage < 3:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(self._parameters.values()), modifier_rank=0):
             yield

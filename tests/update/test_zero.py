@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from engine.launching import launch
 from safetensors.torch import load_file
 from update.zero_worker import PROMPTS, REWARDS, config_of, trace
@@ -122,6 +123,47 @@ def test_the_shapes_run_is_the_same_on_two_ranks(tmp_path):
     one = traced("shapes", tmp_path / "one", 1, "full", by="python", ranks=1)
     two = traced("shapes", tmp_path / "two", 1, "full", by="deepspeed", ranks=2)
     assert_same_training(two, one)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_a_rollout_at_stage_3_holds_whole_weights_or_gathers_them(tiny_sd3, tmp_path, monkeypatch, gathers):
+    """The same images; and with whole weights, not one is gathered in a call of the network."""
+    engine = Engine(config_of(tiny_sd3, tmp_path, 3, gather_rollout=gathers))
+    parameters = list(engine.trainer.engine.module.parameters())
+
+    def whole():
+        return sum(p.ds_status == ZeroParamStatus.AVAILABLE for p in parameters if not p.ds_persist)
+
+    seen, block = [], engine.sampler.sample_block
+
+    def watched(*words):
+        seen.append(whole())
+        sampled = block(*words)
+        seen.append(whole())
+        return sampled
+
+    monkeypatch.setattr(engine.sampler, "sample_block", watched)
+    images = engine.rollout(PROMPTS).images
+    sharded = sum(not p.ds_persist for p in parameters)
+    assert sharded > 0
+    assert set(seen) == ({sharded} if gathers else {0})
+    assert whole() == 0
+    plain = Engine(config_of(tiny_sd3, tmp_path / "plain", 0))
+    assert torch.equal(images, plain.rollout(PROMPTS).images)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_averaged_weights_take_the_place_of_the_last_ones_and_give_it_back(tiny_sd3, tmp_path, stage):
+    engine = Engine(config_of(tiny_sd3, tmp_path, stage, "full"))
+    before, own = engine.generate(PROMPTS), engine.trainer.weights()
+    halves = {name: weight / 2 for name, weight in own.items()}
+    with engine.trainer.weights_swapped(halves):
+        inside = engine.generate(PROMPTS)
+    assert torch.equal(engine.generate(PROMPTS), before)
+    assert all(torch.equal(weight, own[name]) for name, weight in engine.trainer.weights().items())
+    engine.trainer.load(halves, engine.trainer.state())
+    assert torch.equal(engine.generate(PROMPTS), inside)
+    assert not torch.equal(inside, before)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def config_of(pipeline, out, stage, train="lora", **zero):
         settings = {"run.dir": Path(out) / "run", "zero.stage": stage, "model.train": train, "update.ema": "null",
                     "sampling.pairs_per_epoch": PAIRS, "sampling.block_pairs": 1}  # fmt: skip
         return load_config("shapes", [f"{key}={value}" for key, value in settings.items()])
+    if stage == 3:  # DeepSpeed leaves small weights whole, and here all are small
+        zero["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     # 5 does not divide a block's items: micro-batches end at the block's border, or ranks would differ by 4e-6
     return tiny_config(
         Path(pipeline), Path(out) / "run", zero={"stage": stage, **zero}, model={"train": train},

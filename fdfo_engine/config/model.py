@@ -1,0 +1,81 @@
+"""The settings of the model and of its adapters."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from fdfo_engine.config.section import Auto, Name, NameList, Section
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    id: str = Field(min_length=1)
+    """Hub id, folder of a diffusers pipeline, or `shapes`, the bundled miniature."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null takes the newest."""
+
+    family: str = Field(default="auto", min_length=1)
+    """Which code runs the model: `sd3`, `flux`, `qwen_image` or `module:attribute`; auto reads it from the pipeline."""
+
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Type the model computes in, and of its frozen weights."""
+
+    height: int = Field(default=512, ge=8, multiple_of=8)
+    """Image height, pixels."""
+
+    width: int = Field(default=512, ge=8, multiple_of=8)
+    """Image width, pixels."""
+
+    train: Literal["lora", "full"] = "lora"
+    """What is trained: low-rank adapters, or every weight of the transformer."""
+
+    quantize: Literal["nf4"] | None = None
+    """Keeps the frozen weights of the blocks in four bits (bitsandbytes): a quarter of the memory, slower, and the LoRA
+    is then trained on the quantised model; null keeps them in `dtype`."""
+
+    fused: Literal["auto", True, False] = "auto"
+    """Fused transformer blocks: auto where the model fits them, true always or an error, false never."""
+
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "flash3", "xformers"] = "auto"
+    """Attention kernel; sdpa is PyTorch's own choice, auto that choice without kernels known to be wrong."""
+
+    gradient_checkpointing: Literal[False, True, "fc1"] = False
+    """Recomputes activations in the backward pass: less memory, more time in the update. fc1: the widest ones only."""
+
+    compile: bool = False
+    """Runs diffusers' own blocks through torch.compile instead of the fused ones; compiles for minutes first."""
+
+    cuda_graphs: bool = False
+    """Replays a rollout's forward as a CUDA graph; on a GPU, below zero.stage 3. Not measured yet."""
+
+    max_sequence_length: int = Field(default=256, ge=0, le=512)
+    """Tokens of the T5 encoder, or of Qwen-Image's prompt; 0 leaves T5 out of SD3, as `shapes` needs it."""
+
+    negative_prompt: str = ""
+    """Prompt of the negative branch, used where sampling.guidance_scale is not 1."""
+
+    prompt_cache: Auto | Literal[False] | Name = "auto"
+    """Folder of encoded prompts on disk, which runs may share; auto is one in the user's cache, false keeps none."""
+
+    prompt_cache_gib: float = Field(default=20.0, gt=0)
+    """Size of that folder, GiB; the least recently used are dropped first."""
+
+    @field_validator("fused", "gradient_checkpointing", "prompt_cache", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: object) -> object:
+        return str(value) if type(value) is int else value  # 0 == False would pass as a literal
+
+
+class LoraConfig(Section):
+    """The adapters, with `model.train: lora`."""
+
+    rank: int = Field(default=32, ge=1)
+    """Inner width of an adapter."""
+
+    alpha: float = Field(default=64.0, gt=0)
+    """Scale of an adapter: its product is multiplied by alpha / rank."""
+
+    targets: Literal["family"] | NameList = "family"
+    """Names of the modules to adapt, matched at their end; family takes all attention projections."""
