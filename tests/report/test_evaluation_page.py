@@ -113,3 +113,10 @@ def test_trade_off_chart_names_its_points():
     assert svg.count("<circle") == 2
     assert "a&lt;b: 0, 1" in svg
     assert trade_off_chart([("lost", float("nan"), 1.0)], "x") is None
+
+
+def test_names_of_points_that_lie_close_do_not_overlap():
+    svg = trade_off_chart([("base", 0.0, 1.0), ("epoch_000040", 0.98, 0.02), ("epoch_000045", 1.0, 0.0)], "a")
+    places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="end">epoch', svg)
+    (_, one), (_, other) = [(float(x), float(y)) for x, y in places]
+    assert abs(one - other) >= 10
