@@ -16,7 +16,7 @@ from fdfo_engine.config.schema import MAX_SEED
 from fdfo_engine.engine import Engine, Weights
 from fdfo_engine.evaluation.guard import health_findings
 from fdfo_engine.evaluation.measures import Kind, Measures
-from fdfo_engine.metrics import bootstrap_interval, t_interval
+from fdfo_engine.metrics import bootstrap_interval, health_drift, t_interval
 from fdfo_engine.runtime.distributed import all_gather_rows, is_main, rank, together_patiently, world_size
 
 SCHEMA_VERSION = 1
@@ -92,7 +92,8 @@ def summarize(
 
     `summary`: by set and metric the mean over prompts with its t interval. `differences`: the paired difference prompt
     by prompt with its t and bootstrap intervals, and the share of prompts that rose. `health_findings`: sentences on
-    health measures that left the band of `guard`.
+    health measures that left the band of `guard`; `health_drift`: how far each moved, in standard deviations of the
+    first set's images.
     """
     base = sets[0]
     return {
@@ -111,6 +112,7 @@ def summarize(
         "health_findings": {
             s.name: list(health_findings(_health(s, kinds), _health(base, kinds), guard)) for s in sets[1:]
         },
+        "health_drift": {s.name: _drifts(_health(s, kinds), _health(base, kinds)) for s in sets[1:]},
         "prompts": list(request.prompts),
         "scores": {s.name: {metric: s.by_prompt(metric).tolist() for metric in kinds} for s in sets},
     }
@@ -129,6 +131,11 @@ def _health(measured: Measured, kinds: Mapping[str, Kind]) -> dict[str, dict[str
     known = {name: v[torch.isfinite(v)] for name, v in values.items()}
     spreads = {name: float(v.std()) if len(v) > 1 else 0.0 for name, v in known.items()}
     return {"health": {name: float(v.mean()) for name, v in known.items()}, "health_std": spreads}
+
+
+def _drifts(now: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    spreads = base["health_std"]
+    return {n: health_drift(n, mean, base["health"][n], spreads[n]) for n, mean in now["health"].items()}
 
 
 def _generate(engine: Engine, request: Request, prompts: list[str], first: int, weights: Weights) -> Tensor:

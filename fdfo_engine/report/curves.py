@@ -12,6 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 28
 _MAX_POINTS = 600
 _MAX_BARS = 100
 _MARKED_POINTS = 40
+_LABEL_WIDTH, _LABEL_HEIGHT = 80, 11
 
 Point = tuple[float, float]
 
@@ -64,13 +65,18 @@ def trade_off_chart(points: Sequence[tuple[str, float, float]], label: str) -> s
     axes = _Axes(*_padded(min(xs), max(xs)), *_padded(min(ys), max(ys)))
     style = 'style="--c: var(--series-0)"'
     path = f'<polyline class="curve faint" {style} points="{_path(axes, [(x, y) for _, x, y in known])}"/>'
-    spots = []
+    spots, taken = [], list[tuple[float, float]]()
     for name, x, y in known:
         where = f'cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4"'
         told = escape(f"{name}: {x:.5g}, {y:.5g}")
         spots.append(f'<circle class="spot" {style} {where}><title>{told}</title></circle>')
         anchor, shift = ("end", -7) if axes.x(x) > WIDTH / 2 else ("start", 7)
-        place = f'x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 6:.1f}" text-anchor="{anchor}"'
+        # above its point, or below where an earlier name stands
+        left, height = axes.x(x) + shift, axes.y(y) - 6
+        while any(abs(left - a) < _LABEL_WIDTH and abs(height - b) < _LABEL_HEIGHT for a, b in taken):
+            height += _LABEL_HEIGHT
+        taken.append((left, height))
+        place = f'x="{left:.1f}" y="{height:.1f}" text-anchor="{anchor}"'
         spots.append(f"<text {place}>{escape(name)}</text>")
     return _svg(label, [axes.grid(whole=False), path, *spots])
 

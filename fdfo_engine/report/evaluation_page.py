@@ -86,6 +86,7 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "tables": [_table(result, name) for name in [*reversed(result["differences"])] or names],
         "findings": [(n, s) for n, sentences in result["health_findings"].items() for s in sentences],
         "compares": len(names) > 1,
+        "farthest": _farthest(result),
         "trade_offs": _trade_offs(result),
         "curves": _curves(result),
         "primary": result["metrics"][0]["name"] if result["metrics"] else "",
@@ -97,6 +98,16 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "larger": larger,
         "larger_table": _table(larger, larger["sets"][-1]["name"]) if larger and "sets" in larger else None,
     }
+
+
+def _farthest(result: Mapping[str, Any]) -> str:
+    """Which health measure moved most in any set, and how far; empty where none is known."""
+    moved = [(_number(d), m, name) for name, drifts in result["health_drift"].items() for m, d in drifts.items()]
+    known = [one for one in moved if math.isfinite(one[0])]
+    if not known:
+        return ""
+    drift, metric, name = max(known, key=lambda one: abs(one[0]))
+    return f"Farthest: {metric} at {name}, {drift:+.2f} standard deviations of the base's images."
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:

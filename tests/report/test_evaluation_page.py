@@ -8,6 +8,7 @@ from report.test_report_page import NASTY, assert_opens_offline, read
 
 from fdfo_engine.config import GuardConfig
 from fdfo_engine.evaluation.compare import Measured, Request, summarize
+from fdfo_engine.metrics import HEALTH
 from fdfo_engine.report.curves import trade_off_chart
 from fdfo_engine.report.evaluation_files import write_evaluation
 from fdfo_engine.report.evaluation_page import _rows, evaluation_table, extremes, shown_prompts, write_evaluation_page
@@ -64,6 +65,17 @@ def test_what_left_its_band_is_marked_in_its_row(sets):
         assert rows == {"strict": "good", "<b>odd</b>": "", "pixel_diversity": "bad", "saturation": trend}
 
 
+def test_a_quiet_page_says_how_far_it_was_from_a_finding(sets, tmp_path):
+    """Against the base's own mean and standard deviation over its images, by hand."""
+    sets[2] = measured("epoch_000010", 10, 1.0, 0.32)
+    assert not any(summary(*sets)["health_findings"].values())
+    base, now = (s.scores["saturation"].double().flatten() for s in (sets[0], sets[2]))
+    expected = (now.mean() - base.mean()) / max(base.std(), HEALTH["saturation"].least_spread)
+    assert summary(*sets)["health_drift"]["epoch_000010"]["saturation"] == pytest.approx(expected.item())
+    page = read(write_evaluation(tmp_path, summary(*sets), {}, 0))
+    assert f"Farthest: saturation at epoch_000010, {expected:+.2f} standard deviations" in page.words
+
+
 def test_winners_and_losers_are_ordered_and_unknown_scores_are_neither(sets):
     changes = sets[-1].by_prompt("strict") - sets[0].by_prompt("strict")
     winners, losers = extremes(summary(*sets))
@@ -101,3 +113,10 @@ def test_trade_off_chart_names_its_points():
     assert svg.count("<circle") == 2
     assert "a&lt;b: 0, 1" in svg
     assert trade_off_chart([("lost", float("nan"), 1.0)], "x") is None
+
+
+def test_names_of_points_that_lie_close_do_not_overlap():
+    svg = trade_off_chart([("base", 0.0, 1.0), ("epoch_000040", 0.98, 0.02), ("epoch_000045", 1.0, 0.0)], "a")
+    places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="end">epoch', svg)
+    (_, one), (_, other) = [(float(x), float(y)) for x, y in places]
+    assert abs(one - other) >= 10
