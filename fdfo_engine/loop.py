@@ -18,6 +18,7 @@ from fdfo_engine.evaluation.guard_watch import GuardWatch
 from fdfo_engine.resources import memory_record
 from fdfo_engine.rewards import Scores, WeightedRewards
 from fdfo_engine.rewards.background import BackgroundScorer
+from fdfo_engine.rewards.spike import SpikeWatch
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
@@ -47,7 +48,7 @@ from fdfo_engine.runtime.run_folder import (
     read_log,
     stored_config,
 )
-from fdfo_engine.runtime.run_log import SilentLog, open_run_log
+from fdfo_engine.runtime.run_log import IMAGES_NAME, SilentLog, open_run_log
 from fdfo_engine.runtime.run_status import State
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
@@ -106,6 +107,7 @@ class _Run:
         self._config, self._prompts, self._rewards, self._folder, self._stop = config, prompts, rewards, folder, stop
         self._metrics = metric_rewards(config)
         self._tied_epochs = 0
+        self._spikes = SpikeWatch()
         self._has_described = False
         self._unscored = UnscoredRollout(Path(config.run.dir) / "unscored")
         self._status("starting")
@@ -175,9 +177,13 @@ class _Run:
         if len(parts_PK) > 1 and not self._has_described:
             say(self._rewards.describe(parts_PK))
             self._has_described = True
-        self._draw(rollout, total_PK)
         with self._kept_unless_scored(rollout):
             self._guard_failures(rollout, total_PK, parts_PK)
+        known = total_PK[torch.isfinite(total_PK)]
+        jump = self._spikes.seen(float(known.mean()), float(known.std(correction=0)))
+        self._draw(rollout, total_PK, always=jump is not None)
+        if jump:
+            warn(f"{jump}; its pairs are drawn under {IMAGES_NAME}/")
         engine.poll = self._beat
         self._is_updating = True
         self._status(phase="update")

@@ -30,7 +30,7 @@ def resumable_keys(config: Config) -> tuple[str, ...]:
     servers = [where for where, name in parts if name in _SERVERS or _is_url(name)]
     return (
         *RESUMABLE_KEYS,
-        *(f"{where}.allow_download" for where, _ in parts),
+        *(f"{where}.{key}" for where, _ in parts for key in ("allow_download", "kill_after_s")),
         *(f"{where}.{key}" for where in servers for key in _OF_SERVERS),
     )
 

@@ -107,6 +107,10 @@ class RewardConfig(Section):
     """Divides its scores, each epoch, by their standard deviation (std) or by the root mean square of the half
     differences within pairs (pair), so that rewards of different scales can be weighed against each other."""
 
+    kill_after_s: Annotated[float, Field(gt=0)] | None = None
+    """Runs the reward in a process of its own, which is killed when it takes longer than this for a batch, seconds; the
+    batch is tried once more, then its pairs have no opinion. Null lets a reward take as long as it takes."""
+
     @field_validator("name")
     @classmethod
     def _holds_no_password(cls, name: str) -> str:
@@ -140,7 +144,8 @@ class MetricConfig(RewardConfig):
 
     @model_serializer
     def _without_what_is_not_used(self) -> dict[str, Any]:
-        return {"name": self.name, **(self.model_extra or {})}
+        limit = {} if self.kill_after_s is None else {"kill_after_s": self.kill_after_s}
+        return {"name": self.name, **limit, **(self.model_extra or {})}
 
 
 class UpdateConfig(Section):

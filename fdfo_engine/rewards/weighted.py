@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
+from fdfo_engine.rewards.isolated import IsolatedReward
 from fdfo_engine.rewards.registry import Reward, build
 from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import FdfoError, RewardError
@@ -60,8 +61,7 @@ class WeightedRewards:
     def from_labelled(cls, parts: Mapping[str, RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
         """Builds every reward of `parts`, under the name it has there."""
         rewards = {
-            label: (part.weight, build(part.name, dict(part.model_extra or {}), f"rewards.{i}.name"))
-            for i, (label, part) in enumerate(parts.items())
+            label: (part.weight, _built(part, f"rewards.{i}.name")) for i, (label, part) in enumerate(parts.items())
         }
         return cls(rewards, log_folder, {label: part.normalize for label, part in parts.items()})
 
@@ -170,6 +170,13 @@ class WeightedRewards:
             self.log_folder.mkdir(parents=True, exist_ok=True)
             with (self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log").open("a") as file:
                 traceback.print_exception(error, file=file)
+
+
+def _built(part: RewardConfig, where: str) -> Reward:
+    options = dict(part.model_extra or {})
+    if part.kill_after_s is None:
+        return build(part.name, options, where)
+    return IsolatedReward(part.name, options, where, part.kill_after_s)
 
 
 def _scale(part_PK: Tensor, normalize: str | None) -> float:

@@ -1,0 +1,124 @@
+"""A reward in a process of its own: one that hangs is killed, which a thread cannot be.
+
+Prompts and options go over as JSON, images as raw bytes, scores come back as JSON: nothing is unpickled here.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.rewards.registry import Reward, build
+from fdfo_engine.runtime.distributed import use_device
+
+START_S = 120.0
+"""Seconds that the process may take to start and import, before the first batch's own time begins."""
+
+
+class IsolatedReward:
+    """Scores like the reward it holds, in a process that is killed when a batch takes more than `kill_after_s` seconds.
+
+    The next batch starts another one. What is asked of a reward besides scores, such as `require_ready`, is answered
+    here, where its model is never loaded.
+
+    Raises, when called:
+        TimeoutError: the batch took too long.
+        RuntimeError: the reward raised, with its traceback, or its process died.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], where: str, kill_after_s: float) -> None:
+        self._inner = build(name, options, where)
+        self._name, self._given, self._where, self._kill_after_s = name, options, where, kill_after_s
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """Scores `[N]` of images `[N, 3, H, W]`."""
+        if self._process is None:
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send_bytes(json.dumps({"prompts": list(prompts), "shape": list(images.shape)}).encode())
+            self._pipe.send_bytes(images.detach().float().cpu().contiguous().numpy().tobytes())
+            answer = self._answer(self._kill_after_s, f"no scores after {self._kill_after_s:g} s (kill_after_s)")
+        except (EOFError, ConnectionError) as error:
+            code = self._ended()
+            raise RuntimeError(f"its process died with exit code {code}") from error
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return torch.tensor(answer["scores"], dtype=torch.float32)
+
+    def cancel(self) -> None:
+        """Kills the process."""
+        if self._process is not None:
+            self._process.kill()
+
+    def _start(self) -> None:
+        options = getattr(self._inner, "options", None)
+        given = self._given if options is None else options.model_dump(mode="json")
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        words = json.dumps([self._name, given, self._where]).encode()
+        self._process = context.Process(target=_serve, args=(theirs, words, device), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            answer = self._answer(START_S, f"its process did not start within {START_S:g} s")
+        except EOFError as error:
+            raise RuntimeError(f"its process died as it started, with exit code {self._ended()}") from error
+        if "error" in answer:
+            self._ended()
+            raise RuntimeError(answer["error"])
+
+    def _answer(self, seconds: float, late: str) -> dict[str, Any]:
+        assert self._pipe is not None
+        if not self._pipe.poll(seconds):
+            self._ended()
+            raise TimeoutError(f"{late}; its process was killed")
+        answer: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+        return answer
+
+    def _ended(self) -> int | None:
+        self._process.kill()
+        self._process.join()
+        code: int | None = self._process.exitcode
+        self._process = self._pipe = None
+        return code
+
+
+def _serve(pipe: Connection, words: bytes, device: int | None) -> None:
+    """The other process: builds the reward, then answers batches until the pipe closes."""
+    use_device(device)
+    reward: Reward | None = None
+    try:
+        reward = build(*json.loads(words))
+        pipe.send_bytes(b"{}")
+    except Exception:  # noqa: BLE001 - told to the parent, which raises
+        pipe.send_bytes(json.dumps({"error": traceback.format_exc()}).encode())
+    while reward is not None:
+        try:
+            header = json.loads(pipe.recv_bytes())
+            data = bytearray(pipe.recv_bytes())
+        except EOFError:
+            return
+        images = torch.frombuffer(data, dtype=torch.float32).view(header["shape"])
+        pipe.send_bytes(json.dumps(_scored(reward, header["prompts"], images)).encode())
+
+
+def _scored(reward: Reward, prompts: list[str], images: Tensor) -> dict[str, Any]:
+    try:
+        with torch.no_grad():
+            return {"scores": torch.as_tensor(reward(prompts, images), dtype=torch.float32).cpu().tolist()}
+    except Exception:  # noqa: BLE001 - a reward is anybody's code; the parent reports it and asks once more
+        return {"error": traceback.format_exc()}
