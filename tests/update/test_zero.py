@@ -95,16 +95,18 @@ def test_offloading_to_the_host_changes_nothing(tiny_sd3, tmp_path, plain, case,
 @pytest.mark.parametrize(
     ("ranks", "stage", "train"),
     [
-        (2, 1, "lora"),
-        *(pytest.param(2, stage, "lora", marks=slow) for stage in (0, 2, 3)),
+        *((2, stage, "lora") for stage in (1, 2, 3)),
+        pytest.param(2, 0, "lora", marks=slow),
         *(pytest.param(2, stage, "full", marks=slow) for stage in (0, 1, 2, 3)),
         *(pytest.param(3, stage, "lora", marks=slow) for stage in (0, 1, 2, 3)),
+        *(pytest.param(4, stage, "lora", marks=slow) for stage in (1, 3)),
     ],
 )
 def test_ranks_train_as_one_and_their_checkpoint_loads_on_one(tiny_sd3, tmp_path, plain, ranks, stage, train):
     """The second epoch has a rank whose pairs all tie; it must neither hang nor count less."""
     threads = torch.get_num_threads()  # as here: the order of a sum depends on them
-    found = traced(tiny_sd3, tmp_path / "out", stage, train, by="torchrun", ranks=ranks, threads=threads)
+    by = "torchrun" if ranks == 3 else "deepspeed"
+    found = traced(tiny_sd3, tmp_path / "out", stage, train, by=by, ranks=ranks, threads=threads)
     assert_same_training(found, plain(train))
 
     engine = Engine(config_of(tiny_sd3, tmp_path / "out", stage, train))
