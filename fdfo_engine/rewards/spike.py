@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 
@@ -19,7 +20,12 @@ class SpikeWatch:
         self._means: deque[float] = deque(maxlen=WINDOW)
 
     def seen(self, mean: float, std: float) -> str | None:
-        """Takes an epoch's mean and standard deviation over images; a sentence where the mean has jumped."""
+        """Takes an epoch's mean and standard deviation over images; a sentence where the mean has jumped.
+
+        An epoch in which no image has a reward (NaN) says nothing.
+        """
+        if not math.isfinite(mean):
+            return None
         means = list(self._means)
         self._means.append(mean)
         if len(means) < LEAST:
