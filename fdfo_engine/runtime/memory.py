@@ -93,7 +93,10 @@ class Prediction:
         """The sum with its numbers."""
         phases = {"always": self.resident, "prompts": self.prompts, "rollout": self.rollout, "update": self.update}
         phases |= {"host": self.host} if any(self.host.values()) else {}
-        lines = [f"memory: {_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {self.ranks} ranks"]
+        lines = [
+            f"memory: {_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {self.ranks} ranks; "
+            f"{_gib(self.needed)} must be free, with slack"
+        ]
         for phase, parts in phases.items():
             shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
             lines.append(f"  {phase}: {_gib(sum(parts.values()))} ({shown})")
