@@ -78,5 +78,7 @@ def trace(pipeline, out, stage, train="lora", **zero):
 
 if __name__ == "__main__":
     pipeline, out, stage, train, *offloaded = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
-    trace(pipeline, out, int(stage), train, **dict.fromkeys(offloaded, True))
-    close_distributed()
+    try:
+        trace(pipeline, out, int(stage), train, **dict.fromkeys(offloaded, True))
+    finally:
+        close_distributed()  # an error must end in its own traceback, not in gloo's abort
