@@ -17,7 +17,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
-from fdfo_engine.report.model_card import write_card
+from fdfo_engine.report.model_card import CARD_NAME, model_card
 from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory, rollout_network
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
@@ -31,6 +31,7 @@ from fdfo_engine.runtime.distributed import (
     together,
     world_size,
 )
+from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, differing_settings, record_config, run_config
 from fdfo_engine.trajectory import Rollout
@@ -306,8 +307,9 @@ class Engine:
         return Path(folder)
 
     def _export(self, folder: Path, trained: dict[str, Tensor], style: ExportStyle) -> None:
+        card = model_card(self.config, self.epoch, whole=style == "merged")
         load_model(self.config, self.device).export(folder, trained, style)
-        write_card(folder, self.config, self.epoch, whole=style == "merged")
+        replace_file(folder / CARD_NAME, card.encode())
 
     def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:
         size, last = self._block_pairs, len(prompts) - 1

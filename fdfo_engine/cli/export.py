@@ -32,11 +32,10 @@ def add_parser(verbs: Any) -> None:
     kind.add_argument(
         "--style",
         choices=("diffusers", "comfyui"),
-        default="diffusers",
         help="names of a LoRA's weights: diffusers' (default), or the original model's, for ComfyUI, Forge, sd-scripts",
     )
     parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    parse.set_defaults(verb=run)
+    parse.set_defaults(verb=run, style="diffusers")
 
 
 def add_weights(parse: argparse.ArgumentParser) -> None:

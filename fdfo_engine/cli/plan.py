@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
 
     for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):
-        if value <= 0:
+        if not 0 < value < float("inf"):
             raise UsageError(f"{name} {value:g}: takes more than 0")
     config = load_config(arguments.config, arguments.overrides)
     plan = BatchPlan.from_config(config, arguments.ranks)

@@ -25,7 +25,7 @@ def add_lora(network: Any, *, rank: int, alpha: float, targets: Sequence[str], s
     The frozen weights keep their dtype; peft casts activations at the adapter's door.
 
     Raises:
-        ValueError: no module matches `targets`.
+        ValueError: no module matches `targets`, or one is not a linear layer.
     """
     adapter = PeftLoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian", lora_dropout=0.0
@@ -33,6 +33,9 @@ def add_lora(network: Any, *, rank: int, alpha: float, targets: Sequence[str], s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % (1 << 63))
         network.add_adapter(adapter, adapter_name=ADAPTER)
+    for name, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer.get_base_layer(), nn.Linear):
+            raise ValueError(f"{name} is a {type(layer.get_base_layer()).__name__}; adapters are for linear layers")
     for _, parameter in trainable(network):
         parameter.data = parameter.data.float()
 
@@ -66,7 +69,7 @@ def merge(network: nn.Module, folded: dict[str, Tensor]) -> float:
     for name in (n.removesuffix(".lora_A.weight") for n in folded if n.endswith(".lora_A.weight")):
         weight: Any = network.get_submodule(name).weight
         a, b = (folded[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB")
-        before, change = weight.float(), b @ a
+        before, change = weight.float().clone(), b @ a  # of a float32 weight `float` is the weight itself
         weight.copy_(before + change)
         error += float((weight.float() - before - change).square().sum())
         size += float(change.square().sum())

@@ -33,7 +33,7 @@ def load_pipeline(kind: Any, model_id: str, settings: ModelConfig, optional_part
         pipeline = kind.from_pretrained(
             model_id, revision=settings.revision, dtype=getattr(torch, settings.dtype), **absent
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise absent_model(model_id, error) from error
     pipeline.set_progress_bar_config(disable=True)
     if settings.quantize:
@@ -51,20 +51,26 @@ def blank_pipeline(kind: Any, model_id: str, settings: ModelConfig) -> Any:
     try:
         index = kind.load_config(model_id, revision=settings.revision)
         for part in ("scheduler", "transformer", "vae"):
-            part_class = getattr(diffusers, index[part][1])
+            part_class = _class_of(diffusers, index[part][1])
             config = part_class.load_config(model_id, subfolder=part, revision=settings.revision)
             with torch.device("cpu" if part == "scheduler" else "meta"):
                 parts[part] = part_class.from_config(config)
         for part in (name for name in index if name.startswith("text_encoder") and index[name][0]):
-            part_class = getattr(transformers, index[part][1])
+            part_class = _class_of(transformers, index[part][1])
             config = part_class.config_class.from_pretrained(model_id, subfolder=part, revision=settings.revision)
             with torch.device("meta"):
                 parts[part] = part_class(config)
         for network in (part for part in parts.values() if isinstance(part, nn.Module)):
             nn.Module.to(network, getattr(torch, settings.dtype))
-    except OSError as error:
+    except (OSError, ValueError, KeyError) as error:
         raise absent_model(model_id, error) from error
     return kind(**parts)
+
+
+def _class_of(library: Any, name: str) -> Any:
+    if not hasattr(library, name):
+        raise ValueError(f"{library.__name__} has no {name}")
+    return getattr(library, name)
 
 
 def become_fake(network: nn.Module) -> None:
@@ -78,8 +84,9 @@ def become_fake(network: nn.Module) -> None:
 
 
 def absent_model(model_id: str, error: Exception) -> EnvironmentProblem:
-    """What to raise where `model_id`, or a part of it, is not to be had."""
-    return EnvironmentProblem(f"model.id = {model_id!r}: {str(error).splitlines()[0]}")
+    """What to raise where `model_id`, or a part of it, is not to be had or is damaged."""
+    reason = f"model_index.json names no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    return EnvironmentProblem(f"model.id = {model_id!r}: {reason}")
 
 
 def _faked(tensor: torch.Tensor) -> torch.Tensor:

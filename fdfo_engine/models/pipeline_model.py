@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
+from fdfo_engine.models.export_checks import require_adapter, require_weights
 from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Network
-from fdfo_engine.models.fused.choice import choose_blocks
+from fdfo_engine.models.fused.choice import choose_blocks, refuse_unfit
 from fdfo_engine.models.fused.fuse import own_forwards
 from fdfo_engine.models.lora import (
     ADAPTER,
@@ -31,10 +33,11 @@ from fdfo_engine.models.lora import (
 )
 from fdfo_engine.models.native_lora import NativeLayers, add_native, to_native
 from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
+from fdfo_engine.models.quantized import unpack
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
-EXPORT_TOLERANCE = 1e-5
+EXPORT_TOLERANCE = 1e-6
 """Largest relative difference (rms) between the trained velocity and the exported one, in the model's float32."""
 
 NATIVE_FILE = "lora_comfyui.safetensors"
@@ -107,6 +110,7 @@ class PipelineModel:
         cls.refuse_settings(config)
         pipeline = blank_pipeline(cls.pipeline_class, model_id, config.model)
         model = cls._prepared(pipeline, config, torch.device("cpu"))
+        refuse_unfit(model.network, config.model)
         if config.model.gradient_checkpointing is True:
             model.network.enable_gradient_checkpointing()
         with mode:
@@ -150,8 +154,15 @@ class PipelineModel:
         """Refuses a pipeline that `config` does not fit.
 
         Raises:
-            UsageError: height or width, with what the model takes.
+            UsageError: height or width, with what the model takes; another sampler than plain Euler.
         """
+        scheduler = pipeline.scheduler
+        flags = [flag for flag in ("stochastic_sampling", "invert_sigmas") if scheduler.config.get(flag)]
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or flags:
+            raise UsageError(
+                f"model.id = {config.model.id!r}: its scheduler is {' '.join([type(scheduler).__name__, *flags])}; "
+                "takes a plain FlowMatchEulerDiscreteScheduler"
+            )
         unit, limit = cls.size_rule(pipeline)
         for key in ("height", "width"):
             value = getattr(config.model, key)
@@ -274,6 +285,8 @@ class PipelineModel:
         folder.mkdir()
         save_file(to_native(folded, self.network, self.native_layers), folder / NATIVE_FILE)
         network: nn.Module = self._fresh_pipeline(self.pipeline.config._name_or_path).transformer
+        if self.settings.quantize:  # nothing can be added to packed weights
+            unpack(network)
         add_native(network, load_file(folder / NATIVE_FILE, device=str(self.device)), self.native_layers)
         return network
 
@@ -282,13 +295,14 @@ class PipelineModel:
         fresh = self._fresh_pipeline(self.pipeline.config._name_or_path)
         fresh.load_lora_weights(folder)
         network: nn.Module = fresh.transformer
+        require_adapter(network, folded, folder)
         return network
 
     def _export_merged(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
         base = self.pipeline.config._name_or_path
         pipeline = load_pipeline(self.pipeline_class, base, self.settings, self.optional_parts)
         lost = merge(pipeline.transformer, folded)
-        say(f"merged into {self.settings.dtype} weights, which realise the LoRA's change to {lost:.1%} (rms)")
+        say(f"merged into {self.settings.dtype} weights, whose change is {lost:.1%} off the LoRA's (rms)")
         pipeline.save_pretrained(folder, safe_serialization=True)
         network: nn.Module = self._fresh_pipeline(str(folder)).transformer
         return network
@@ -297,6 +311,7 @@ class PipelineModel:
         with weights_in(self.network, weights):
             self.pipeline.save_pretrained(folder, safe_serialization=True)
         network: nn.Module = self._fresh_pipeline(str(folder)).transformer
+        require_weights(network, weights, folder)
         return network
 
     def _fresh_pipeline(self, model_id: str) -> Any:

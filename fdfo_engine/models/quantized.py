@@ -48,6 +48,20 @@ def quantize(transformer: Any) -> None:
         setattr(parent, name, packed)
 
 
+def unpack(transformer: Any) -> None:
+    """Undoes `quantize`, but for what four bits have lost: the layers' weights are then those they compute with."""
+    bnb = importlib.import_module("bitsandbytes")
+    for parent in list(transformer.modules()):
+        for name, packed in list(parent.named_children()):
+            if isinstance(packed, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+                with torch.device("meta"):
+                    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
+                linear.weight = nn.Parameter(weight.to(packed.compute_dtype), requires_grad=False)
+                linear.bias = packed.bias
+                setattr(parent, name, linear)
+
+
 def quantized_bytes(transformer: Any) -> tuple[int, int]:
     """What `quantize` would save of the weights of `transformer`, and what unpacking its largest one takes; bytes."""
     weights = [linear.weight for _, _, linear in _linears(transformer)]

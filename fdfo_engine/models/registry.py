@@ -104,8 +104,8 @@ def _packed(counted: Footprint, network: nn.Module) -> Footprint:
 def _loader(config: Config, source: str) -> Any:
     """The class of the family of the pipeline `source`."""
     family = config.model.family
-    if family == "auto":
-        family = _family_of(source, config.model.revision)
+    if family == "auto" or family in FAMILIES:
+        family = _family_of(source, config.model.revision, family)
     target = FAMILIES[family][1] if family in FAMILIES else family
     if ":" not in target:
         near = difflib.get_close_matches(family, FAMILIES, n=1)
@@ -132,15 +132,24 @@ def _without_advice() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _family_of(model_id: str, revision: str | None) -> str:
-    index = json.loads(model_index(model_id, revision).read_text())
-    name = index.get("_class_name", "")
+def _family_of(model_id: str, revision: str | None, wanted: str) -> str:
+    """The family of a pipeline's class; `wanted`, unless it is auto, where its class is of no other family."""
+    file = model_index(model_id, revision)
+    try:
+        name = json.loads(file.read_text()).get("_class_name", "")
+    except (ValueError, AttributeError) as error:
+        raise EnvironmentProblem(
+            f"model.id = {model_id!r}: {file} is no list of a pipeline's parts: {error}"
+        ) from error
     pipelines = {pipeline: family for family, (pipeline, _) in FAMILIES.items()}
     if name in REFUSED:
         raise UsageError(f"model.id = {model_id!r} is a {name}: {REFUSED[name]}; takes one of {sorted(pipelines)}")
-    if name not in pipelines:
+    found = pipelines.get(name, wanted)
+    if found == "auto":
         raise UsageError(f"model.id = {model_id!r} is a {name}: takes one of {sorted(pipelines)}")
-    return pipelines[name]
+    if wanted not in ("auto", found):
+        raise UsageError(f"model.family = {wanted!r}: model.id = {model_id!r} is a {name}, of the {found} family")
+    return found
 
 
 def model_index(model_id: str, revision: str | None) -> Path:

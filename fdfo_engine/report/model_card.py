@@ -12,7 +12,6 @@ from huggingface_hub import try_to_load_from_cache
 
 from fdfo_engine import __version__
 from fdfo_engine.config import Config, dump_config
-from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, PROMPTS_NAME, read_log
 
 CARD_NAME = "README.md"
@@ -30,11 +29,6 @@ LICENCES = {
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _OPEN = ("apache-2.0", "mit")
-
-
-def write_card(folder: Path, config: Config, epoch: int, *, whole: bool) -> None:
-    """Writes `model_card` into an export's folder."""
-    replace_file(folder / CARD_NAME, model_card(config, epoch, whole=whole).encode())
 
 
 def model_card(config: Config, epoch: int, *, whole: bool) -> str:
@@ -66,7 +60,7 @@ def base_licence(model_id: str) -> str:
     local = Path(model_id) / CARD_NAME
     cached = None if Path(model_id).is_dir() or model_id.count("/") != 1 else _cached(model_id)
     for card in (local, cached):
-        if card is not None and card.is_file() and (found := _licence_in(card.read_text())):
+        if card is not None and card.is_file() and (found := _licence_in(card.read_text(errors="replace"))):
             return found
     return LICENCES.get(model_id, "not known on the machine that exported this; see the base model's own page")
 
@@ -78,11 +72,14 @@ def _cached(model_id: str) -> Path | None:
 
 def _licence_in(card: str) -> str | None:
     found = _FRONT_MATTER.match(card)
-    fields = yaml.safe_load(found[1]) if found else None
+    try:
+        fields = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:  # somebody else's card: not ours to complain of
+        return None
     if not isinstance(fields, dict):
         return None
     name = fields.get("license_name") or fields.get("license")
-    return str(name) if name else None
+    return name if isinstance(name, str) else None
 
 
 def _front_matter(config: Config, is_lora: bool) -> dict[str, Any]:
@@ -111,13 +108,17 @@ def _curve(run: Path, epoch: int) -> str:
     """Held-out rewards where the run evaluated, else the training rewards."""
     held_out = [r for r in read_log(run / EVALUATIONS_NAME) if r.get("epoch", epoch + 1) <= epoch and "reward" in r]
     if held_out:
-        rows = [f"| {r['epoch']} | {r['reward']:.4g} | {r['reward_stderr']:.2g} |" for r in held_out]
+        rows = [f"| {r['epoch']} | {_number(r['reward'])} | {_number(r.get('reward_stderr'))} |" for r in held_out]
         return "\n".join(["| epoch | held-out reward | standard error |", "|---|---|---|", *_thinned(rows)])
     trained = [r for r in read_log(run / METRICS_NAME) if r.get("epoch", epoch + 1) <= epoch]
     if not trained:
         return "Not recorded: the weights were trained through the Python interface."
-    rows = [f"| {r['epoch']} | {r['reward_mean']:.4g} |" for r in trained]
+    rows = [f"| {r['epoch']} | {_number(r.get('reward_mean'))} |" for r in trained]
     return "\n".join(["| epoch | training reward |", "|---|---|", *_thinned(rows)])
+
+
+def _number(value: float | None) -> str:
+    return "no opinion" if value is None else f"{value:.4g}"
 
 
 def _thinned(rows: Sequence[str]) -> list[str]:

@@ -68,11 +68,12 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on the fullest rank by what they are for: always there, while prompts are encoded, in the rollout, in the
-    update; and in host memory."""
+    """Bytes on the fullest rank by what they are for: always there, and besides in each phase; and in host memory."""
 
     resident: dict[str, int]
+    loading: dict[str, int]
     prompts: dict[str, int]
+    evaluation: dict[str, int]
     rollout: dict[str, int]
     update: dict[str, int]
     host: dict[str, int]
@@ -82,7 +83,12 @@ class Prediction:
     @property
     def peak(self) -> int:
         """The largest of the phases, with what is always there."""
-        return sum(self.resident.values()) + max(sum(p.values()) for p in (self.prompts, self.rollout, self.update))
+        return sum(self.resident.values()) + max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def phases(self) -> dict[str, dict[str, int]]:
+        """What comes after another, by name."""
+        return {name: getattr(self, name) for name in ("loading", "prompts", "evaluation", "rollout", "update")}
 
     @property
     def needed(self) -> int:
@@ -91,13 +97,14 @@ class Prediction:
 
     def describe(self) -> str:
         """The sum with its numbers."""
-        phases = {"always": self.resident, "prompts": self.prompts, "rollout": self.rollout, "update": self.update}
-        phases |= {"host": self.host} if any(self.host.values()) else {}
+        phases = {"always": self.resident, **self.phases, "host": self.host}
         lines = [
             f"memory: {_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {self.ranks} ranks; "
             f"{_gib(self.needed)} must be free, with slack"
         ]
         for phase, parts in phases.items():
+            if not any(parts.values()):
+                continue
             shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
             lines.append(f"  {phase}: {_gib(sum(parts.values()))} ({shown})")
         return "\n".join(lines)
@@ -114,7 +121,7 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan, scorers: int 
     optimizer, weights = _optimizer_bytes(footprint, config.zero.stage, plan.world_size), _weights(footprint, sharded)
     host = {"optimizer": optimizer if config.zero.offload_optimizer else 0}
     host |= weights if config.zero.offload_parameters else {}
-    resident = dict.fromkeys(weights, 0) if config.zero.offload_parameters else weights
+    resident = dict.fromkeys(weights, 0) if config.zero.offload_parameters else dict(weights)
     resident |= {
         "optimizer": 0 if config.zero.offload_optimizer else optimizer,
         "VAE": footprint.other,
@@ -135,8 +142,24 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan, scorers: int 
     update["gradient exchange"] = _exchange_bytes(footprint, config.zero.stage)
     if config.update.kl_weight:
         update["base model"] = footprint.forward.at(guided * plan.micro_batch)
-    prompts = {"text encoders": footprint.text}
-    return Prediction(resident, prompts, rollout, update, host, plan.micro_batch, plan.world_size)
+    # the network is loaded whole, and split or offloaded from there
+    unsplit = footprint.frozen + footprint.trained - sum(resident[name] for name in weights)
+    return Prediction(
+        resident=resident, loading={"whole weights": unsplit}, prompts={"text encoders": footprint.text},
+        evaluation=_evaluation(footprint, config, guided, gathered), rollout=rollout, update=update, host=host,
+        micro_batch=plan.micro_batch, ranks=plan.world_size,
+    )  # fmt: skip
+
+
+def _evaluation(footprint: Footprint, config: Config, guided: int, gathered: int) -> dict[str, int]:
+    if not config.evaluation.every:
+        return {}
+    forward = footprint.forward.at(guided * config.evaluation.batch)
+    return {
+        "network or VAE": max(forward, footprint.decode.at(DECODE_IMAGES)),
+        "gathered weights": gathered,
+        "weights that the average replaces": footprint.trained if config.update.ema is not None else 0,
+    }
 
 
 def _weights(footprint: Footprint, sharded: int) -> dict[str, int]:
@@ -167,8 +190,8 @@ def refusal(prediction: Prediction, free: int) -> str:
     """That it does not fit, and what to change."""
     return (
         f"memory: an epoch needs {_gib(prediction.needed)} on a GPU with {_gib(free)} free; lower "
-        "sampling.block_pairs or update.micro_batch, set model.gradient_checkpointing: true, raise zero.stage, "
-        "or take more ranks"
+        "sampling.block_pairs, update.micro_batch or evaluation.batch, set model.gradient_checkpointing: true, "
+        "raise zero.stage, or take more ranks"
     )
 
 

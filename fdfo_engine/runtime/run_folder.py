@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fdfo_engine.config import Config, load_config, with_named_servers
 from fdfo_engine.runtime.console import say, warn
@@ -157,15 +158,24 @@ def record_config(path: Path, given: str, *, may_change: Iterable[str] = ()) -> 
 def differing_settings(stored: str, given: str, under: tuple[str, ...] | None = None) -> dict[str, str]:
     """Dotted keys whose values differ between two settings texts, each with both values as text.
 
-    `under` looks at these keys and sections only.
+    A key that only one of them has counts as at its default in the other: a later version has more keys. `under` looks
+    at these keys and sections only.
     """
-    old, new = (_leaves(with_named_servers(yaml.safe_load(text))) for text in (stored, given))
+    old, new = (_leaves(_whole(with_named_servers(yaml.safe_load(text)))) for text in (stored, given))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key, ...) != new.get(key, ...))
     return {
         key: f"{_shown(old, key)} there, {_shown(new, key)} given"
         for key in keys
         if under is None or _is_under(key, under)
     }
+
+
+def _whole(tree: Any) -> Any:
+    """`tree` with every key, where it is valid."""
+    try:
+        return Config.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
 
 
 def probe_storage(folder: Path) -> None:

@@ -7,6 +7,7 @@ from tiny_sd3 import tiny_config
 from fdfo_engine.cli.main import main
 from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.registry import blank_footprint, load_model
+from fdfo_engine.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize("settings", [{}, {"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
@@ -33,6 +34,16 @@ def test_fused_blocks_keep_less_than_is_planned(tiny_sd3, tmp_path):
     assert fused.training.each < blank_footprint(config).training.each
 
 
+@pytest.mark.parametrize(
+    "model", [{"quantize": "nf4", "fused": True}, {"fused": False, "gradient_checkpointing": "fc1"}], ids=str
+)
+def test_what_would_not_load_is_not_planned(tiny_sd3, tmp_path, model):
+    config = tiny_config(tiny_sd3, tmp_path, model=model)
+    for load in (lambda c: load_model(c, torch.device("cpu")), blank_footprint):
+        with pytest.raises(UsageError, match="fused"):
+            load(config)
+
+
 def test_plan_verb(tmp_path, capsys):
     assert main(["plan", "--config", "shapes", "--ranks", "2"]) == 0
     text = capsys.readouterr().out
@@ -41,3 +52,4 @@ def test_plan_verb(tmp_path, capsys):
     assert main(["plan", "--config", "shapes", "--gpu-gb", "0.5"]) == 2
     assert "update.micro_batch" in capsys.readouterr().err
     assert main(["plan", "--config", "shapes", "--ranks", "0"]) == 2
+    assert main(["plan", "--config", "shapes", "--gpu-gb", "nan"]) == 2

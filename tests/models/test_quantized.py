@@ -59,7 +59,8 @@ def test_it_trains_resumes_and_exports(tiny_sd3, tmp_path):
     one, two = (e.update(e.rollout(PROMPTS), REWARDS)["loss"] for e in (engine, resumed))
     assert one == two
 
-    resumed.export(tmp_path / "lora")  # verified against a quantised pipeline that loads it
+    resumed.export(tmp_path / "native", style="comfyui")  # both are verified against a quantised pipeline
+    resumed.export(tmp_path / "lora")
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
     pipeline.load_lora_weights(tmp_path / "lora")
 

@@ -1,13 +1,22 @@
 """The SD3 family against diffusers' own pipeline, with random weights."""
 
+import json
+import shutil
+
 import family_checks as checks
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from tiny_sd3 import PROMPTS, SIZE, tiny_config
 
 from fdfo_engine import Engine
+from fdfo_engine.cli.main import main
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import GENERATION_STREAM, philox_normal
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem, UsageError
@@ -117,12 +126,47 @@ def test_exported_full_model_gives_the_same_images_in_diffusers(tiny_sd3, tmp_pa
     assert largest(images - base) > 1e-2
 
 
-def test_a_merged_export_gives_the_same_images_in_diffusers(tiny_sd3, config, tmp_path):
+def test_only_linear_layers_are_adapted(tiny_sd3, tmp_path):
+    with pytest.raises(UsageError, match=r"pos_embed\.proj is a Conv2d; adapters are for linear layers"):
+        load_model(tiny_config(tiny_sd3, tmp_path, lora={"targets": ["pos_embed.proj"]}), CPU)
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchHeunDiscreteScheduler", "stochastic", "inverted"])
+def test_a_scheduler_of_another_kind_is_refused(tiny_sd3, tmp_path, scheduler):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_sd3, folder)
+    flags = {"stochastic_sampling": scheduler == "stochastic", "invert_sigmas": scheduler == "inverted"}
+    if scheduler.startswith("Flow"):
+        FlowMatchHeunDiscreteScheduler().save_config(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", scheduler]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    else:
+        FlowMatchEulerDiscreteScheduler(**flags).save_config(folder / "scheduler")
+    with pytest.raises(UsageError, match="its scheduler"):
+        load_model(tiny_config(folder, tmp_path / "run"), CPU)
+
+
+def test_a_merged_export_gives_the_same_images_in_diffusers(tiny_sd3, config, tmp_path, capsys):
     engine = Engine(config)
     moved(engine)
     engine.export(tmp_path / "out", style="merged")
+    assert "whose change is 0.0% off the LoRA's" in capsys.readouterr().out
     images = diffusers_images(StableDiffusion3Pipeline.from_pretrained(tmp_path / "out"), 1.0)
     assert largest(images - engine.generate(PROMPTS)) < 1e-5
+
+
+def test_the_export_verb(config, tmp_path, capsys):
+    engine = Engine(config)
+    moved(engine)
+    engine.save()
+    comfyui = "lora_comfyui.safetensors"
+    written = {"pytorch_lora_weights.safetensors": [], comfyui: ["--style", "comfyui"], "model_index.json": ["--merge"]}
+    for file, words in written.items():
+        out = tmp_path / "_".join(["out", *words])
+        assert main(["export", str(tmp_path / "run"), str(out), *words]) == 0
+        assert (out / file).is_file()
+        assert "# run, epoch 0" in (out / "README.md").read_text()
 
 
 def test_merging_says_what_bfloat16_loses(tiny_sd3, tmp_path, capsys):
@@ -143,7 +187,7 @@ def test_merging_says_what_bfloat16_loses(tiny_sd3, tmp_path, capsys):
             size += wanted.square().sum().item()
     lost = (error / size) ** 0.5
     assert lost > 0.1
-    assert f"realise the LoRA's change to {lost:.1%}" in capsys.readouterr().out
+    assert f"whose change is {lost:.1%} off the LoRA's" in capsys.readouterr().out
 
 
 def test_a_quantised_run_is_not_merged(tiny_sd3, tmp_path):
@@ -161,6 +205,23 @@ def test_an_export_that_loads_wrong_is_refused(config, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="loaded back"):
         engine.export(tmp_path / "out")
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_lost_adapter_is_noticed_in_bfloat16(tiny_sd3, tmp_path, monkeypatch):
+    """It moves the velocity by less than bfloat16 rounds."""
+    engine = Engine(tiny_config(tiny_sd3, tmp_path / "run", model={"dtype": "bfloat16"}))
+    moved(engine, scale=0.01)
+    engine.export(tmp_path / "right")
+    save = StableDiffusion3Pipeline.save_lora_weights
+
+    def save_zeros(folder, transformer_lora_layers):
+        zeros = {name: torch.zeros_like(weight) for name, weight in transformer_lora_layers.items()}
+        save(folder, transformer_lora_layers=zeros)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "save_lora_weights", save_zeros)
+    with pytest.raises(CheckpointError, match=r"loaded back, .* is off by"):
+        engine.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_leaves_foreign_files_alone(config, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tiny_sd3 import tiny_config
 
-from fdfo_engine.report.model_card import MAX_ROWS, base_licence, model_card, write_card
+from fdfo_engine.report.model_card import MAX_ROWS, base_licence, model_card
 
 
 def front_matter(card):
@@ -27,8 +27,7 @@ def record(config, name, rows):
 
 
 def test_a_run_through_the_interface_has_no_curve(config, tmp_path):
-    write_card(tmp_path, config, 3, whole=False)
-    front, body = front_matter((tmp_path / "README.md").read_text())
+    front, body = front_matter(model_card(config, 3, whole=False))
     assert front["base_model"] == config.model.id
     assert front["license"] == "other"
     assert "lora" in front["tags"]
@@ -52,11 +51,19 @@ def test_the_curve_is_the_runs_up_to_the_exported_epoch(config, tmp_path):
     record(config, "evaluations.jsonl", [{"epoch": i, "reward": 2.0 + i, "reward_stderr": 0.25} for i in (0, 20, 40)])
     assert "| 20 | 22 | 0.25 |" in model_card(config, 30, whole=False)
     assert "| 40 |" not in model_card(config, 30, whole=False)
+    record(config, "evaluations.jsonl", [{"epoch": 0, "reward": None, "reward_stderr": None}])
+    assert "| 0 | no opinion | no opinion |" in model_card(config, 30, whole=False)
 
 
 @pytest.mark.parametrize(
     ("card", "licence"),
-    [("---\nlicense: mit\n---\n# x", "mit"), ("---\nlicense: other\nlicense_name: own\n---\n", "own"), ("# x", None)],
+    [
+        ("---\nlicense: mit\n---\n# x", "mit"),
+        ("---\nlicense: other\nlicense_name: own\n---\n", "own"),
+        ("# x", None),
+        ("---\\nlicense: [a, b]\\n---\\n", None),
+        ("---\\nlicense: : [\\n---\\n", None),
+    ],
 )
 def test_the_licence_is_the_base_models(tmp_path, card, licence):
     (tmp_path / "README.md").write_text(card)

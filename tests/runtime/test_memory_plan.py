@@ -78,6 +78,20 @@ def test_the_host_takes_what_is_offloaded():
     assert "host: 0.27 GiB (optimizer" in of(config("zero.offload_optimizer=true"), 1).describe()
 
 
+def test_loading_and_evaluation_are_phases():
+    whole, split = of(config(), 4), of(config("zero.stage=3"), 4)
+    weights = MEDIUM.frozen + MEDIUM.trained
+    assert sum(whole.loading.values()) == 0
+    assert split.loading["whole weights"] == pytest.approx(weights - weights // 4, abs=4)
+    large = dataclasses.replace(MEDIUM, forward=Line(0, GIB))
+    wide = of(config("evaluation.batch=100", "sampling.guidance_scale=2"), 1, footprint=large)
+    assert wide.evaluation["network or VAE"] == 200 * GIB
+    assert wide.peak == sum(wide.resident.values()) + 200 * GIB
+    assert of(config("evaluation.every=0", "evaluation.batch=100"), 1, footprint=large).peak < 200 * GIB
+    averaged = of(config("update.ema=0.9"), 1)
+    assert averaged.evaluation["weights that the average replaces"] == MEDIUM.trained
+
+
 def test_reward_models_are_counted_by_their_type_and_place():
     def size(*overrides):
         return WeightedRewards.from_config(config(*overrides).rewards).gpu_bytes()
@@ -111,11 +125,10 @@ def test_auto_is_the_largest_that_fits_for_any_number_of_ranks(gib):
 
 
 def test_where_one_rank_cannot_the_real_number_decides():
-    settings = config("zero.stage=3")
-    large = dataclasses.replace(MEDIUM, frozen=60 * GIB)
-    assert choose_micro_batch(large, settings, 8, 40 * GIB).micro_batch > 1
-    with pytest.raises(UsageError, match=r"sampling.block_pairs or update.micro_batch"):
-        choose_micro_batch(large, settings, 1, 40 * GIB)
+    settings = config("sampling.pairs_per_epoch=4320")  # trajectories of 42 GiB
+    assert choose_micro_batch(MEDIUM, settings, 8, 40 * GIB).micro_batch > 1
+    with pytest.raises(UsageError, match=r"sampling.block_pairs, update.micro_batch or evaluation.batch"):
+        choose_micro_batch(MEDIUM, settings, 1, 40 * GIB)
 
 
 def test_a_given_micro_batch_stays_although_it_does_not_fit():

@@ -226,7 +226,7 @@ def reopened(tiny_sd3, folder, before, after):
 def test_a_run_goes_on_with_its_server_elsewhere(tiny_sd3, tmp_path, before, after, capsys):
     reopened(tiny_sd3, tmp_path / "run", ([OWN, before], []), ([OWN, after], []))
     stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert stored["rewards"][1] == {"normalize": "none"} | after
+    assert stored["rewards"][1] == {"normalize": "none", "kill_after_s": None} | after
     reopened(tiny_sd3, tmp_path / "metric", ([OWN], ["shapes", before]), ([OWN], ["shapes", after]))
 
 
@@ -254,3 +254,12 @@ def test_what_is_scored_may_not_change(tiny_sd3, tmp_path, before, after, key):
 def test_a_url_as_a_name_is_the_server_at_that_url(tiny_sd3, tmp_path, capsys):
     reopened(tiny_sd3, tmp_path, ([URL], []), ([{"name": "http", "weight": 1.0, "url": URL["name"]}], []))
     assert "settings changed" not in capsys.readouterr().out
+
+
+def test_settings_of_an_earlier_version_lack_keys_and_are_the_same(tiny_sd3, tmp_path):
+    given = dump_config(tiny_config(tiny_sd3, tmp_path / "run"))
+    tree = yaml.safe_load(given)
+    del tree["model"]["quantize"], tree["zero"]["offload_optimizer"]
+    assert differing_settings(yaml.safe_dump(tree), given) == {}
+    tree["model"]["max_sequence_length"] = 8
+    assert differing_settings(yaml.safe_dump(tree), given) == {"model.max_sequence_length": "8 there, 16 given"}

@@ -25,6 +25,33 @@ def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> N
         except BackendUnavailableError as error:
             raise EnvironmentProblem(f"model.attention = {settings.attention}: {error}") from error
         return
+    _refuse_where_needed(settings, reasons)
+    if settings.fused == "auto":
+        say(f"model: diffusers' own blocks, not the fused ones: {'; '.join(reasons)}")
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if settings.compile:
+        transformer.compile()
+
+
+def refuse_unfit(transformer: Any, settings: ModelConfig) -> None:
+    """Refuses what `choose_blocks` would, of a transformer without weights.
+
+    Raises:
+        UsageError: as there.
+    """
+    reasons = [] if settings.fused is False or settings.compile else fusion_refusals(transformer)
+    if settings.quantize:
+        reasons.append(f"model.quantize is {settings.quantize}")
+    if settings.fused is False:
+        reasons.append("model.fused is false")
+    if settings.compile:
+        reasons.append("model.compile is true")
+    if reasons:
+        _refuse_where_needed(settings, reasons)
+
+
+def _refuse_where_needed(settings: ModelConfig, reasons: list[str]) -> None:
     why = "; ".join(reasons)
     if settings.fused is True:
         raise UsageError(f"model.fused = true: this model does not fit the fused blocks: {why}")
@@ -32,12 +59,6 @@ def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> N
         raise UsageError(f"model.attention = {settings.attention}: only fused blocks know it, and here {why}")
     if settings.gradient_checkpointing == "fc1":
         raise UsageError(f"model.gradient_checkpointing = fc1: only fused blocks know it, and here {why}")
-    if settings.fused == "auto":
-        say(f"model: diffusers' own blocks, not the fused ones: {why}")
-    if settings.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if settings.compile:
-        transformer.compile()
 
 
 def _refusals(transformer: Any, settings: ModelConfig) -> list[str]:
