@@ -19,6 +19,7 @@ from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
 from fdfo_engine.report.model_card import CARD_NAME, model_card
 from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory, rollout_network
+from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
 from fdfo_engine.runtime.distributed import (
@@ -125,7 +126,7 @@ class Engine:
             UsageError: no prompts, or fewer blocks than ranks.
             NumericsError: a velocity was not finite.
         """
-        _refuse_text(prompts)
+        refuse_text(prompts)
         first, count = self.next_pair, len(prompts)
         own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
@@ -202,7 +203,7 @@ class Engine:
         Raises:
             UsageError: no prompts, or `weights="ema"` in a run without `update.ema`.
         """
-        _refuse_text(prompts)
+        refuse_text(prompts)
         grid = self.sampler.grid if steps is None else self.model.grid(steps)
         guidance = self.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
         size, count = self.config.evaluation.batch, len(prompts)
@@ -269,14 +270,14 @@ class Engine:
         return True
 
     @classmethod
-    def resume(cls, run_dir: str | Path, name: str | None = None) -> Engine:
-        """The engine of the run in `run_dir`, at its newest checkpoint or at `name`.
+    def resume(cls, run_dir: str | Path, name: str | None = None, *, trains: bool = True) -> Engine:
+        """The engine of the run in `run_dir`, at its newest checkpoint or at `name`; `trains` as of the constructor.
 
         Raises:
             CheckpointError: no run there, or no whole checkpoint.
             ConfigError: its `config.yaml` was edited into something that is not valid.
         """
-        engine = cls(run_config(run_dir))
+        engine = cls(run_config(run_dir), trains=trains)
         if not engine.load(name):
             raise CheckpointError(f"{run_dir}: no checkpoint in {engine._store().folder}")
         return engine
@@ -395,8 +396,3 @@ def _share(count: int, what: str, *, may_idle: bool = False) -> range:
     if count < ranks and not may_idle:
         raise UsageError(f"prompts: {count} {what} for {ranks} ranks; takes at least one a rank")
     return range(rank() * count // ranks, (rank() + 1) * count // ranks)
-
-
-def _refuse_text(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str):
-        raise UsageError(f"prompts: the text {prompts!r}; takes a list of texts")

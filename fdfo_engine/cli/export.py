@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.engine import Engine
     from fdfo_engine.runtime.console import say
 
-    engine = Engine.resume(arguments.run_dir, arguments.checkpoint)
+    engine = Engine.resume(arguments.run_dir, arguments.checkpoint, trains=False)
     folder = engine.export(
         arguments.out, weights=arguments.weights, overwrite=arguments.overwrite, style=arguments.style
     )

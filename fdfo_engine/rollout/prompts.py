@@ -12,7 +12,7 @@ import torch
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
 from fdfo_engine.rollout.prompt_sets import READERS, local_files, named_set, read_table
-from fdfo_engine.runtime.errors import PromptError
+from fdfo_engine.runtime.errors import PromptError, UsageError
 from fdfo_engine.shapes.scene import Split, captions
 
 MAX_PROMPT_BYTES = 16 * 1024
@@ -127,3 +127,9 @@ def _check_length(path: Path, number: int, line: str) -> None:
     size = len(line.encode())
     if size > MAX_PROMPT_BYTES:
         raise PromptError(f"{path}:{number}: a line of {size} bytes; a prompt takes at most {MAX_PROMPT_BYTES}")
+
+
+def refuse_text(prompts: Sequence[str]) -> None:
+    """Raises UsageError for one text where a list of them is meant: its letters would pass for prompts."""
+    if isinstance(prompts, str):
+        raise UsageError(f"prompts: the text {prompts!r}; takes a list of texts")
