@@ -180,7 +180,7 @@ class _Run:
         with self._kept_unless_scored(rollout):
             self._guard_failures(rollout, total_PK, parts_PK)
         known = total_PK[torch.isfinite(total_PK)]
-        jump = self._spikes.seen(float(known.mean()), float(known.std(correction=0)))
+        jump = self._spikes.seen(float(known.mean()), float(known.std(correction=0))) if len(known) else None
         self._draw(rollout, total_PK, always=jump is not None)
         if jump:
             warn(f"{jump}; its pairs are drawn under {IMAGES_NAME}/")

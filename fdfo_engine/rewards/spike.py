@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 
@@ -20,12 +19,7 @@ class SpikeWatch:
         self._means: deque[float] = deque(maxlen=WINDOW)
 
     def seen(self, mean: float, std: float) -> str | None:
-        """Takes an epoch's mean and standard deviation over images; a sentence where the mean has jumped.
-
-        An epoch in which no image has a reward (NaN) says nothing.
-        """
-        if not math.isfinite(mean):
-            return None
+        """Takes an epoch's mean and standard deviation over images; a sentence where the mean has jumped."""
         means = list(self._means)
         self._means.append(mean)
         if len(means) < LEAST:
