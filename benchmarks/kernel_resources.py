@@ -106,10 +106,11 @@ def _qk_rms_norm_cases() -> Iterator[Case]:
     for head_size, rotary in ((64, False), (128, True)):
         rows, columns = op.tile(head_size)
         known, tile = {"NORMED": 15, "ROTARY": rotary}, {"E": head_size, "ROWS": rows, "BLOCK_E": columns}
-        types = [*13 * [bf16], f32, f32, *sizes, "fp32"]
+        types = [*13 * [bf16], f32, f32, f32, *sizes, "fp32"]
         yield Case(kernels.qk_rms_norm_forward_kernel, types, known | tile)
-        types = [*17 * [bf16], f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
-        yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": rotary} | tile)
+        for roots, weight_grads in ((f32, False), ("none", True)):
+            types = [*8 * [bf16], roots, *9 * [bf16], f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
+            yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": weight_grads} | tile)
 
 
 _ODD_SIZES = ("B", "TOKENS0", "TOKENS1", "HEADS")

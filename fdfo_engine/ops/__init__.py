@@ -24,7 +24,7 @@ from fdfo_engine.ops.philox import (
     philox_words,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
-from fdfo_engine.ops.qk_rms_norm import QKV, qk_rms_norm
+from fdfo_engine.ops.qk_rms_norm import QKV, is_invertible, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
 _OPS = (
@@ -59,6 +59,7 @@ __all__ = [
     "gated_residual_norms",
     "guided_velocity",
     "implementations",
+    "is_invertible",
     "layer_norm_modulate",
     "lora_linear",
     "lora_linear_group",

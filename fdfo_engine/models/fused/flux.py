@@ -30,7 +30,7 @@ class FusedDoubleBlock:
     def __init__(self, block: Any, settings: Settings) -> None:
         self.block = block
         self.recompute = settings.recompute_fc1
-        self.attention = StreamAttention(block.attn, settings, text_first=True)
+        self.attention = StreamAttention(block.attn, settings, text_first=True, rotary=True)
         self.joints = self.attention.joints
         self.norms = (block.norm1, block.norm1_context)
 
@@ -69,7 +69,7 @@ class FusedSingleBlock:
     def __init__(self, block: Any, settings: Settings) -> None:
         self.block = block
         self.recompute = settings.recompute_fc1
-        self.attention = StreamAttention(block.attn, settings)
+        self.attention = StreamAttention(block.attn, settings, rotary=True)
         self.joints = self.attention.joints
         self.norms = (block.norm,)
 
