@@ -159,19 +159,21 @@ def _thin_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int) -> Iterator[Case]:
-    """Forward and gradient of x: of all layers, and of one with GELU."""
+    """Forward and gradient of x: of all layers, of one with GELU, and of one of each stream with a residual."""
     from fdfo_engine.ops import _lora_triton
 
     x, wide = POINTERS[str(dtype)[6:]], {"WIDE": dtype == torch.float32}
-    for streams, count, gelu in ((STREAMS, LAYERS, False), (1, 1, True)):
+    shapes = [(STREAMS, LAYERS, False, False), (1, 1, True, False), *[(STREAMS, 1, False, True)] * (rank > 0)]
+    for streams, count, gelu, added in shapes:
         xs, layers, none = streams * (x,), streams * count * (x,), streams * count * ("none",)
         adapter = [layers, streams * count * (POINTERS["float32"],)] if rank else [none, none]
         stream, layer = streams * ("i32",), streams * count * ("i32",)
-        forward = [xs, layers, layers, *adapter, layers if gelu else none, layers, *5 * [stream], *3 * [layer], "i32"]
+        forward = [xs, layers, layers, *adapter, layers if gelu else none, *2 * [layers if added else none], layers]
+        forward += [*5 * [stream], *6 * [layer], "i32"]
         backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *4 * [layer], "i32"]
         known = {"STREAMS": streams, "LAYERS": count}
         for kernel, types, more in (
-            (kernels.lora_linear_kernel, forward, gelu), (kernels.lora_linear_input_kernel, backward, True),
+            (kernels.lora_linear_kernel, forward, gelu or added), (kernels.lora_linear_input_kernel, backward, True),
         ):  # fmt: skip
             tile = _lora_triton.tile(dtype, architecture // 10, more=more)
             constants = known | ({"GELU": gelu} if types is forward else {}) | wide

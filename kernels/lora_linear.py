@@ -55,12 +55,14 @@ def starts_of(m, S, batch, row):
 
 @triton.jit
 def lora_linear_kernel(
-    xs, weights, biases, thins, factors, hs, outs, Ms, Ss, x_batches, x_rows, thin_rows, Ns, Rs, out_batches, K,
+    xs, weights, biases, thins, factors, hs, residuals, gates, outs, Ms, Ss, x_batches, x_rows, thin_rows, Ns, Rs,
+    residual_batches, residual_rows, gate_rows, out_batches, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # grid: tiles of all layers, one layer after the other; of a layer GROUP tiles of rows at a time, whose operands
-    # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0
+    # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0. GELU is
+    # taken of that, or it is added to a residual [M, N] through the gate [B, N] of each sample
     dtype: tl.constexpr = xs[0].dtype.element_ty
     COUNT: tl.constexpr = STREAMS * LAYERS
     layer, tile = layer_of(tl.program_id(0), Ms, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
@@ -94,6 +96,14 @@ def lora_linear_kernel(
         tl.store(pointer_of(hs, layer, COUNT) + at, rounded(acc, dtype), mask=in_m & in_n)
     if GELU:
         acc, _ = gelu(acc)
+    if residuals[0] is not None:
+        residual_at = starts_of(
+            m, S, size_of(residual_batches, layer, COUNT), size_of(residual_rows, layer, COUNT)
+        )[:, None] + n[None, :]  # fmt: skip
+        gate_at = starts_of(m, S, size_of(gate_rows, layer, COUNT), 0)[:, None] + n[None, :]
+        gate = tl.load(pointer_of(gates, layer, COUNT) + gate_at, mask=in_m & in_n, other=0.0).to(tl.float32)
+        residual = tl.load(pointer_of(residuals, layer, COUNT) + residual_at, mask=in_m & in_n, other=0.0)
+        acc = residual.to(tl.float32) + gate * acc
     tl.store(pointer_of(outs, layer, COUNT) + at, rounded(acc, dtype), mask=in_m & in_n)
 
 

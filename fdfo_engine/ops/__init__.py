@@ -9,7 +9,12 @@ from fdfo_engine.ops.gated_residual import gated_residual
 from fdfo_engine.ops.gated_residual_norm import NormStream, gated_residual_norm, gated_residual_norms
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
-from fdfo_engine.ops.lora_linear import lora_linear, lora_linear_group, lora_linear_streams
+from fdfo_engine.ops.lora_linear import (
+    lora_linear,
+    lora_linear_group,
+    lora_linear_residuals,
+    lora_linear_streams,
+)
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -63,6 +68,7 @@ __all__ = [
     "layer_norm_modulate",
     "lora_linear",
     "lora_linear_group",
+    "lora_linear_residuals",
     "lora_linear_streams",
     "pair_direction",
     "pair_scalar_normal",

@@ -93,6 +93,16 @@ def forward(
     return Outputs(y, joined, [] if h is None else [h], thins)
 
 
+def residual_sums(
+    xs: Sequence[Tensor], linears: Sequence[Linear], scaling: float, residuals: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """`residual + gate * linear(x)` of each stream; some linear has an adapter."""
+    xs, outs = [_compiled.last_contiguous(x) for x in xs], [_compiled.empty_contiguous(r) for r, _ in residuals]
+    given = [(_compiled.last_contiguous(r), _compiled.last_contiguous(gate)) for r, gate in residuals]
+    product(xs, linears, _thin_products(xs, [[n] for n in linears], scaling), outs, residuals=given)
+    return outs
+
+
 def _room(xs: Sequence[Tensor], linears: Streams, *, packed: bool) -> tuple[list[list[Tensor]], Tensor | None]:
     """Outputs of each layer, the last ones as views of one tensor if `packed`, and that tensor."""
     y = [
@@ -201,21 +211,26 @@ def thin_product(xs: Sequence[Tensor], layers: Sequence[tuple[Linear, Tensor]], 
 
 def product(
     xs: Sequence[Tensor], linears: Sequence[Linear], thins: Sequence[Tensor | None], outs: Sequence[Tensor], *,
-    h: Tensor | None = None, gelu: bool = False,
+    h: Tensor | None = None, gelu: bool = False, residuals: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:  # fmt: skip
-    """`out = x W^T + thin B^T + bias` of each layer, then GELU of that, which `h` gets; equally many layers an x."""
+    """`out = x W^T + thin B^T + bias` of each layer; equally many layers an x.
+
+    Then GELU of that, which `h` gets, or `residual + gate * out` of each layer.
+    """
     from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
 
     count, ranks = len(linears) // len(xs), [linear.rank for linear in linears]
     biases = [_bias(linear) if any(one.bias is not None for one in linears) else None for linear in linears]
-    t, rows = _tile(xs[0], more=gelu), _rows(xs)
+    added, gates = zip(*residuals, strict=True) if residuals else [(None,) * len(linears)] * 2
+    t, rows = _tile(xs[0], more=gelu or bool(residuals)), _rows(xs)
     tiles = [-(-rows[i // count] // t.rows) * -(-len(linear.weight) // t.columns) for i, linear in enumerate(linears)]
     with torch.cuda.device_of(xs[0]):
         lora_linear_kernel[(sum(tiles),)](
             tuple(xs), _contiguous([linear.weight for linear in linears]), tuple(biases), _filled(thins),
             _contiguous(_filled([linear.lora_b for linear in linears])),
-            (h,) if h is not None else (None,) * len(linears), tuple(outs), *_places(xs), _row_strides(thins, count),
-            tuple(len(linear.weight) for linear in linears), tuple(ranks), tuple(map(_batch, outs)), xs[0].shape[2],
+            (h,) if h is not None else (None,) * len(linears), added, gates, tuple(outs), *_places(xs),
+            _row_strides(thins, count), tuple(len(linear.weight) for linear in linears), tuple(ranks),
+            *_residual_places(residuals, len(linears)), tuple(map(_batch, outs)), xs[0].shape[2],
             STREAMS=len(xs), LAYERS=count, GELU=gelu, **_blocks(xs[0], t, ranks),
         )  # fmt: skip
 
@@ -331,6 +346,14 @@ def _gradient_places(grads: Sequence[Tensor], ranks: Sequence[int]) -> tuple[tup
     """Columns, ranks, and strides of samples and rows, of each layer's gradient."""
     columns, rows = tuple(g.shape[2] for g in grads), tuple(g.stride(1) for g in grads)
     return columns, tuple(ranks), tuple(map(_batch, grads)), rows
+
+
+def _residual_places(residuals: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[tuple[int, ...], ...]:
+    """Strides of samples and rows of each residual, and of rows of its gate."""
+    if not residuals:
+        return ((0,) * count,) * 3
+    streams, gates = zip(*residuals, strict=True)
+    return tuple(map(_batch, streams)), tuple(r.stride(1) for r in streams), tuple(map(_batch, gates))
 
 
 def _row_strides(thins: Sequence[Tensor | None], count: int) -> tuple[int, ...]:

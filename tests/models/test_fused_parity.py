@@ -15,6 +15,7 @@ from fused_models import (
     forward_backward,
     in_float32,
     inputs,
+    off,
 )
 
 from fdfo_engine.models.fused import fuse
@@ -60,6 +61,17 @@ def test_triton_is_diffusers_own(variant, train):
     exact = forward_backward(model, inputs(variant, 2))
     fuse(model)
     assert_equal_runs(forward_backward(model, inputs(variant, 2)), exact)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("train", TRAINED)
+def test_triton_without_gradient_is_diffusers_own(variant, train):
+    """A rollout's forward: residuals are added inside the products of adapted layers."""
+    model = TRAINED[train](build(variant))
+    exact = model(**inputs(variant, 2)).sample
+    fuse(model)
+    assert off(model(**inputs(variant, 2)).sample, exact) <= 1e-5
 
 
 @pytest.mark.slow

@@ -8,12 +8,13 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from fdfo_engine.models.fused.linear import parts_of, project, project_parts
+from fdfo_engine.models.fused.linear import parts_of, project
 from fdfo_engine.models.fused.modulation import (
     Attended,
     Modulations,
     Residual,
     attend_and_feed,
+    attention_outputs,
     modulation_of,
     refuse_attention_kwargs,
 )
@@ -54,11 +55,8 @@ class FusedDoubleBlock:
         )
         mixed = self.attention(text_n, n, rotary=image_rotary_emb)
         layers = [block.attn.to_add_out, block.attn.to_out[0]]
-        text_out, out = project_parts(layers, mixed, [text.shape[1], x.shape[1]])
-        attended = (
-            Attended(x, out, gate, feed, block.ff),
-            Attended(text, text_out, text_gate, text_feed, block.ff_context),
-        )
+        after_text, after = attention_outputs(layers, mixed, [(text, text_gate), (x, gate)])
+        attended = Attended(after, feed, block.ff), Attended(after_text, text_feed, block.ff_context)
         found, found_text = attend_and_feed(attended, recompute=self.recompute)
         return within_half(found_text.joined()), found.joined()
 
