@@ -170,7 +170,7 @@ def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int)
         stream, layer = streams * ("i32",), streams * count * ("i32",)
         forward = [xs, layers, layers, *adapter, layers if gelu else none, *2 * [layers if added else none], layers]
         forward += [*5 * [stream], *6 * [layer], "i32"]
-        backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *4 * [layer], "i32"]
+        backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *5 * [layer], "i32"]
         known = {"STREAMS": streams, "LAYERS": count}
         for kernel, types, more in (
             (kernels.lora_linear_kernel, forward, gelu or added), (kernels.lora_linear_input_kernel, backward, True),

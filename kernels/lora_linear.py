@@ -131,7 +131,8 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def lora_linear_input_kernel(
-    grads, weights, thins, factors, h_ptr, outs, Ms, Ss, thin_rows, out_batches, Ns, Rs, grad_batches, grad_rows, K,
+    grads, weights, thins, factors, h_ptr, outs, Ms, Ss, thin_rows, out_batches, Ns, Rs, grad_batches, grad_rows,
+    weight_rows, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -153,11 +154,12 @@ def lora_linear_input_kernel(
         N, grad_ptr = size_of(Ns, layer, STREAMS * LAYERS), pointer_of(grads, layer, STREAMS * LAYERS)
         weight_ptr = pointer_of(weights, layer, STREAMS * LAYERS)
         batch = size_of(grad_batches, layer, STREAMS * LAYERS)
+        weight_row = size_of(weight_rows, layer, STREAMS * LAYERS)
         grad_at = starts_of(m, S, batch, size_of(grad_rows, layer, STREAMS * LAYERS))
         for first in range(0, N, INNER):
             n = first + tl.arange(0, INNER)  # [INNER]
             grad = tl.load(grad_ptr + grad_at[:, None] + n[None, :], mask=in_m & (n < N)[None, :], other=0.0)
-            weight_at = n.to(tl.int64)[:, None] * K + k[None, :]
+            weight_at = n.to(tl.int64)[:, None] * weight_row + k[None, :]
             weight = tl.load(weight_ptr + weight_at, mask=in_k & (n < N)[:, None], other=0.0)
             acc = product(operand(grad, dtype, WIDE), operand(weight, dtype, WIDE), acc)
         if RANK > 0:

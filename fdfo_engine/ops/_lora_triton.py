@@ -257,14 +257,16 @@ def input_product(layers: Sequence[Sequence[Used]], dxs: Sequence[Tensor], *, h:
     flat = [u for stream in layers for u in stream]
     grads, linears, ranks = [u.grad for u in flat], [u.linear for u in flat], [u.linear.rank for u in flat]
     thins, count = [u.thin_grad for u in flat], len(layers[0])
+    weights = [_compiled.last_contiguous(linear.weight) for linear in linears]  # perhaps columns of a wider one
     t = _tile(dxs[0], more=count > 1 or h is not None)
     tiles = sum(-(-rows // t.rows) for rows in _rows(dxs)) * -(-dxs[0].shape[2] // t.columns)
     with torch.cuda.device_of(dxs[0]):
         lora_linear_input_kernel[(tiles,)](
-            tuple(grads), _contiguous([linear.weight for linear in linears]), _filled(thins),
+            tuple(grads), tuple(weights), _filled(thins),
             _contiguous(_filled([linear.lora_a for linear in linears])), h, tuple(dxs), tuple(_rows(dxs)),
             tuple(dx.shape[1] for dx in dxs), _row_strides(thins, count), tuple(map(_batch, dxs)),
-            *_gradient_places(grads, ranks), dxs[0].shape[2], STREAMS=len(dxs), LAYERS=count,
+            *_gradient_places(grads, ranks), tuple(w.stride(0) for w in weights), dxs[0].shape[2], STREAMS=len(dxs),
+            LAYERS=count,
             **_blocks(dxs[0], t, ranks),
         )  # fmt: skip
 
