@@ -10,7 +10,7 @@ from benchmarks import counts
 def test_launches_bytes_and_saved_activations_of_sd35_medium(monkeypatch):
     monkeypatch.undo()  # filling torch.empty would be counted
     plain, fused = counts.plain(), counts.fused()
-    bounds = {"rollout": (400, 0.16), "forward": (400, 0.17), "backward": (500, 0.18)}
+    bounds = {"rollout": (370, 0.11), "forward": (400, 0.17), "backward": (500, 0.18)}
     for which, (launches, share) in bounds.items():
         assert fused[which].launches.total() < launches, which
         assert fused[which].bytes.total() < share * plain[which].bytes.total(), which

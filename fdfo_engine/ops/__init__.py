@@ -15,6 +15,7 @@ from fdfo_engine.ops.lora_linear import (
     lora_linear_residuals,
     lora_linear_streams,
 )
+from fdfo_engine.ops.lora_qkv import lora_qkv
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -70,6 +71,7 @@ __all__ = [
     "lora_linear_group",
     "lora_linear_residuals",
     "lora_linear_streams",
+    "lora_qkv",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",

@@ -47,6 +47,14 @@ MAX_RANK = 32  # columns of the rank that a program takes at once
 THIN_LAYERS = 3  # layers whose thin products a program makes of one reading of x
 
 
+class HeadNorm(NamedTuple):
+    """RMS norms of heads of `size` columns: the weights, one a layer, of which a stream's last is not read."""
+
+    weights: Sequence[Tensor]
+    size: int
+    eps: float
+
+
 class Used(NamedTuple):
     """A layer whose output was used: its gradient `[B, S, N]`, its thin product and `s g B`, `[M, r]`, where made."""
 
@@ -101,6 +109,17 @@ def residual_sums(
     given = [(_compiled.last_contiguous(r), _compiled.last_contiguous(gate)) for r, gate in residuals]
     product(xs, linears, _thin_products(xs, [[n] for n in linears], scaling), outs, residuals=given)
     return outs
+
+
+def normed_products(xs: Sequence[Tensor], linears: Streams, scaling: float, norm: HeadNorm) -> list[Tensor]:
+    """The layers of each stream, with norms of all but the last, each packed along tokens, `[B, sum S_i, N]`."""
+    xs, tokens = [_compiled.last_contiguous(x) for x in xs], [x.shape[1] for x in xs]
+    thins = _thin_products(xs, linears, scaling)
+    packed = [xs[0].new_empty(len(xs[0]), sum(tokens), len(linear.weight)) for linear in linears[0]]
+    outs = [part for parts in zip(*(t.split(tokens, 1) for t in packed), strict=True) for part in parts]
+    parts = [part for thin, layers in zip(thins, linears, strict=True) for part in split_ranks(thin, layers)]
+    product(xs, [linear for layers in linears for linear in layers], parts, outs, norm=norm)
+    return packed
 
 
 def _room(xs: Sequence[Tensor], linears: Streams, *, packed: bool) -> tuple[list[list[Tensor]], Tensor | None]:
@@ -212,10 +231,12 @@ def thin_product(xs: Sequence[Tensor], layers: Sequence[tuple[Linear, Tensor]], 
 def product(
     xs: Sequence[Tensor], linears: Sequence[Linear], thins: Sequence[Tensor | None], outs: Sequence[Tensor], *,
     h: Tensor | None = None, gelu: bool = False, residuals: Sequence[tuple[Tensor, Tensor]] = (),
+    norm: HeadNorm | None = None,
 ) -> None:  # fmt: skip
     """`out = x W^T + thin B^T + bias` of each layer; equally many layers an x.
 
-    Then GELU of that, which `h` gets, or `residual + gate * out` of each layer.
+    Then GELU of that, which `h` gets, or `residual + gate * out` of each layer, or the `norm` of all but the last layer
+    of each stream.
     """
     from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
 
@@ -228,10 +249,12 @@ def product(
         lora_linear_kernel[(sum(tiles),)](
             tuple(xs), _contiguous([linear.weight for linear in linears]), tuple(biases), _filled(thins),
             _contiguous(_filled([linear.lora_b for linear in linears])),
-            (h,) if h is not None else (None,) * len(linears), added, gates, tuple(outs), *_places(xs),
+            (h,) if h is not None else (None,) * len(linears), added, gates,
+            (None,) * len(linears) if norm is None else _contiguous(norm.weights), tuple(outs), *_places(xs),
             _row_strides(thins, count), tuple(len(linear.weight) for linear in linears), tuple(ranks),
             *_residual_places(residuals, len(linears)), tuple(map(_batch, outs)), xs[0].shape[2],
-            STREAMS=len(xs), LAYERS=count, GELU=gelu, **_blocks(xs[0], t, ranks),
+            0.0 if norm is None else norm.eps, STREAMS=len(xs), LAYERS=count, HEAD=0 if norm is None else norm.size,
+            GELU=gelu, **_blocks(xs[0], t, ranks),
         )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def lora_linear_streams(
     """
     op = "lora_linear_streams"
     xs = [x] if isinstance(x, Tensor) else list(x)
-    _check_streams(op, xs, linears, tokens, packed)
+    check_streams(op, xs, linears, tokens, packed)
     out = _run(op, xs, linears, scaling, tokens=tokens, packed=packed, backend=backend)
     rest = iter(out)
     found = [tuple(itertools.islice(rest, len(layers) - packed)) for layers in linears]
@@ -148,7 +148,7 @@ def lora_linear_residuals(
         Like each residual, contiguous.
     """
     op, tokens = "lora_linear_residuals", [r.shape[1] if r.ndim == 3 else 0 for r, _ in residuals]
-    _check_streams(op, [x], [[parts] for parts in linears], tokens, False)
+    check_streams(op, [x], [[parts] for parts in linears], tokens, False)
     scaling = _checks.number(op, "scaling", scaling)
     given = [t for r in residuals for t in r] + [t for parts in linears for t in parts if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
@@ -304,9 +304,10 @@ def _run(
     return found
 
 
-def _check_streams(
+def check_streams(
     op: str, xs: Sequence[Tensor], linears: Sequence[Sequence[Parts]], tokens: Sequence[int] | None, packed: bool
 ) -> None:
+    """Refuses what `lora_linear_streams` does not take."""
     counts = [len(layers) for layers in linears]
     if not 1 <= len(counts) <= MAX_STREAMS or not all(counts):
         _checks.refuse(op, "linears", f"of lengths {counts}", f"one to {MAX_STREAMS} streams of at least one layer")

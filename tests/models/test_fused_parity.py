@@ -74,6 +74,19 @@ def test_triton_without_gradient_is_diffusers_own(variant, train):
     assert off(model(**inputs(variant, 2)).sample, exact) <= 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("train", ["lora", "lora everywhere"])
+def test_triton_without_gradient_in_bfloat16(variant, train):
+    model = TRAINED[train](build(variant, heads=4, head_size=16).bfloat16())
+    given = inputs(variant, 4, dtype=torch.bfloat16)
+    exact = in_float32(model)(**as_float32(given)).sample
+    plain = model(**given).sample
+    fuse(model)
+    assert off(model(**given).sample, exact) <= 1.1 * off(plain, exact)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("recompute", ["none", "fc1"])

@@ -19,6 +19,7 @@ from fdfo_engine.ops import (
     lora_linear_group,
     lora_linear_residuals,
     lora_linear_streams,
+    lora_qkv,
 )
 
 
@@ -95,10 +96,10 @@ def project_parts(layers: Sequence[nn.Module], x: Tensor, tokens: Sequence[int])
     return [y for (y,) in lora_linear_streams(x, [[p[:4]] for p in parts], scalings[0], tokens=tokens)[0]]
 
 
-def adds_residuals(layers: Sequence[nn.Module], device: torch.device) -> bool:
-    """Whether `project_residuals` adds inside its product; else the next norm does that for nothing more.
+def goes_on_inside(layers: Sequence[nn.Module], device: torch.device) -> bool:
+    """Whether what follows these layers is computed inside their product: a residual's sum, norms of heads.
 
-    It does in a rollout, by Triton, where some layer has an adapter: without one the product is left to a library.
+    It is in a rollout, by Triton, where some layer has an adapter: without one the product is left to a library.
     """
     if torch.is_grad_enabled():
         return False
@@ -113,6 +114,17 @@ def project_residuals(
     """`residual + gate * layer(part)` of each `(residual, gate)`, whose parts lie in x one after the other."""
     parts = [parts_of(layer) for layer in layers]
     return lora_linear_residuals(x, [p[:4] for p in parts], _scalings(parts)[0], residuals)
+
+
+def project_normed(
+    streams: Sequence[Sequence[nn.Module]], tokens: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]],
+    head_size: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values of each stream, the first two normed, packed."""
+    parts = [[parts_of(layer) for layer in layers] for layers in streams]
+    scaling = _scalings([p for layers in parts for p in layers])[0]
+    linears = [[p[:4] for p in layers] for layers in parts]
+    return lora_qkv(tokens, linears, weights, scaling, head_size=head_size, eps=eps)
 
 
 def _scalings(parts: Sequence[LinearParts]) -> list[float]:

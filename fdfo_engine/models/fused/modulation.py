@@ -10,8 +10,8 @@ from torch.nn.functional import silu
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.linear import (
-    adds_residuals,
     feed_forward_of,
+    goes_on_inside,
     project,
     project_parts,
     project_residuals,
@@ -56,7 +56,7 @@ class Residual(NamedTuple):
 
 def attention_outputs(layers: Sequence[Any], mixed: Tensor, streams: Sequence[tuple[Tensor, Tensor]]) -> list[Residual]:
     """`x + gate * layer(part)` of each `(x, gate)`; the attention's output `mixed` holds their parts in order."""
-    if adds_residuals(layers, mixed.device):
+    if goes_on_inside(layers, mixed.device):
         return [Residual(x) for x in project_residuals(layers, mixed, streams)]
     outs = project_parts(layers, mixed, [x.shape[1] for x, _ in streams])
     return [Residual(x, out, gate) for (x, gate), out in zip(streams, outs, strict=True)]
@@ -79,7 +79,7 @@ def attend_and_feed(streams: Sequence[Attended], *, recompute: bool) -> list[Res
 def _fed(module: Any, x: Tensor, n: Tensor, gate: Tensor, *, recompute: bool) -> Residual:
     """`x + gate * feed_forward(n)`."""
     up, _, down = module.net[:3]
-    if adds_residuals([down], x.device):
+    if goes_on_inside([down], x.device):
         return Residual(*project_residuals([down], project(up.proj, n, gelu=True), [(x, gate)]))
     return Residual(x, feed_forward_of(module, n, recompute=recompute), gate)
 

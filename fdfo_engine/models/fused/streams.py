@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fdfo_engine.models.fused.attention import attention
 from fdfo_engine.models.fused.joint_weights import JointWeights
-from fdfo_engine.models.fused.linear import base_of, project_streams
+from fdfo_engine.models.fused.linear import base_of, goes_on_inside, project_normed, project_streams
 from fdfo_engine.ops import QKV, is_invertible, qk_rms_norm
 
 IMAGE = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
@@ -62,15 +63,25 @@ class StreamAttention:
 
     def __call__(self, *tokens: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The attention's output, `[B, sum S_i, H * E]`: the tokens of the streams in order."""
-        joints = [stream.joint for stream in self.streams]
-        made, packed_v = project_streams([stream.layers() for stream in self.streams], joints, tokens)
+        q, k, v = self._projected(tokens, rotary)
+        return attention(q, k, v, self.backend).flatten(2)
+
+    def _projected(
+        self, tokens: Sequence[Tensor], rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Queries, keys and values, `[B, sum S_i, H, E]`."""
+        layers, weights = [s.layers() for s in self.streams], [s.norm_weights() for s in self.streams]
+        pairs = [(q, k) for q, k in weights if q is not None and k is not None]
+        every = [layer for of_stream in layers for layer in of_stream]
+        if rotary is None and len(pairs) == len(weights) and goes_on_inside(every, tokens[0].device):
+            return project_normed(layers, tokens, pairs, self.head_size, EPS)
+        made, packed_v = project_streams(layers, [stream.joint for stream in self.streams], tokens)
         streams = [
-            QKV(*qkv, *([] if packed_v is None else [None]), *stream.norm_weights())
-            for qkv, stream in zip(made, self.streams, strict=True)
+            QKV(*qkv, *([] if packed_v is None else [None]), *pair) for qkv, pair in zip(made, weights, strict=True)
         ]
         q, k, v = qk_rms_norm(
             streams, head_size=self.head_size, rotary=rotary, eps=EPS, invertible=self.invertible
         )  # fmt: skip
         v = packed_v.unflatten(2, q.shape[2:]) if v is None and packed_v is not None else v
         assert v is not None
-        return attention(q, k, v, self.backend).flatten(2)
+        return q, k, v
