@@ -106,10 +106,11 @@ def _qk_rms_norm_cases() -> Iterator[Case]:
     for head_size, rotary in ((64, False), (128, True)):
         rows, columns = op.tile(head_size)
         known, tile = {"NORMED": 15, "ROTARY": rotary}, {"E": head_size, "ROWS": rows, "BLOCK_E": columns}
-        types = [*13 * [bf16], f32, f32, *sizes, "fp32"]
+        types = [*13 * [bf16], f32, f32, f32, *sizes, "fp32"]
         yield Case(kernels.qk_rms_norm_forward_kernel, types, known | tile)
-        types = [*17 * [bf16], f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
-        yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": rotary} | tile)
+        for roots, weight_grads in ((f32, False), ("none", True)):
+            types = [*8 * [bf16], roots, *9 * [bf16], f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
+            yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": weight_grads} | tile)
 
 
 _ODD_SIZES = ("B", "TOKENS0", "TOKENS1", "HEADS")
@@ -117,6 +118,7 @@ _ODD_SIZES = ("B", "TOKENS0", "TOKENS1", "HEADS")
 
 RANK = 64  # of the adapters; from 32 on the kernels are the same for every rank
 STREAMS, LAYERS = 2, 3  # text and image tokens; queries, keys and values
+HEAD = 64
 
 
 def _linear_cases() -> Iterator[Case]:
@@ -158,22 +160,25 @@ def _thin_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int) -> Iterator[Case]:
-    """Forward and gradient of x: of all layers, and of one with GELU."""
+    """Forward and gradient of x: of all layers, one with GELU, one a stream with a residual, all with norms."""
     from fdfo_engine.ops import _lora_triton
 
     x, wide = POINTERS[str(dtype)[6:]], {"WIDE": dtype == torch.float32}
-    for streams, count, gelu in ((STREAMS, LAYERS, False), (1, 1, True)):
+    shapes = [(STREAMS, LAYERS, False, False, 0), (1, 1, True, False, 0)]
+    shapes += [(STREAMS, 1, False, True, 0), (STREAMS, LAYERS, False, False, HEAD)] * (rank > 0)
+    for streams, count, gelu, added, head in shapes:
         xs, layers, none = streams * (x,), streams * count * (x,), streams * count * ("none",)
         adapter = [layers, streams * count * (POINTERS["float32"],)] if rank else [none, none]
         stream, layer = streams * ("i32",), streams * count * ("i32",)
-        forward = [xs, layers, layers, *adapter, layers if gelu else none, layers, *5 * [stream], *3 * [layer], "i32"]
-        backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *4 * [layer], "i32"]
+        forward = [xs, layers, layers, *adapter, layers if gelu else none, *2 * [layers if added else none]]
+        forward += [layers if head else none, layers, *5 * [stream], *6 * [layer], "i32", "fp32"]
+        backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *5 * [layer], "i32"]
         known = {"STREAMS": streams, "LAYERS": count}
         for kernel, types, more in (
-            (kernels.lora_linear_kernel, forward, gelu), (kernels.lora_linear_input_kernel, backward, True),
+            (kernels.lora_linear_kernel, forward, gelu or added), (kernels.lora_linear_input_kernel, backward, True),
         ):  # fmt: skip
             tile = _lora_triton.tile(dtype, architecture // 10, more=more)
-            constants = known | ({"GELU": gelu} if types is forward else {}) | wide
+            constants = known | ({"HEAD": head, "GELU": gelu} if types is forward else {}) | wide
             sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner}
             sizes |= {"RANK": _lora_triton.rank_block(rank), "GROUP": tile.group}
             yield Case(kernel, types, constants | sizes, _options(tile), (architecture,))

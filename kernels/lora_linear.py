@@ -55,12 +55,15 @@ def starts_of(m, S, batch, row):
 
 @triton.jit
 def lora_linear_kernel(
-    xs, weights, biases, thins, factors, hs, outs, Ms, Ss, x_batches, x_rows, thin_rows, Ns, Rs, out_batches, K,
-    STREAMS: tl.constexpr, LAYERS: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
+    xs, weights, biases, thins, factors, hs, residuals, gates, norms, outs, Ms, Ss, x_batches, x_rows, thin_rows, Ns,
+    Rs, residual_batches, residual_rows, gate_rows, out_batches, K, eps,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, HEAD: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # grid: tiles of all layers, one layer after the other; of a layer GROUP tiles of rows at a time, whose operands
-    # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0
+    # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0. GELU is
+    # taken of that, or it is added to a residual [M, N] through the gate [B, N] of each sample; with norms every HEAD
+    # columns of all but a stream's last layer are divided by their rms and multiplied by a weight
     dtype: tl.constexpr = xs[0].dtype.element_ty
     COUNT: tl.constexpr = STREAMS * LAYERS
     layer, tile = layer_of(tl.program_id(0), Ms, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
@@ -94,7 +97,27 @@ def lora_linear_kernel(
         tl.store(pointer_of(hs, layer, COUNT) + at, rounded(acc, dtype), mask=in_m & in_n)
     if GELU:
         acc, _ = gelu(acc)
+    if norms[0] is not None and layer % LAYERS < LAYERS - 1:
+        norm_ptr = pointer_of(norms, layer, COUNT)
+        acc = rounded(by_head(acc, eps, HEAD), norm_ptr.dtype.element_ty)
+        acc *= tl.load(norm_ptr + n % HEAD, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if residuals[0] is not None:
+        residual_at = starts_of(
+            m, S, size_of(residual_batches, layer, COUNT), size_of(residual_rows, layer, COUNT)
+        )[:, None] + n[None, :]  # fmt: skip
+        gate_at = starts_of(m, S, size_of(gate_rows, layer, COUNT), 0)[:, None] + n[None, :]
+        gate = tl.load(pointer_of(gates, layer, COUNT) + gate_at, mask=in_m & in_n, other=0.0).to(tl.float32)
+        residual = tl.load(pointer_of(residuals, layer, COUNT) + residual_at, mask=in_m & in_n, other=0.0)
+        acc = residual.to(tl.float32) + gate * acc
     tl.store(pointer_of(outs, layer, COUNT) + at, rounded(acc, dtype), mask=in_m & in_n)
+
+
+@triton.jit
+def by_head(x, eps, HEAD: tl.constexpr):
+    """Every HEAD columns of x divided by their rms."""
+    heads = tl.reshape(x, [x.shape[0], x.shape[1] // HEAD, HEAD])
+    roots = 1.0 / tl.sqrt_rn(tl.sum(heads * heads, axis=2) / HEAD + eps)
+    return tl.reshape(heads * roots[:, :, None], [x.shape[0], x.shape[1]])
 
 
 @triton.jit
@@ -121,7 +144,8 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def lora_linear_input_kernel(
-    grads, weights, thins, factors, h_ptr, outs, Ms, Ss, thin_rows, out_batches, Ns, Rs, grad_batches, grad_rows, K,
+    grads, weights, thins, factors, h_ptr, outs, Ms, Ss, thin_rows, out_batches, Ns, Rs, grad_batches, grad_rows,
+    weight_rows, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -143,11 +167,12 @@ def lora_linear_input_kernel(
         N, grad_ptr = size_of(Ns, layer, STREAMS * LAYERS), pointer_of(grads, layer, STREAMS * LAYERS)
         weight_ptr = pointer_of(weights, layer, STREAMS * LAYERS)
         batch = size_of(grad_batches, layer, STREAMS * LAYERS)
+        weight_row = size_of(weight_rows, layer, STREAMS * LAYERS)
         grad_at = starts_of(m, S, batch, size_of(grad_rows, layer, STREAMS * LAYERS))
         for first in range(0, N, INNER):
             n = first + tl.arange(0, INNER)  # [INNER]
             grad = tl.load(grad_ptr + grad_at[:, None] + n[None, :], mask=in_m & (n < N)[None, :], other=0.0)
-            weight_at = n.to(tl.int64)[:, None] * K + k[None, :]
+            weight_at = n.to(tl.int64)[:, None] * weight_row + k[None, :]
             weight = tl.load(weight_ptr + weight_at, mask=in_k & (n < N)[:, None], other=0.0)
             acc = product(operand(grad, dtype, WIDE), operand(weight, dtype, WIDE), acc)
         if RANK > 0:

@@ -9,7 +9,13 @@ from fdfo_engine.ops.gated_residual import gated_residual
 from fdfo_engine.ops.gated_residual_norm import NormStream, gated_residual_norm, gated_residual_norms
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
-from fdfo_engine.ops.lora_linear import lora_linear, lora_linear_group, lora_linear_streams
+from fdfo_engine.ops.lora_linear import (
+    lora_linear,
+    lora_linear_group,
+    lora_linear_residuals,
+    lora_linear_streams,
+)
+from fdfo_engine.ops.lora_qkv import lora_qkv
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -24,7 +30,7 @@ from fdfo_engine.ops.philox import (
     philox_words,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
-from fdfo_engine.ops.qk_rms_norm import QKV, qk_rms_norm
+from fdfo_engine.ops.qk_rms_norm import QKV, is_invertible, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
 _OPS = (
@@ -59,10 +65,13 @@ __all__ = [
     "gated_residual_norms",
     "guided_velocity",
     "implementations",
+    "is_invertible",
     "layer_norm_modulate",
     "lora_linear",
     "lora_linear_group",
+    "lora_linear_residuals",
     "lora_linear_streams",
+    "lora_qkv",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",

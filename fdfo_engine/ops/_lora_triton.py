@@ -47,6 +47,14 @@ MAX_RANK = 32  # columns of the rank that a program takes at once
 THIN_LAYERS = 3  # layers whose thin products a program makes of one reading of x
 
 
+class HeadNorm(NamedTuple):
+    """RMS norms of heads of `size` columns: the weights, one a layer, of which a stream's last is not read."""
+
+    weights: Sequence[Tensor]
+    size: int
+    eps: float
+
+
 class Used(NamedTuple):
     """A layer whose output was used: its gradient `[B, S, N]`, its thin product and `s g B`, `[M, r]`, where made."""
 
@@ -91,6 +99,27 @@ def forward(
     if packed:
         y = [outs[:-1] for outs in y]
     return Outputs(y, joined, [] if h is None else [h], thins)
+
+
+def residual_sums(
+    xs: Sequence[Tensor], linears: Sequence[Linear], scaling: float, residuals: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """`residual + gate * linear(x)` of each stream; some linear has an adapter."""
+    xs, outs = [_compiled.last_contiguous(x) for x in xs], [_compiled.empty_contiguous(r) for r, _ in residuals]
+    given = [(_compiled.last_contiguous(r), _compiled.last_contiguous(gate)) for r, gate in residuals]
+    product(xs, linears, _thin_products(xs, [[n] for n in linears], scaling), outs, residuals=given)
+    return outs
+
+
+def normed_products(xs: Sequence[Tensor], linears: Streams, scaling: float, norm: HeadNorm) -> list[Tensor]:
+    """The layers of each stream, with norms of all but the last, each packed along tokens, `[B, sum S_i, N]`."""
+    xs, tokens = [_compiled.last_contiguous(x) for x in xs], [x.shape[1] for x in xs]
+    thins = _thin_products(xs, linears, scaling)
+    packed = [xs[0].new_empty(len(xs[0]), sum(tokens), len(linear.weight)) for linear in linears[0]]
+    outs = [part for parts in zip(*(t.split(tokens, 1) for t in packed), strict=True) for part in parts]
+    parts = [part for thin, layers in zip(thins, linears, strict=True) for part in split_ranks(thin, layers)]
+    product(xs, [linear for layers in linears for linear in layers], parts, outs, norm=norm)
+    return packed
 
 
 def _room(xs: Sequence[Tensor], linears: Streams, *, packed: bool) -> tuple[list[list[Tensor]], Tensor | None]:
@@ -201,22 +230,31 @@ def thin_product(xs: Sequence[Tensor], layers: Sequence[tuple[Linear, Tensor]], 
 
 def product(
     xs: Sequence[Tensor], linears: Sequence[Linear], thins: Sequence[Tensor | None], outs: Sequence[Tensor], *,
-    h: Tensor | None = None, gelu: bool = False,
+    h: Tensor | None = None, gelu: bool = False, residuals: Sequence[tuple[Tensor, Tensor]] = (),
+    norm: HeadNorm | None = None,
 ) -> None:  # fmt: skip
-    """`out = x W^T + thin B^T + bias` of each layer, then GELU of that, which `h` gets; equally many layers an x."""
+    """`out = x W^T + thin B^T + bias` of each layer; equally many layers an x.
+
+    Then GELU of that, which `h` gets, or `residual + gate * out` of each layer, or the `norm` of all but the last layer
+    of each stream.
+    """
     from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
 
     count, ranks = len(linears) // len(xs), [linear.rank for linear in linears]
     biases = [_bias(linear) if any(one.bias is not None for one in linears) else None for linear in linears]
-    t, rows = _tile(xs[0], more=gelu), _rows(xs)
+    added, gates = zip(*residuals, strict=True) if residuals else [(None,) * len(linears)] * 2
+    t, rows = _tile(xs[0], more=gelu or bool(residuals)), _rows(xs)
     tiles = [-(-rows[i // count] // t.rows) * -(-len(linear.weight) // t.columns) for i, linear in enumerate(linears)]
     with torch.cuda.device_of(xs[0]):
         lora_linear_kernel[(sum(tiles),)](
             tuple(xs), _contiguous([linear.weight for linear in linears]), tuple(biases), _filled(thins),
             _contiguous(_filled([linear.lora_b for linear in linears])),
-            (h,) if h is not None else (None,) * len(linears), tuple(outs), *_places(xs), _row_strides(thins, count),
-            tuple(len(linear.weight) for linear in linears), tuple(ranks), tuple(map(_batch, outs)), xs[0].shape[2],
-            STREAMS=len(xs), LAYERS=count, GELU=gelu, **_blocks(xs[0], t, ranks),
+            (h,) if h is not None else (None,) * len(linears), added, gates,
+            (None,) * len(linears) if norm is None else _contiguous(norm.weights), tuple(outs), *_places(xs),
+            _row_strides(thins, count), tuple(len(linear.weight) for linear in linears), tuple(ranks),
+            *_residual_places(residuals, len(linears)), tuple(map(_batch, outs)), xs[0].shape[2],
+            0.0 if norm is None else norm.eps, STREAMS=len(xs), LAYERS=count, HEAD=0 if norm is None else norm.size,
+            GELU=gelu, **_blocks(xs[0], t, ranks),
         )  # fmt: skip
 
 
@@ -242,14 +280,16 @@ def input_product(layers: Sequence[Sequence[Used]], dxs: Sequence[Tensor], *, h:
     flat = [u for stream in layers for u in stream]
     grads, linears, ranks = [u.grad for u in flat], [u.linear for u in flat], [u.linear.rank for u in flat]
     thins, count = [u.thin_grad for u in flat], len(layers[0])
+    weights = [_compiled.last_contiguous(linear.weight) for linear in linears]  # perhaps columns of a wider one
     t = _tile(dxs[0], more=count > 1 or h is not None)
     tiles = sum(-(-rows // t.rows) for rows in _rows(dxs)) * -(-dxs[0].shape[2] // t.columns)
     with torch.cuda.device_of(dxs[0]):
         lora_linear_input_kernel[(tiles,)](
-            tuple(grads), _contiguous([linear.weight for linear in linears]), _filled(thins),
+            tuple(grads), tuple(weights), _filled(thins),
             _contiguous(_filled([linear.lora_a for linear in linears])), h, tuple(dxs), tuple(_rows(dxs)),
             tuple(dx.shape[1] for dx in dxs), _row_strides(thins, count), tuple(map(_batch, dxs)),
-            *_gradient_places(grads, ranks), dxs[0].shape[2], STREAMS=len(dxs), LAYERS=count,
+            *_gradient_places(grads, ranks), tuple(w.stride(0) for w in weights), dxs[0].shape[2], STREAMS=len(dxs),
+            LAYERS=count,
             **_blocks(dxs[0], t, ranks),
         )  # fmt: skip
 
@@ -331,6 +371,14 @@ def _gradient_places(grads: Sequence[Tensor], ranks: Sequence[int]) -> tuple[tup
     """Columns, ranks, and strides of samples and rows, of each layer's gradient."""
     columns, rows = tuple(g.shape[2] for g in grads), tuple(g.stride(1) for g in grads)
     return columns, tuple(ranks), tuple(map(_batch, grads)), rows
+
+
+def _residual_places(residuals: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[tuple[int, ...], ...]:
+    """Strides of samples and rows of each residual, and of rows of its gate."""
+    if not residuals:
+        return ((0,) * count,) * 3
+    streams, gates = zip(*residuals, strict=True)
+    return tuple(map(_batch, streams)), tuple(r.stride(1) for r in streams), tuple(map(_batch, gates))
 
 
 def _row_strides(thins: Sequence[Tensor | None], count: int) -> tuple[int, ...]:

@@ -127,7 +127,7 @@ def _before_gelu(
     grad: Tensor, w2: Tensor, h: Tensor, b1: Tensor | None, backend: str, *, activation: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of what GELU was taken of, and GELU's value where `activation` asks."""
-    if _lora_triton.takes_gelu(backend, h.dtype) and not activation and w2.is_contiguous():
+    if _lora_triton.takes_gelu(backend, h.dtype) and not activation:
         return _lora_triton.gelu_gradient(grad, Linear(w2, None, None, None), h), None
     return _gelu.backward(h, _bias(b1, backend), grad @ w2, backend, inplace=True, activation=activation)
 

@@ -9,26 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fdfo_engine.ops import _checks, _compiled, _dispatch
+from fdfo_engine.ops import _compiled, _dispatch
+from fdfo_engine.ops._qkv import MAX_STREAMS, QKV, Rotary, check_rotary, check_sizes, check_streams
+
+__all__ = ["OFFERED", "QKV", "is_invertible", "qk_rms_norm"]
 
 OFFERED = ("triton", "cpp", "torch")
-MAX_HEAD_SIZE = 256
-MAX_STREAMS = 2
 TILE = 2048  # elements a Triton program; not tuned on a GPU yet
-Rotary = tuple[Tensor, Tensor]
-
-
-class QKV(NamedTuple):
-    """Projections of one token stream, and the weights of its norms; without a weight, that one is not normed.
-
-    v is None where the values of all streams are packed already.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor | None
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
+SPREAD, ROTARY_SPREAD = 1024, 8  # of the entries of a weight that `invertible` allows
 
 
 def qk_rms_norm(
@@ -37,6 +25,7 @@ def qk_rms_norm(
     head_size: int,
     rotary: Rotary | None = None,
     eps: float = 1e-6,
+    invertible: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`x * rsqrt(mean(x^2) + eps) * weight` of q and k by head, then the rotary embedding; streams packed by tokens.
@@ -54,6 +43,9 @@ def qk_rms_norm(
         head_size: E, in 1..256; even with `rotary`.
         rotary: cos and sin, float32 `[sum S_i, E]`, without gradient.
         eps: at least 0.
+        invertible: the weights are `is_invertible`, and `rotary` are cosines and sines of angles. With frozen weights
+            backend triton then keeps, for the backward, the packed q and k, which attention keeps too, and one number
+            a head in the place of q and k.
         backend: None takes the fastest that runs on the tensors' device; a name of `ops.backends` forces one.
 
     Returns:
@@ -65,10 +57,10 @@ def qk_rms_norm(
         BackendUnavailableError: `backend` can't run on the tensors' device.
     """
     op = "qk_rms_norm"
-    eps = _check_sizes(op, streams, head_size, eps)
-    _check_streams(op, streams, head_size)
+    eps = check_sizes(op, streams, head_size, eps)
+    check_streams(op, streams, head_size)
     if rotary is not None:
-        _check_rotary(op, rotary, streams, head_size)
+        check_rotary(op, rotary, streams, head_size)
     implementation = _dispatch.choose(op, OFFERED, streams[0].q.device, forced=backend)
     only_v = streams[0].v if len(streams) == 1 else None
     if only_v is not None:
@@ -76,7 +68,10 @@ def qk_rms_norm(
     if implementation == "torch":
         packed = qk_rms_norm_reference(streams, head_size, rotary, eps)
     else:
-        settings = _Settings(head_size, eps, implementation, *rotary or (None, None))
+        weights = [w for s in streams for w in (s.q_weight, s.k_weight) if w is not None]
+        keeps_packed = implementation == "triton" and invertible and torch.is_grad_enabled()
+        keeps_packed = keeps_packed and not any(w.requires_grad for w in weights)
+        settings = _Settings(head_size, eps, implementation, keeps_packed, *rotary or (None, None))
         packed = _QkRmsNorm.apply(settings, *(tensor for stream in streams for tensor in stream))
     v = packed[2] if len(packed) == 3 else None
     return packed[0], packed[1], v if only_v is None else only_v.unflatten(2, (-1, head_size))
@@ -99,6 +94,25 @@ def qk_rms_norm_reference(
     return packed[0], packed[1], torch.cat(values, 1).contiguous() if values else None
 
 
+def is_invertible(weights: Sequence[Tensor | None], *, rotary: bool) -> bool:
+    """Whether normed values can be had back from their product with each of `weights`, in 16 bits too.
+
+    Its entries must lie within a factor of `SPREAD`, or `ROTARY_SPREAD`: the embedding mixes two of them before they
+    are rounded. Reads values, so it waits for a GPU; False where there are none to read: on the meta device, or split
+    by ZeRO-3.
+    """
+    spread = ROTARY_SPREAD if rotary else SPREAD
+    for weight in weights:
+        if weight is None:
+            continue
+        if weight.is_meta or weight.numel() == 0:
+            return False
+        sizes = weight.detach().float().abs()
+        if not (torch.isfinite(sizes).all() and sizes.min() > 0 and sizes.min() * spread >= sizes.max()):
+            return False
+    return True
+
+
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is None:
         return x
@@ -110,6 +124,7 @@ class _Settings(NamedTuple):
     head_size: int
     eps: float
     backend: str
+    keeps_packed: bool
     cos: Tensor | None
     sin: Tensor | None
 
@@ -130,22 +145,23 @@ class _QkRmsNorm(torch.autograd.Function):
     def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         tensors = tuple(_compiled.inner_contiguous(t, 2 if i % 5 < 3 else 0) for i, t in enumerate(tensors))
         tables = [_compiled.inner_contiguous(t, 0) for t in (settings.cos, settings.sin)]
-        settings = _Settings(*settings[:3], *tables)
+        settings = settings._replace(cos=tables[0], sin=tables[1])
         rows = _rows(tensors)
         shape = rows[0].x.shape[0], _packed_tokens(rows), rows[0].x.shape[2] // settings.head_size, settings.head_size
         packed = tuple(torch.empty(shape, dtype=t.dtype, device=t.device) for t in tensors[:3] if t is not None)
+        roots = packed[0].new_empty((2, *shape[:3]), dtype=torch.float32) if settings.keeps_packed else None
         if rows[0].x.shape[0] * shape[1]:
-            _FORWARD[settings.backend](settings, rows, packed)
-        ctx.save_for_backward(*(None if i % 5 == 2 else t for i, t in enumerate(tensors)))
-        ctx.settings = settings
+            _FORWARD[settings.backend](settings, rows, packed, roots)
+        kept = packed[:2] if settings.keeps_packed else [x for i, x in enumerate(tensors) if i % 5 < 2]
+        ctx.save_for_backward(roots, *(w for i, w in enumerate(tensors) if i % 5 > 2), *kept)
+        ctx.settings, ctx.tokens = settings, [q.shape[1] for q in tensors[::5] if q is not None]
         return packed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *packed_grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = list(ctx.saved_tensors)
-        if len(packed_grads) == 3:
-            tensors[2::5] = tensors[::5]  # v isn't kept: its gradient has the shape of q's
+        roots, *saved = ctx.saved_tensors
+        tensors = _as_given(saved, ctx.tokens, len(packed_grads), packed=ctx.settings.keeps_packed)
         rows, wanted = _rows(tensors), ctx.needs_input_grad[1:]
         packed_grads = tuple(_compiled.inner_contiguous(grad, 3) for grad in packed_grads)
         grads: list[Tensor | None] = [None] * len(tensors)
@@ -155,8 +171,24 @@ class _QkRmsNorm(torch.autograd.Function):
             elif t is not None and wanted[i]:
                 grads[i] = torch.zeros_like(t)
         if packed_grads[0].numel():
-            _BACKWARD[ctx.settings.backend](ctx.settings, rows, packed_grads, grads)
+            _BACKWARD[ctx.settings.backend](ctx.settings, rows, packed_grads, grads, roots)
         return None, *grads
+
+
+def _as_given(
+    saved: Sequence[Tensor | None], tokens: Sequence[int], kinds: int, *, packed: bool
+) -> list[Tensor | None]:
+    """The inputs in their order; if q and k were kept as they are `packed`, the parts of those in the inputs' place.
+
+    v isn't kept: its gradient has the shape of q's, which stands for it.
+    """
+    weights, x = saved[: 2 * len(tokens)], list(saved[2 * len(tokens) :])
+    if packed:
+        x = [part for parts in zip(*(t.flatten(2).split(tokens, 1) for t in x if t is not None), strict=True)
+             for part in parts]  # fmt: skip
+    return [
+        t for i in range(0, len(weights), 2) for t in (*x[i : i + 2], x[i] if kinds == 3 else None, *weights[i : i + 2])
+    ]
 
 
 def _rows(tensors: Sequence[Tensor | None]) -> list[_Rows]:
@@ -198,14 +230,15 @@ def _head_rows(settings: _Settings, row: _Rows, packed: Tensor, *grads: Tensor |
     )  # fmt: skip
 
 
-def _forward_cpp(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor]) -> None:
+def _forward_cpp(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor], _: Tensor | None) -> None:
     parts = [_head_rows(settings, row, packed[row.kind], None, None) for row in rows]
     _compiled.call("qk_rms_norm_forward", rows[0].x.device, _arguments(settings, rows), parts)
 
 
 def _backward_cpp(
-    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> None:
+    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None],
+    _: Tensor | None,
+) -> None:  # fmt: skip
     """`grads` of the inputs, in their order, to be filled; those of weights only where they are wanted."""
     streams = (grads[i : i + 5] for i in range(0, len(grads), 5))
     outputs = [pair for dq, dk, dv, *dw in streams for pair in ((dq, dw[0]), (dk, dw[1]), (dv, None))]
@@ -254,7 +287,9 @@ def _weights(rows: list[_Rows], kinds: int) -> list[Tensor]:
     return both[:2] + both[-2:]
 
 
-def _forward_triton(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor]) -> None:
+def _forward_triton(
+    settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor], roots: Tensor | None
+) -> None:  # fmt: skip
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_forward_kernel  # triton: only where it runs
 
     kinds = len(packed)
@@ -264,14 +299,15 @@ def _forward_triton(settings: _Settings, rows: list[_Rows], packed: Sequence[Ten
     tables = [packed[0] if table is None else table for table in (settings.cos, settings.sin)]
     with torch.cuda.device_of(packed[0]):  # triton launches on the current device, not on the tensor's
         qk_rms_norm_forward_kernel[tiles.grid](
-            *_by_kind([row.x for row in rows], kinds), *_weights(rows, kinds), *outputs, *tables, *tiles.sizes,
+            *_by_kind([row.x for row in rows], kinds), *_weights(rows, kinds), *outputs, roots, *tables, *tiles.sizes,
             settings.eps, **tiles.constants, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def _backward_triton(
-    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> None:
+    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None],
+    roots: Tensor | None,
+) -> None:  # fmt: skip
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_backward_kernel  # triton: only where it runs
 
     kinds = len(packed_grads)
@@ -287,8 +323,9 @@ def _backward_triton(
     x = _by_kind([row.x for row in rows], kinds)
     with torch.cuda.device_of(like):
         qk_rms_norm_backward_kernel[tiles.grid](
-            *x[:2], *x[3:5], *_weights(rows, kinds), *upstream, *_by_kind(dx, kinds), *tables, partial, *tiles.sizes,
-            *like.stride()[:3], settings.eps, **tiles.constants, WEIGHT_GRADS=needed, enable_fp_fusion=False,
+            *x[:2], *x[3:5], *_weights(rows, kinds), roots, *upstream, *_by_kind(dx, kinds), *tables, partial,
+            *tiles.sizes, *like.stride()[:3], settings.eps, **tiles.constants, WEIGHT_GRADS=needed,
+            enable_fp_fusion=False,
         )  # fmt: skip
     for i, grad in enumerate(wanted):
         if grad is not None:
@@ -308,46 +345,3 @@ def _evenly_strided(rows: list[_Rows], kinds: int) -> list[_Rows]:
 
 _FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
 _BACKWARD = {"cpp": _backward_cpp, "triton": _backward_triton}
-
-
-def _check_sizes(op: str, streams: Sequence[QKV], head_size: int, eps: float) -> float:
-    if not 1 <= len(streams) <= MAX_STREAMS:
-        _checks.refuse(op, "streams", f"of length {len(streams)}", f"one to {MAX_STREAMS} streams")
-    if isinstance(head_size, bool) or not isinstance(head_size, int) or not 1 <= head_size <= MAX_HEAD_SIZE:
-        _checks.refuse(op, "head_size", repr(head_size), f"an int in 1..{MAX_HEAD_SIZE}")
-    number = _checks.number(op, "eps", eps)
-    if number < 0:
-        _checks.refuse(op, "eps", number, "a number of at least 0")
-    return number
-
-
-def _check_streams(op: str, streams: Sequence[QKV], head_size: int) -> None:
-    first = streams[0].q
-    _checks.tensor(op, "streams[0].q", first, _checks.MODEL_DTYPES)
-    if first.ndim != 3 or first.shape[2] == 0 or first.shape[2] % head_size:
-        _checks.refuse(op, "streams[0].q", list(first.shape), f"[B, S, H * {head_size}]")
-    dtypes, device = (first.dtype,), first.device
-    weights = [w for s in streams for w in (s.q_weight, s.k_weight) if isinstance(w, Tensor)]
-    of_weights = (weights[0].dtype,) if weights and weights[0].dtype == torch.float32 else dtypes
-    names = ("q", "k") if all(s.v is None for s in streams) else ("q", "k", "v")
-    for i, stream in enumerate(streams):
-        tokens = stream.q.shape[1] if isinstance(stream.q, Tensor) and stream.q.ndim == 3 else 0
-        for name in names:
-            shape = (first.shape[0], tokens, first.shape[2])
-            _checks.tensor(op, f"streams[{i}].{name}", getattr(stream, name), dtypes, shape=shape, device=device)
-        for name in ("q_weight", "k_weight"):
-            weight = getattr(stream, name)
-            if weight is not None:
-                _checks.tensor(op, f"streams[{i}].{name}", weight, of_weights, shape=(head_size,), device=device)
-
-
-def _check_rotary(op: str, rotary: Rotary, streams: Sequence[QKV], head_size: int) -> None:
-    if head_size % 2:
-        _checks.refuse(op, "head_size", head_size, "an even number with rotary")
-    if not isinstance(rotary, Sequence) or len(rotary) != 2:
-        _checks.refuse(op, "rotary", type(rotary).__name__, "a pair of tensors, cos and sin")
-    shape = (sum(s.q.shape[1] for s in streams), head_size)
-    for name, table in zip(("cos", "sin"), rotary, strict=True):
-        _checks.tensor(op, f"rotary {name}", table, (torch.float32,), shape=shape, device=streams[0].q.device)
-        if table.requires_grad:
-            _checks.refuse(op, f"rotary {name}", "one that requires a gradient", "constants")

@@ -15,6 +15,7 @@ from fused_models import (
     forward_backward,
     in_float32,
     inputs,
+    off,
 )
 
 from fdfo_engine.models.fused import fuse
@@ -60,6 +61,30 @@ def test_triton_is_diffusers_own(variant, train):
     exact = forward_backward(model, inputs(variant, 2))
     fuse(model)
     assert_equal_runs(forward_backward(model, inputs(variant, 2)), exact)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("train", TRAINED)
+def test_triton_without_gradient_is_diffusers_own(variant, train):
+    """A rollout's forward: residuals are added inside the products of adapted layers."""
+    model = TRAINED[train](build(variant))
+    exact = model(**inputs(variant, 2)).sample
+    fuse(model)
+    assert off(model(**inputs(variant, 2)).sample, exact) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("train", ["lora", "lora everywhere"])
+def test_triton_without_gradient_in_bfloat16(variant, train):
+    model = TRAINED[train](build(variant, heads=4, head_size=16).bfloat16())
+    given = inputs(variant, 4, dtype=torch.bfloat16)
+    exact = in_float32(model)(**as_float32(given)).sample
+    plain = model(**given).sample
+    fuse(model)
+    assert off(model(**given).sample, exact) <= 1.1 * off(plain, exact)
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
 from numerics import assert_as_good_as
 from ops.exact import draw, wide
+from torch.autograd.graph import saved_tensors_hooks
 
 from fdfo_engine import ops
 from fdfo_engine.ops import _compiled
 
+qk = importlib.import_module("fdfo_engine.ops.qk_rms_norm")  # the op of that name hides its module
 EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("q", "k", "v", "q_weight", "k_weight")
@@ -208,6 +212,63 @@ def test_a_result_that_is_not_used(lost, backend, device):
             assert grad is None or not grad.any()
         else:
             assert torch.equal(grad, whole[i // 3 * 5 + i % 3])
+
+
+def frozen(streams):
+    return [s._replace(q_weight=s.q_weight.detach(), k_weight=s.k_weight.detach()) for s in streams]
+
+
+def kept_bytes(streams, **options):
+    """Of the storages that a call keeps for its backward, less those of its outputs; and the outputs."""
+    kept = {}
+    with saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t.untyped_storage()) and t, lambda t: t):
+        outputs = ops.qk_rms_norm(streams, head_size=64, **options)
+    own = {out.data_ptr() for out in outputs}
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in own), outputs
+
+
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_from_what_was_packed(dtype, rotary, backend, device):
+    """A weight is spread as far as `is_invertible` allows; gradients as exact as from q and k."""
+    streams = frozen(make((19, 6), dtype=dtype, device=device))
+    spread = qk.ROTARY_SPREAD if rotary else qk.SPREAD
+    sizes = torch.logspace(0, -np.log2(spread), 64, base=2, device=device).to(dtype)
+    streams[0] = streams[0]._replace(q_weight=sizes)
+    turn = draw(25, 32, seed=8, device=device).repeat_interleave(2, 1)
+    given = {"rotary": (turn.cos(), turn.sin()) if rotary else None, "backend": backend, "eps": EPS}
+    assert ops.is_invertible([s[i] for s in streams for i in (3, 4)], rotary=rotary)
+    leaves = [s[kind] for s in streams for kind in range(3)]
+    outputs = ops.qk_rms_norm(streams, head_size=64, invertible=True, **given)
+    found = torch.autograd.grad(outputs, leaves, upstream(outputs))
+    plain = ops.qk_rms_norm(streams, head_size=64, **given | {"backend": "torch"})
+    usual = torch.autograd.grad(plain, leaves, upstream(plain))
+    _, slopes = exact(streams, 64, given["rotary"], upstream(plain))
+    true = [slope for i, slope in enumerate(slopes) if i % 5 < 3]
+    for i, (got, own, slope) in enumerate(zip(found, usual, true, strict=True)):
+        assert_as_good_as(got.cpu(), own.cpu(), torch.from_numpy(slope), name=f"{NAMES[i % 3]}{i // 3}")
+
+
+def test_what_is_kept(backend, device):
+    """A number a head in the place of q and k, if weights are frozen and invertible; on backend triton."""
+    streams, of_q = make((19, 6), dtype=torch.bfloat16, device=device), 2 * 25 * 3 * 64 * 2
+    weights = 4 * 64 * 2
+    assert kept_bytes(frozen(streams), backend=backend, invertible=False)[0] >= 2 * of_q
+    assert kept_bytes(streams, backend=backend, invertible=True)[0] >= 2 * of_q
+    kept, _ = kept_bytes(frozen(streams), backend=backend, invertible=True)
+    assert kept == 2 * 25 * 3 * 2 * 4 + weights if backend == "triton" else kept >= 2 * of_q
+
+
+@pytest.mark.parametrize(
+    ("entries", "plain", "rotary"),
+    [((1.0, -0.5), True, True), ((1.0, 0.0), False, False), ((1.0, 0.05), True, False), ((1.0, 1e-4), False, False),
+     ((1.0, float("nan")), False, False), ((), False, False)],
+)  # fmt: skip
+def test_which_weights_are_invertible(entries, plain, rotary):
+    weight = torch.tensor(entries)
+    assert ops.is_invertible([None, torch.ones(2), weight], rotary=False) == plain
+    assert ops.is_invertible([None, torch.ones(2), weight], rotary=True) == rotary
+    assert not ops.is_invertible([torch.ones(2, device="meta")], rotary=False)
 
 
 def test_frozen_weights_get_no_gradient(backend, device):

@@ -8,18 +8,19 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from fdfo_engine.models.fused.linear import parts_of, project, project_parts
+from fdfo_engine.models.fused.linear import parts_of, project
 from fdfo_engine.models.fused.modulation import (
     Attended,
     Modulations,
     Residual,
     attend_and_feed,
+    attention_outputs,
     modulation_of,
     refuse_attention_kwargs,
 )
-from fdfo_engine.models.fused.sd3 import Rows, final_layer, run_block
+from fdfo_engine.models.fused.sd3 import NOTHING, Carried, Rows, final_layer, is_checkpointed, run_block
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
-from fdfo_engine.ops import NormStream, feed_forward, gated_residual, gated_residual_norms, layer_norm_modulate
+from fdfo_engine.ops import feed_forward, gated_residual_norms
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -30,7 +31,7 @@ class FusedDoubleBlock:
     def __init__(self, block: Any, settings: Settings) -> None:
         self.block = block
         self.recompute = settings.recompute_fc1
-        self.attention = StreamAttention(block.attn, settings, text_first=True)
+        self.attention = StreamAttention(block.attn, settings, text_first=True, rotary=True)
         self.joints = self.attention.joints
         self.norms = (block.norm1, block.norm1_context)
 
@@ -42,25 +43,27 @@ class FusedDoubleBlock:
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulation: Rows = (None, None),
-    ) -> tuple[Tensor, Tensor]:
-        """As the block's own; `modulation` are the rows of its norms, where the transformer has made them."""
+        carried: Carried | None = None,
+    ) -> tuple[Any, ...]:
+        """As the block's own; `modulation` and `carried` are those of `FusedJointBlock`."""
         refuse_attention_kwargs(joint_attention_kwargs)
         block, x, text = self.block, hidden_states, encoder_hidden_states
         row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
         shift, scale, gate, *feed = row.chunk(6, 1)
         text_shift, text_scale, text_gate, *text_feed = text_row.chunk(6, 1)
-        (_, n), (_, text_n) = gated_residual_norms(
-            [NormStream(x, scale, shift), NormStream(text, text_scale, text_shift)]
-        )
+        y, y_gate, text_y, text_y_gate = carried or NOTHING
+        (x, n), (text, text_n) = gated_residual_norms(
+            [Residual(x, y, y_gate).to_norm(scale, shift),
+             Residual(text, text_y, text_y_gate).to_norm(text_scale, text_shift)]
+        )  # fmt: skip
         mixed = self.attention(text_n, n, rotary=image_rotary_emb)
         layers = [block.attn.to_add_out, block.attn.to_out[0]]
-        text_out, out = project_parts(layers, mixed, [text.shape[1], x.shape[1]])
-        attended = (
-            Attended(x, out, gate, feed, block.ff),
-            Attended(text, text_out, text_gate, text_feed, block.ff_context),
-        )
+        after_text, after = attention_outputs(layers, mixed, [(text, text_gate), (x, gate)])
+        attended = Attended(after, feed, block.ff), Attended(after_text, text_feed, block.ff_context)
         found, found_text = attend_and_feed(attended, recompute=self.recompute)
-        return within_half(found_text.joined()), found.joined()
+        if carried is None:
+            return within_half(found_text.joined()), found.joined()
+        return found_text.x, found.x, (*found[1:], *found_text[1:])
 
 
 class FusedSingleBlock:
@@ -69,7 +72,7 @@ class FusedSingleBlock:
     def __init__(self, block: Any, settings: Settings) -> None:
         self.block = block
         self.recompute = settings.recompute_fc1
-        self.attention = StreamAttention(block.attn, settings)
+        self.attention = StreamAttention(block.attn, settings, rotary=True)
         self.joints = self.attention.joints
         self.norms = (block.norm,)
 
@@ -81,27 +84,35 @@ class FusedSingleBlock:
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulation: tuple[Tensor | None] = (None,),
-    ) -> tuple[Tensor | None, Tensor]:
-        """As the block's own. Without `encoder_hidden_states`, `hidden_states` are text and image tokens, joined."""
+        carried: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> tuple[Any, ...]:
+        """As the block's own. Without `encoder_hidden_states`, `hidden_states` are text and image tokens, joined.
+
+        With `carried`, the last gated output of these and its gate, the sum is made here, and this block's own output
+        and gate are handed on: None, the tokens, `carried`.
+        """
         refuse_attention_kwargs(joint_attention_kwargs)
         text, x = encoder_hidden_states, hidden_states
         if text is not None:
             x = torch.cat([text, x], 1)
         shift, scale, gate = modulation_of(self.block.norm, temb, modulation[0]).chunk(3, 1)
-        n = layer_norm_modulate(x, scale, shift)
-        mixed = self.attention(n, rotary=image_rotary_emb)
-        x = within_half(gated_residual(x, self._out(n, mixed), gate))
+        ((x, n),) = gated_residual_norms([Residual(x, *carried or ()).to_norm(scale, shift)])
+        found = self._out(n, self.attention(n, rotary=image_rotary_emb), x, gate)
+        if carried is not None:
+            return None, found.x, found[1:]
+        x = within_half(found.joined())
         if text is None:
             return None, x
         text, x = x.split([text.shape[1], hidden_states.shape[1]], 1)
         return text, x
 
-    def _out(self, n: Tensor, mixed: Tensor) -> Tensor:
+    def _out(self, n: Tensor, mixed: Tensor, x: Tensor, gate: Tensor) -> Residual:
         """`proj_out` of attention and feed-forward side by side: the sum of two products, nothing is joined."""
         up, down = parts_of(self.block.proj_mlp), parts_of(self.block.proj_out)
         if up.lora_a is not None or down.lora_a is not None:
-            return project(self.block.proj_out, torch.cat([mixed, project(self.block.proj_mlp, n, gelu=True)], 2))
-        return feed_forward(n, *up[:2], *down[:2], beside=mixed, recompute=self.recompute)
+            both = torch.cat([mixed, project(self.block.proj_mlp, n, gelu=True)], 2)
+            return attention_outputs([self.block.proj_out], both, [(x, gate)])[0]
+        return Residual(x, feed_forward(n, *up[:2], *down[:2], beside=mixed, recompute=self.recompute), gate)
 
 
 class FusedFlux:
@@ -145,21 +156,30 @@ class FusedFlux:
         told = [1000 * t.to(x.dtype) for t in (timestep, guidance) if t is not None]
         temb = model.time_text_embed(*told, pooled_projections)
         rotary = model.pos_embed(torch.cat([unbatched(txt_ids), unbatched(img_ids)]))
-        x, temb, last = self._blocks(x, text, temb, rotary)
-        sample = final_layer(model, Residual(x), temb, last)
+        residual, temb, last = self._blocks(x, text, temb, rotary)
+        sample = final_layer(model, residual, temb, last)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _blocks(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Image tokens after all blocks, `temb`, and the modulation of the last norm."""
-        model, tokens = self.model, text.shape[1]
+    def _blocks(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Residual, Tensor, Tensor | None]:
+        """Image tokens after all blocks, `temb`, and the modulation of the last norm.
+
+        Blocks hand on their last gated output, as SD3's do; not in float16, whose sums are clipped.
+        """
+        model, tokens, double = self.model, text.shape[1], len(self.model.transformer_blocks)
         *rows, last = self.modulations(temb)
-        double = len(model.transformer_blocks)
+        carries = not is_checkpointed(model) and x.dtype != torch.float16
+        carried: Any = NOTHING if carries else None
         for i, block in enumerate(model.transformer_blocks):
-            text, x = run_block(model, block, x, text, temb, rotary, None, (rows[2 * i], rows[2 * i + 1]))
+            found = run_block(model, block, x, text, temb, rotary, None, (rows[2 * i], rows[2 * i + 1]), carried)
+            text, x, carried = found if carries else (*found, None)
+        if carries:
+            text, x, carried = Residual(text, *carried[2:]).joined(), Residual(x, *carried[:2]).joined(), NOTHING[:2]
         joined = torch.cat([text, x], 1)
         for row, block in zip(rows[2 * double :], model.single_transformer_blocks, strict=True):
-            _, joined = run_block(model, block, joined, None, temb, rotary, None, (row,))
-        return joined[:, tokens:], temb, last
+            found = run_block(model, block, joined, None, temb, rotary, None, (row,), carried)
+            _, joined, carried = found if carries else (*found, None)
+        y, gate = carried or NOTHING[:2]
+        return Residual(joined[:, tokens:], None if y is None else y[:, tokens:], gate), temb, last
 
 
 def within_half(x: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ def fuse(transformer: Any, *, attention: str = "auto", recompute: str = "none", 
     """Makes `transformer` and each of its blocks compute on the engine's ops, forward and backward.
 
     Signatures, parameters and state_dict stay as they were, and blocks are still called as modules, so that hooks on
-    them run; hooks on modules inside a block do not. LoRA may be added, switched off or removed later. Move the model
-    to its device and dtype, and freeze what is frozen, before.
+    them run; hooks on modules inside a block do not. LoRA may be added, switched off or removed later. Before, load
+    its weights, move it to its device and dtype, and freeze what is frozen: whether norms of queries and keys can be
+    inverted is looked up once.
 
     Args:
         transformer: an SD3Transformer2DModel or FluxTransformer2DModel, with or without a LoRA of peft.

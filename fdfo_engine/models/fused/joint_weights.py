@@ -16,24 +16,26 @@ class JointWeights:
 
     What moves a parameter elsewhere later (`.to`, a new `.data`) or unfreezes it is noticed by `runs`, and the
     layers then run one by one; after a move for good, so the buffer is let go. `release` gives each parameter storage
-    of its own again.
+    of its own again. With `last_apart` the last layer's output is a tensor of its own, by a second product, where the
+    others' are views of one: what keeps it for a backward does not keep the others with it.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], *, last_apart: bool = False) -> None:
         self.layers = list(layers)
+        self.last_apart = last_apart
         self.sizes = [layer.out_features for layer in layers]
         self.weight: Tensor | None = _gather([layer.weight for layer in layers])
         self.bias: Tensor | None = None if layers[0].bias is None else _gather([layer.bias for layer in layers])
         self._places = [p.data_ptr() for p in self._parameters()]
 
     @classmethod
-    def of(cls, layers: Sequence[Any]) -> JointWeights | None:
+    def of(cls, layers: Sequence[Any], *, last_apart: bool = False) -> JointWeights | None:
         """None unless all `layers` are plain frozen linear layers of one input size, dtype and device."""
         if not all(type(layer) is nn.Linear for layer in layers):
             return None
         kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in layers}
         trained = any(p.requires_grad for layer in layers for p in layer.parameters())
-        return None if trained or len(kinds) > 1 else cls(layers)
+        return None if trained or len(kinds) > 1 else cls(layers, last_apart=last_apart)
 
     def runs(self, layers: Sequence[nn.Module]) -> bool:
         """Whether `together` is what `layers` compute now: no adapter wraps them, the buffer holds them, all frozen."""
@@ -44,11 +46,11 @@ class JointWeights:
         return self.weight is not None and not any(p.requires_grad for p in self._parameters())
 
     def together(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Every layer's output for `x` `[..., K]`, views of one tensor; differentiable in `x`, once."""
+        """Every layer's output for `x` `[..., K]`; differentiable in `x`, once."""
         assert self.weight is not None
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return _split_linear(x, self.weight, self.bias, self.sizes)
-        found: tuple[Tensor, ...] = _Together.apply(x, self.weight, self.bias, self.sizes)
+            return _split_linear(x, self.weight, self.bias, self.sizes, self.last_apart)
+        found: tuple[Tensor, ...] = _Together.apply(x, self.weight, self.bias, self.sizes, self.last_apart)
         return found
 
     def release(self) -> None:
@@ -65,10 +67,12 @@ class _Together(torch.autograd.Function):
     """The gradient of x is summed in the products themselves; autograd alone would join the upstream ones first."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], last_apart: bool
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight)
         ctx.sizes = sizes
-        return _split_linear(x, weight, bias, sizes)
+        return _split_linear(x, weight, bias, sizes, last_apart)
 
     @staticmethod
     @once_differentiable
@@ -77,12 +81,16 @@ class _Together(torch.autograd.Function):
         grad = upstream[0].flatten(0, -2) @ parts[0]
         for g, weight in zip(upstream[1:], parts[1:], strict=True):
             grad.addmm_(g.flatten(0, -2), weight)
-        return grad.view(*upstream[0].shape[:-1], -1), None, None, None
+        return grad.view(*upstream[0].shape[:-1], -1), None, None, None, None
 
 
-def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = linear(x, weight, bias).split(sizes, -1)
-    return found
+def _split_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], last_apart: bool
+) -> tuple[Tensor, ...]:
+    count = len(weight) - sizes[-1] if last_apart else len(weight)
+    first, last = (None, None) if bias is None else (bias[:count], bias[count:])
+    found: tuple[Tensor, ...] = linear(x, weight[:count], first).split(sizes[:-1] if last_apart else sizes, -1)
+    return (*found, linear(x, weight[count:], last)) if last_apart else found
 
 
 def _gather(parameters: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.refusals import adapter_refusals
-from fdfo_engine.ops import feed_forward, lora_linear, lora_linear_group, lora_linear_streams
+from fdfo_engine.ops import (
+    block_backend,
+    feed_forward,
+    lora_linear,
+    lora_linear_group,
+    lora_linear_residuals,
+    lora_linear_streams,
+    lora_qkv,
+)
 
 
 class LinearParts(NamedTuple):
@@ -86,6 +94,37 @@ def project_parts(layers: Sequence[nn.Module], x: Tensor, tokens: Sequence[int])
         split = x.split([*tokens, x.shape[1] - sum(tokens)], 1)[:-1]
         return [lora_linear(part, *p) for part, p in zip(split, parts, strict=True)]
     return [y for (y,) in lora_linear_streams(x, [[p[:4]] for p in parts], scalings[0], tokens=tokens)[0]]
+
+
+def goes_on_inside(layers: Sequence[nn.Module], device: torch.device) -> bool:
+    """Whether what follows these layers is computed inside their product: a residual's sum, norms of heads.
+
+    It is in a rollout, by Triton, where some layer has an adapter: without one the product is left to a library.
+    """
+    if torch.is_grad_enabled():
+        return False
+    parts = [parts_of(layer) for layer in layers]
+    adapted = any(p.lora_a is not None for p in parts) and len(_scalings(parts)) == 1
+    return adapted and block_backend(device) == "triton"
+
+
+def project_residuals(
+    layers: Sequence[nn.Module], x: Tensor, residuals: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """`residual + gate * layer(part)` of each `(residual, gate)`, whose parts lie in x one after the other."""
+    parts = [parts_of(layer) for layer in layers]
+    return lora_linear_residuals(x, [p[:4] for p in parts], _scalings(parts)[0], residuals)
+
+
+def project_normed(
+    streams: Sequence[Sequence[nn.Module]], tokens: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]],
+    head_size: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values of each stream, the first two normed, packed."""
+    parts = [[parts_of(layer) for layer in layers] for layers in streams]
+    scaling = _scalings([p for layers in parts for p in layers])[0]
+    linears = [[p[:4] for p in layers] for layers in parts]
+    return lora_qkv(tokens, linears, weights, scaling, head_size=head_size, eps=eps)
 
 
 def _scalings(parts: Sequence[LinearParts]) -> list[float]:

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
-from fdfo_engine.models.fused.linear import feed_forward_of, project
+from fdfo_engine.models.fused.linear import (
+    feed_forward_of,
+    goes_on_inside,
+    project,
+    project_parts,
+    project_residuals,
+)
 from fdfo_engine.ops import NormStream, gated_residual, gated_residual_norms
 
 
@@ -48,23 +54,34 @@ class Residual(NamedTuple):
         return self.x if self.y is None or self.gate is None else gated_residual(self.x, self.y, self.gate)
 
 
-class Attended(NamedTuple):
-    """A stream before its attention's gated output is added, and its feed-forward with shift, scale and gate."""
+def attention_outputs(layers: Sequence[Any], mixed: Tensor, streams: Sequence[tuple[Tensor, Tensor]]) -> list[Residual]:
+    """`x + gate * layer(part)` of each `(x, gate)`; the attention's output `mixed` holds their parts in order."""
+    if goes_on_inside(layers, mixed.device):
+        return [Residual(x) for x in project_residuals(layers, mixed, streams)]
+    outs = project_parts(layers, mixed, [x.shape[1] for x, _ in streams])
+    return [Residual(x, out, gate) for (x, gate), out in zip(streams, outs, strict=True)]
 
-    x: Tensor
-    out: Tensor
-    gate: Tensor
+
+class Attended(NamedTuple):
+    """A stream after its attention, and its feed-forward with shift, scale and gate."""
+
+    residual: Residual
     feed: Sequence[Tensor]
     module: Any
 
 
 def attend_and_feed(streams: Sequence[Attended], *, recompute: bool) -> list[Residual]:
     """The residual streams after attention and feed-forward."""
-    normed = gated_residual_norms([NormStream(s.x, s.feed[1], s.feed[0], s.out, s.gate) for s in streams])
-    return [
-        Residual(x, feed_forward_of(s.module, n, recompute=recompute), s.feed[2])
-        for (x, n), s in zip(normed, streams, strict=True)
-    ]
+    normed = gated_residual_norms([s.residual.to_norm(s.feed[1], s.feed[0]) for s in streams])
+    return [_fed(s.module, x, n, s.feed[2], recompute=recompute) for (x, n), s in zip(normed, streams, strict=True)]
+
+
+def _fed(module: Any, x: Tensor, n: Tensor, gate: Tensor, *, recompute: bool) -> Residual:
+    """`x + gate * feed_forward(n)`."""
+    up, _, down = module.net[:3]
+    if goes_on_inside([down], x.device):
+        return Residual(*project_residuals([down], project(up.proj, n, gelu=True), [(x, gate)]))
+    return Residual(x, feed_forward_of(module, n, recompute=recompute), gate)
 
 
 def refuse_attention_kwargs(kwargs: dict[str, Any] | None) -> None:

@@ -9,17 +9,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 from torch.nn.functional import silu
 
-from fdfo_engine.models.fused.linear import project, project_parts
 from fdfo_engine.models.fused.modulation import (
     Attended,
     Modulations,
     Residual,
     attend_and_feed,
+    attention_outputs,
     modulation_of,
     refuse_attention_kwargs,
 )
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
-from fdfo_engine.ops import NormStream, gated_residual, gated_residual_norms
+from fdfo_engine.ops import NormStream, gated_residual_norms
 
 Rows = tuple[Tensor | None, Tensor | None]
 Carried = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -83,17 +83,17 @@ class FusedJointBlock:
         text_gates: list[Tensor],
     ) -> list[Residual]:  # fmt: skip
         """The streams of image and, but for the last block, text."""
-        block, (gate, *feed), streams = self.block, gates, list[Attended]()
-        layers = [block.attn.to_out[0], *([] if block.context_pre_only else [block.attn.to_add_out])]
-        mixed, tokens = self.attention(norms[0], text_n), [x.shape[1], text.shape[1]][: len(layers)]
-        out, *text_out = project_parts(layers, mixed, tokens)
+        block, (gate, *feed) = self.block, gates
+        layers, streams = [block.attn.to_out[0]], [(x, gate)]
+        if text_gates:
+            layers, streams = [*layers, block.attn.to_add_out], [*streams, (text, text_gates[0])]
+        image, *texts = attention_outputs(layers, self.attention(norms[0], text_n), streams)
         if self.attention2 is not None:
-            x = gated_residual(x, out, gate)
-            out, gate = project(block.attn2.to_out[0], self.attention2(norms[1])), feed.pop()
-        if text_out:
-            text_gate, *text_feed = text_gates
-            streams = [Attended(text, text_out[0], text_gate, text_feed, block.ff_context)]
-        return attend_and_feed([Attended(x, out, gate, feed, block.ff), *streams], recompute=self.recompute)
+            second = self.attention2(norms[1])
+            (image,) = attention_outputs([block.attn2.to_out[0]], second, [(image.joined(), feed.pop())])
+        attended = [Attended(image, feed, block.ff)]
+        attended += [Attended(text, text_gates[1:], block.ff_context) for text in texts]
+        return attend_and_feed(attended, recompute=self.recompute)
 
 
 class FusedSD3:

@@ -1,0 +1,94 @@
+"""Projections with norms of heads, against float64 and the two ops that they stand for."""
+
+import pytest
+import torch
+from numerics import assert_as_good_as
+from ops.exact import draw
+from torch.nn import functional
+
+from fdfo_engine import ops
+
+SCALING, EPS = 0.75, 1e-6
+
+
+def make(tokens=(9, 4), heads=3, size=16, *, K=40, adapted=(0, 1, 2), dtype=torch.float32, weights=None, device="cpu"):
+    """x of each stream in a wider tensor, its three layers, and weights of the norms of queries and keys."""
+    N, x, linears, norms = heads * size, [], [], []
+    for i, count in enumerate(tokens):
+        x.append(draw(2, count + 1, K + 8, seed=10 * i, dtype=dtype, device=device)[:, 1:, :K])
+        layers = []
+        for j in range(3):
+            shapes, seed = ((N, K), (N,), (4, K), (N, 4)), 10 * i + 3 * j
+            w, b, a, c = (K**-0.5 * draw(*shape, seed=seed + n, device=device) for n, shape in enumerate(shapes))
+            layers.append((w.to(dtype), b.to(dtype), *((a, c * K**0.5) if j in adapted else (None, None))))
+        linears.append(layers)
+        norms.append(tuple((1 + 0.3 * draw(size, seed=i + n, device=device)).to(weights or dtype) for n in (5, 7)))
+    return x, linears, norms
+
+
+def formula(x, linears, norms, size, dtype):
+    """By torch in `dtype`, every step rounded as diffusers and peft do."""
+    packed = []
+    for kind in range(3):
+        parts = []
+        for tokens, layers, weights in zip(x, linears, norms, strict=True):
+            w, b, a, c = layers[kind]
+            y = functional.linear(tokens.to(dtype), w.to(dtype), b.to(dtype))
+            if a is not None:
+                y = y + SCALING * (tokens.to(dtype) @ a.to(dtype).T) @ c.to(dtype).T
+            y = y.unflatten(2, (-1, size))
+            if kind < 2:
+                wide = torch.promote_types(dtype, torch.float32)
+                n = y.to(wide) * (y.to(wide).square().mean(-1, keepdim=True) + EPS).rsqrt()
+                weight = weights[kind].to(torch.float64) if dtype == torch.float64 else weights[kind]
+                y = (n.to(weight.dtype) * weight).to(dtype)
+            parts.append(y)
+        packed.append(torch.cat(parts, 1))
+    return packed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "adapted"),
+    [((1,), 1, 16, (0, 1, 2)), ((9, 4), 3, 16, (0, 2)), ((65, 3), 3, 64, (0, 1, 2)), ((5, 2), 5, 32, (1,)),
+     ((3, 2), 2, 8, (0, 1, 2)), ((3, 2), 2, 16, ())], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values(tokens, heads, size, adapted, dtype, backend, device):
+    if backend not in ops.implementations()["lora_linear"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears, norms = make(tokens, heads, size, adapted=adapted, dtype=dtype, device=device)
+    given = {"head_size": size, "eps": EPS, "backend": backend}
+    found = ops.lora_qkv(x, linears, norms, SCALING, **given)
+    exact = formula([t.double() for t in x], linears, norms, size, torch.float64)
+    for name, y, plain, true in zip("qkv", found, formula(x, linears, norms, size, dtype), exact, strict=True):
+        assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, true.shape, True)
+        assert_as_good_as(y, plain, true, name=name)
+    assert all(map(torch.equal, found, ops.lora_qkv(x, linears, norms, SCALING, **given)))
+
+
+@torch.no_grad()
+def test_float32_weights_of_norms(backend, device):
+    if backend not in ops.implementations()["lora_linear"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears, norms = make(dtype=torch.bfloat16, weights=torch.float32, device=device)
+    found = ops.lora_qkv(x, linears, norms, SCALING, head_size=16, backend=backend)
+    plain = formula(x, linears, norms, 16, torch.bfloat16)
+    exact = formula([t.double() for t in x], linears, norms, 16, torch.float64)
+    for name, y, own, true in zip("qkv", found, plain, exact, strict=True):
+        assert_as_good_as(y, own, true, name=name)
+
+
+def test_refuses():
+    x, linears, norms = make()
+    good = {"x": x, "linears": linears, "weights": norms, "scaling": SCALING, "head_size": 16}
+    two, third = [linears[0][:2], linears[1][:2]], [norms[0], (norms[1][0], norms[1][1][:3])]
+    for bad, message in (
+        ({"head_size": 0}, "head_size is 0"), ({"head_size": 7}, "linears is of sizes"),
+        ({"linears": two}, "linears is"), ({"weights": norms[:1]}, "weights is of length 1"),
+        ({"weights": third}, r"weights\[1\]\[1\] is"), ({"eps": -1.0}, "eps is -1.0"),
+        ({"scaling": float("inf")}, "scaling is inf"), ({"x": [x[0], x[1].double()]}, r"x\[1\] is torch.float64"),
+        ({"x": [x[0].clone().requires_grad_(), x[1]]}, "gradient is wanted"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"lora_qkv: {message}"):
+            ops.lora_qkv(**good | bad)
