@@ -1,7 +1,6 @@
 """`lora_linear` by Triton: the adapter's product runs on in the accumulator of the base layer's.
 
-A launch takes all layers of both streams of tokens. What it is handed for each comes as tuples, whose order
-`kernels/lora_linear.py` tells.
+A launch takes all layers of both streams of tokens, given as tuples whose order `kernels/lora_linear.py` tells.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""`lora_linear_streams`: both streams of tokens through their layers at once, against the layers one by one."""
+
+import pytest
+import torch
+from numerics import assert_as_good_as
+from ops.exact import draw
+from ops.test_lora_linear import NAMES, SCALING, inputs
+from torch.nn import functional
+
+from fdfo_engine import ops
+
+TOKENS = (7, 3)
+
+
+def streams_of(dtype, device, *, ranks=((4, 4, 4), (4, 4, 4)), bias=True):
+    """Two streams of three layers, x packed with two tokens past them, and a LoRA where its rank is not 0."""
+    K, N = 24, 20
+    x = draw(2, sum(TOKENS) + 2, K, seed=50, dtype=dtype, device=device).requires_grad_()
+    linears = []
+    for s, of_stream in enumerate(ranks):
+        several = [
+            inputs((1,), K, N, max(r, 1), dtype=dtype, device=device, seed=10 * s + i) for i, r in enumerate(of_stream)
+        ]
+        layers = [[one[name] for name in NAMES[1:]] for one in several]
+        for layer, rank in zip(layers, of_stream, strict=True):
+            layer[1] = layer[1] if bias else None
+            layer[2:] = layer[2:] if rank else (None, None)
+        linears.append(layers)
+    return x, linears
+
+
+def streams_run(x, linears, upstream, *, packed, whole, backend):
+    """Outputs and gradients; without a backend in float64, by the formula."""
+    parts = x.split([*TOKENS, 2], 1)[:2]
+    if backend is None:
+        ys = [
+            [functional.linear(t, w, b) + (0 if a is None else SCALING * (t @ a.T) @ c.T) for w, b, a, c in layers]
+            for t, layers in zip(parts, linears, strict=True)
+        ]
+        joined = torch.cat([layers.pop() for layers in ys], 1) if packed else None
+    else:
+        given = {"x": x, "tokens": TOKENS} if whole else {"x": parts}
+        ys, joined = ops.lora_linear_streams(
+            linears=linears, scaling=SCALING, packed=packed, backend=backend, **given
+        )  # fmt: skip
+    out = [y for layers in ys for y in layers] + ([joined] if packed else [])
+    leaves = [x, *(t for layers in linears for layer in layers for t in layer if t is not None)]
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("ranks", [((4, 4, 4), (4, 4, 4)), ((4, 0, 2), (0, 0, 0)), ((40, 3), (4, 4, 4))], ids=str)
+@pytest.mark.parametrize(("packed", "whole"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streams_are_their_layers(dtype, packed, whole, ranks, backend, device):
+    if backend not in ops.implementations()["lora_linear"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears = streams_of(dtype, device, ranks=ranks, bias=whole)
+    wide = x.detach().double().requires_grad_()
+    wide_linears = [
+        [[None if t is None else t.detach().double().requires_grad_() for t in n] for n in ls] for ls in linears
+    ]
+    counts = [len(layers) - packed for layers in linears]
+    shapes = [(2, count, 20) for count, layers in zip(TOKENS, counts, strict=True) for _ in range(layers)]
+    shapes += [(2, sum(TOKENS), 20)] if packed else []
+    upstream = [draw(*shape, seed=70 + i, dtype=dtype, device=device) for i, shape in enumerate(shapes)]
+    settings = {"packed": packed, "whole": whole}
+    want = streams_run(wide, wide_linears, [g.double() for g in upstream], backend=None, **settings)
+    found = streams_run(x, linears, upstream, backend=backend, **settings)
+    if dtype == torch.float32:
+        other = [value.float() for value in want]
+    else:
+        other = streams_run(x, short(linears), upstream, backend=None, **settings)
+    for i, (actual, plain, value) in enumerate(zip(found, other, want, strict=True)):
+        assert actual.shape == value.shape
+        assert_as_good_as(actual, plain, value, name=f"output or gradient {i}", floor=2e-6)
+
+
+def short(linears):
+    """The adapters in bfloat16, as PEFT computes with them."""
+    return [[[None if t is None else t.detach().bfloat16().requires_grad_() for t in n] for n in ls] for ls in linears]
+
+
+def test_a_stream_whose_outputs_are_not_used(backend, device):
+    if backend not in ops.implementations()["lora_linear"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears = streams_of(torch.float32, device)
+    (used, _), _ = ops.lora_linear_streams(x, linears, SCALING, tokens=TOKENS, backend=backend)
+    dx, da = torch.autograd.grad(used[1].sum(), (x, linears[0][1][2]))
+    weight, _, a, b = (t.detach() for t in linears[0][1])
+    want = (weight + SCALING * b @ a).sum(0).expand(2, TOKENS[0], -1)
+    assert_as_good_as(dx[:, : TOKENS[0]], want, want, name="x")
+    assert not dx[:, TOKENS[0] :].any()
+    want = SCALING * b.sum(0)[:, None] * x.detach()[:, : TOKENS[0]].sum((0, 1))
+    assert_as_good_as(da, want, want, name="lora_a")
+
+
+def test_streams_in_one_tensor_are_not_copied_where_triton_runs():
+    x, linears = streams_of(torch.float32, "cpu")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.lora_linear_streams(x, linears, SCALING, tokens=TOKENS, backend="triton")
+    given = {x.data_ptr(), *(t.data_ptr() for layers in linears for layer in layers for t in layer)}
+    others = [t for t in saved if t.data_ptr() not in given]
+    assert [tuple(t.shape) for t in others] == [(2 * count, 12) for count in TOKENS]  # s x A^T alone
+
+
+def test_streams_refuse():
+    x, linears = streams_of(torch.float32, "cpu")
+    for bad, message in (
+        ({"linears": []}, r"linears is of lengths \[\]"),
+        ({"linears": [linears[0], []]}, r"linears is of lengths \[3, 0\]"),
+        ({"tokens": None}, "x is 1 tensors"),
+        ({"tokens": (7, 30)}, r"tokens is \[7, 30\]"),
+        ({"tokens": (7,)}, r"tokens is \[7\]"),
+        ({"x": [x, x[:1]], "tokens": None}, r"x\[1\] is"),
+        ({"x": [x, x[..., :3]], "tokens": None}, r"x\[1\] is"),
+        ({"linears": [linears[0], [[linears[1][0][0][:5], *linears[1][0][1:]]]]}, "bias is"),
+    ):
+        with pytest.raises(ValueError, match=f"lora_linear_streams: {message}"):
+            ops.lora_linear_streams(**{"x": x, "linears": linears, "scaling": 1.0, "tokens": TOKENS} | bad)
