@@ -234,8 +234,7 @@ def product(
 ) -> None:  # fmt: skip
     """`out = x W^T + thin B^T + bias` of each layer; equally many layers an x.
 
-    Then GELU of that, which `h` gets, or `residual + gate * out` of each layer, or the `norm` of all but the last layer
-    of each stream.
+    Then GELU of that, which `h` gets, or `residual + gate * out`, or the `norm` of all but each stream's last layer.
     """
     from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
 

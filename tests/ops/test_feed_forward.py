@@ -171,12 +171,14 @@ def test_refuses(bad, message):
         ops.feed_forward(**GOOD | bad)
 
 
+@pytest.mark.parametrize("trained", ["all", "inputs"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_another_input_beside(dtype, recompute, backend, device):
+def test_another_input_beside(dtype, recompute, trained, backend, device):
     """As one product of both, joined; autograd keeps the second weight itself, not a view of it."""
     shapes = ((2, 5, 12), (18, 12), (18,), (8, 10 + 18), (8,), (2, 5, 10))
-    leaves = [(draw(*s, seed=i) * s[-1] ** -0.5).to(device, dtype).requires_grad_() for i, s in enumerate(shapes)]
+    leaves = [(draw(*s, seed=i) * s[-1] ** -0.5).to(device, dtype) for i, s in enumerate(shapes)]
+    wanted = range(6) if trained == "all" else (0, 5)
     upstream = draw(2, 5, 8, seed=9, dtype=dtype, device=device)
 
     def joined(x, w1, b1, w2, b2, beside):
@@ -184,8 +186,9 @@ def test_another_input_beside(dtype, recompute, backend, device):
         return torch.nn.functional.linear(torch.cat([beside, hidden], 2), w2, b2)
 
     def run(tensors, function, upstream):
-        y = function(*tensors)
-        return [y, *torch.autograd.grad(y, tensors, upstream)]
+        given = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        y = function(*given)
+        return [y, *torch.autograd.grad(y, [given[i] for i in wanted], upstream)]
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -195,6 +198,6 @@ def test_another_input_beside(dtype, recompute, backend, device):
     of_w2 = [t for t in saved if t.untyped_storage().data_ptr() == leaves[3].untyped_storage().data_ptr()]
     assert [tuple(t.shape) for t in of_w2] == [(8, 28)]
     assert not any(t._is_view() for t in of_w2)
-    exact = run([t.detach().double().requires_grad_() for t in leaves], joined, upstream.double())
+    exact = run([t.double() for t in leaves], joined, upstream.double())
     for i, (actual, plain, value) in enumerate(zip(found, run(leaves, joined, upstream), exact, strict=True)):
         assert_as_good_as(actual, plain, value, name=str(i), floor=2e-6)
