@@ -74,6 +74,19 @@ def test_triton_without_gradient_is_diffusers_own(variant, train):
     assert off(model(**inputs(variant, 2)).sample, exact) <= 1e-5
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_a_deterministic_rollout_takes_trainings_path(variant, monkeypatch):
+    """To the bit, in bfloat16: on-policy log-ratios are 0. Elsewhere they take different ones."""
+    model = TRAINED["lora"](build(variant, heads=4, head_size=16).bfloat16())
+    given = inputs(variant, 2, dtype=torch.bfloat16)
+    fuse(model)
+    trained = model(**given).sample.detach()
+    with torch.no_grad():
+        assert not torch.equal(model(**given).sample, trained)
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert torch.equal(model(**given).sample, trained)
+
+
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")

@@ -100,8 +100,9 @@ def goes_on_inside(layers: Sequence[nn.Module], device: torch.device) -> bool:
     """Whether what follows these layers is computed inside their product: a residual's sum, norms of heads.
 
     It is in a rollout, by Triton, where some layer has an adapter: without one the product is left to a library.
+    Training then rounds in other places; `run.deterministic` keeps both on one path.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.are_deterministic_algorithms_enabled():
         return False
     parts = [parts_of(layer) for layer in layers]
     adapted = any(p.lora_a is not None for p in parts) and len(_scalings(parts)) == 1
