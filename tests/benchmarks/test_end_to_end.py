@@ -33,6 +33,7 @@ def test_copies_share_frozen_weights_and_nothing_else():
         assert (own is other) == (name not in adapter), name
 
 
+@pytest.mark.slow
 def test_rows_of_the_miniature():
     options = argparse.Namespace(candidates="R", rollout_batch=2, train_batch=2, seconds=0.01)
     (row,) = measure("shapes", SHAPES, CPU, options, 1e11)

@@ -59,7 +59,7 @@ def trained(folder, run_dir, **model):
     return rollout, metrics, engine
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_an_epoch_is_that_of_diffusers(tiny_sd3, tmp_path, train):
     exact, plain, _ = trained(tiny_sd3, tmp_path / "a", train=train, fused=False)
     for checkpointing in (False, True, "fc1"):
