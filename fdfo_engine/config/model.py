@@ -1,10 +1,10 @@
 """The settings of the model and of its adapters."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from fdfo_engine.config.section import Auto, Name, NameList, Section
+from fdfo_engine.config.section import Auto, Name, NameList, Section, no_number
 
 
 class ModelConfig(Section):
@@ -35,13 +35,13 @@ class ModelConfig(Section):
     """Keeps the frozen weights of the blocks in four bits (bitsandbytes): a quarter of the memory, slower, and the LoRA
     is then trained on the quantised model; null keeps them in `dtype`."""
 
-    fused: Literal["auto", True, False] = "auto"
+    fused: Annotated[Literal["auto", True, False], BeforeValidator(no_number)] = "auto"
     """Fused transformer blocks: auto where the model fits them, true always or an error, false never."""
 
     attention: Literal["auto", "sdpa", "cudnn", "flash", "flash3", "xformers"] = "auto"
     """Attention kernel; sdpa is PyTorch's own choice, auto that choice without kernels known to be wrong."""
 
-    gradient_checkpointing: Literal[False, True, "fc1"] = False
+    gradient_checkpointing: Annotated[Literal[False, True, "fc1"], BeforeValidator(no_number)] = False
     """Recomputes activations in the backward pass: less memory, more time in the update. fc1: the widest ones only."""
 
     compile: bool = False
@@ -56,16 +56,11 @@ class ModelConfig(Section):
     negative_prompt: str = ""
     """Prompt of the negative branch, used where sampling.guidance_scale is not 1."""
 
-    prompt_cache: Auto | Literal[False] | Name = "auto"
+    prompt_cache: Annotated[Auto | Literal[False] | Name, BeforeValidator(no_number)] = "auto"
     """Folder of encoded prompts on disk, which runs may share; auto is one in the user's cache, false keeps none."""
 
     prompt_cache_gib: float = Field(default=20.0, gt=0)
     """Size of that folder, GiB; the least recently used are dropped first."""
-
-    @field_validator("fused", "gradient_checkpointing", "prompt_cache", mode="before")
-    @classmethod
-    def _is_no_number(cls, value: object) -> object:
-        return str(value) if type(value) is int else value  # 0 == False would pass as a literal
 
 
 class LoraConfig(Section):

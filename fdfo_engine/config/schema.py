@@ -19,7 +19,7 @@ from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
 from fdfo_engine.config.model import LoraConfig, ModelConfig
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secret_keys
-from fdfo_engine.config.section import Auto, Name, Section, frozen_list, refuse
+from fdfo_engine.config.section import Auto, Name, Section, frozen_list, no_number, refuse
 
 AUTO_MICRO_BATCH = 24
 """Items that `update.micro_batch: auto` stands for on a CPU, and the most on a GPU."""
@@ -211,7 +211,7 @@ class ZeroConfig(Section):
     stage: int = Field(default=1, ge=0, le=3)
     """0 splits nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
 
-    gather_rollout: Literal["auto", True, False] = "auto"
+    gather_rollout: Annotated[Literal["auto", True, False], BeforeValidator(no_number)] = "auto"
     """At stage 3, keeps whole weights on every rank during a rollout instead of gathering them in each step; auto where
     the GPU has room for them, false never."""
 
@@ -223,11 +223,6 @@ class ZeroConfig(Section):
 
     deepspeed: dict[str, Any] = Field(default={})
     """Further DeepSpeed keys on speed, memory and profiling; checked."""
-
-    @field_validator("gather_rollout", mode="before")
-    @classmethod
-    def _is_no_number(cls, value: object) -> object:
-        return str(value) if type(value) is int else value  # 0 == False would pass as a literal
 
     @field_validator("deepspeed")
     @classmethod

@@ -12,6 +12,11 @@ def frozen_list(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def no_number(value: object) -> object:
+    """For literals with true or false among them: 0 == False would pass as one."""
+    return str(value) if type(value) is int else value
+
+
 Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
 NameList = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(frozen_list)]

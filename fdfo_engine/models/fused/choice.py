@@ -18,6 +18,8 @@ def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> N
         EnvironmentProblem: `attention` can't run here.
     """
     reasons = _refusals(transformer, settings)
+    if not reasons and settings.fused == "auto" and block_backend(transformer.proj_out.weight.device) == "torch":
+        reasons = ["its ops would run on plain torch here; fdfo doctor says why"]
     if not reasons:
         recompute = {False: "none", True: "block", "fc1": "fc1"}[settings.gradient_checkpointing]
         try:
@@ -40,14 +42,7 @@ def refuse_unfit(transformer: Any, settings: ModelConfig) -> None:
     Raises:
         UsageError: as there.
     """
-    reasons = [] if settings.fused is False or settings.compile else fusion_refusals(transformer)
-    if settings.quantize:
-        reasons.append(f"model.quantize is {settings.quantize}")
-    if settings.fused is False:
-        reasons.append("model.fused is false")
-    if settings.compile:
-        reasons.append("model.compile is true")
-    if reasons:
+    if reasons := _refusals(transformer, settings):
         _refuse_where_needed(settings, reasons)
 
 
@@ -66,7 +61,6 @@ def _refusals(transformer: Any, settings: ModelConfig) -> list[str]:
         return ["model.compile is true"]
     if settings.fused is False:
         return ["model.fused is false"]
-    reasons = fusion_refusals(transformer)
-    if settings.fused == "auto" and block_backend(transformer.proj_out.weight.device) == "torch":
-        reasons.append("its ops would run on plain torch here; fdfo doctor says why")
-    return reasons
+    if settings.quantize:
+        return [f"model.quantize is {settings.quantize}"]
+    return fusion_refusals(transformer)
