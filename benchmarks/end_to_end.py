@@ -33,6 +33,7 @@ from fdfo_engine.cli.bench import add_options
 from fdfo_engine.models.footprint import saved_bytes
 from fdfo_engine.models.lora import trainable
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main, setup_distributed
+from fdfo_engine.runtime.process import end_process
 
 PAIRS, STEPS = 432, 40
 CHECK_BATCH = 2
@@ -291,4 +292,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -14,6 +14,7 @@ if str(_HERE.parent) not in sys.path:
 from fdfo_engine.config import BatchPlan, describe_keys, dump_config, load_config
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import report_and_exit_code
+from fdfo_engine.runtime.process import end_process
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,4 +63,4 @@ def _leave_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

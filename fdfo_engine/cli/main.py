@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from fdfo_engine import __version__
 from fdfo_engine.cli import bench, doctor, evaluate, export, generate, plan, pretrain_shapes, report, status, train
 from fdfo_engine.runtime.errors import report_and_exit_code
+from fdfo_engine.runtime.process import end_process
 
 Verb = Callable[[argparse.Namespace], int]
 _VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, pretrain_shapes)
@@ -30,12 +32,19 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def command() -> NoReturn:
+    """The `fdfo` command: `main` for a process of its own."""
+    end_process(main())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
     arguments = _parsed(parser(), argv)
     verb: Verb = arguments.verb
     try:
-        return verb(arguments)
+        status = verb(arguments)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -59,4 +68,4 @@ def _parsed(parse: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -61,8 +61,8 @@ def setup_distributed(
 def close_distributed() -> None:
     """Leaves the process group, if there is one.
 
-    Call it before exiting, above all after a `DistributedError`: gloo's threads, left alone once a rank was lost, abort
-    the process about every third time, and its exit status with it.
+    Call it before exiting, above all after a `DistributedError`, and end the script by `runtime.process.end_process`:
+    gloo's threads, met by the interpreter's finalisation, abort the process, and its exit status with it.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

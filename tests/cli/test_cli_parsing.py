@@ -1,5 +1,6 @@
 """The command line itself: help, refusals and exit codes, without loading a model."""
 
+import os
 import subprocess
 import sys
 import time
@@ -88,3 +89,13 @@ def test_export_and_generate_leave_a_filled_folder_alone(tmp_path, capsys):
     assert main(["generate", "shapes", "--prompt", "a", "--out", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    code = "from fdfo_engine.cli.main import command\ncommand()"
+    words = [sys.executable, "-c", code, "plan", "--config", "shapes"]
+    done = subprocess.run(words, stdout=write_end, stderr=subprocess.PIPE, timeout=120)
+    os.close(write_end)
+    assert (done.returncode, b"BrokenPipe" in done.stderr) == (0, False), done.stderr.decode()

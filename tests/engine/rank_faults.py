@@ -15,6 +15,7 @@ from fdfo_engine.rewards import background, register
 from fdfo_engine.runtime import run_log
 from fdfo_engine.runtime.distributed import close_distributed
 from fdfo_engine.runtime.errors import CheckpointError, report_and_exit_code
+from fdfo_engine.runtime.process import end_process
 
 COLLECTIVE_S = 3.0
 
@@ -57,4 +58,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    end_process(main(sys.argv[1]))

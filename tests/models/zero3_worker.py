@@ -9,6 +9,7 @@ from tiny_sd3 import PROMPTS, tiny_config
 from fdfo_engine import Engine
 from fdfo_engine.models.fused import is_fused
 from fdfo_engine.runtime.distributed import close_distributed
+from fdfo_engine.runtime.process import end_process
 
 REWARDS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.2], [1.0, 0.0]])
 SPLIT_ALL = {"stage": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
@@ -38,3 +39,4 @@ def main(folder, out, train, fused):
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "fused")
     close_distributed()
+    end_process(0)

@@ -12,6 +12,7 @@ from tiny_sd3 import tiny_config
 
 from fdfo_engine import Engine, load_config
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main
+from fdfo_engine.runtime.process import end_process
 
 PAIRS = 6
 PROMPTS = [
@@ -82,3 +83,4 @@ if __name__ == "__main__":
         trace(pipeline, out, int(stage), train, **dict.fromkeys(offloaded, True))
     finally:
         close_distributed()  # an error must end in its own traceback, not in gloo's abort
+    end_process(0)
