@@ -43,6 +43,9 @@ THIN = 64
 """A product is large where all its sizes are above this."""
 
 LARGE_KERNELS = {"lora_linear_kernel", "lora_linear_input_kernel"}
+FILLED = {"qk_rms_norm_forward_kernel", "qk_rms_norm_backward_kernel", "lora_linear_thin_gradient_kernel"}
+"""Kernels that get a tensor which they have already in the place of one that they have no use for."""
+
 _GEMMS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
 _FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
@@ -84,7 +87,7 @@ class Recorder(TorchDispatchMode):
 
         def record(*args: Any, **kwargs: Any) -> None:
             name, found = kernel.fn.__name__, tensors_of((args, kwargs))
-            if name.startswith("qk_rms_norm"):  # what it has no use for gets a tensor that it has already
+            if name in FILLED:
                 found = list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in found}.values())
             self.add(name, found, [], large=name in LARGE_KERNELS)
             if (

@@ -55,15 +55,16 @@ def starts_of(m, S, batch, row):
 
 @triton.jit
 def lora_linear_kernel(
-    xs, weights, biases, thins, factors, hs, residuals, gates, norms, outs, Ms, Ss, x_batches, x_rows, thin_rows, Ns,
-    Rs, residual_batches, residual_rows, gate_rows, out_batches, K, eps,
+    xs, weights, biases, thins, factors, hs, residuals, gates, norms, roots, outs, Ms, Ss, x_batches, x_rows, thin_rows,
+    Ns, Rs, residual_batches, residual_rows, gate_rows, out_batches, K, eps,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, HEAD: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # grid: tiles of all layers, one layer after the other; of a layer GROUP tiles of rows at a time, whose operands
     # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0. GELU is
     # taken of that, or it is added to a residual [M, N] through the gate [B, N] of each sample; with norms every HEAD
-    # columns of all but a stream's last layer are divided by their rms and multiplied by a weight
+    # columns of all but a stream's last layer are divided by their rms and multiplied by a weight; 1 / rms is kept in
+    # roots, if there, which lie as out does
     dtype: tl.constexpr = xs[0].dtype.element_ty
     COUNT: tl.constexpr = STREAMS * LAYERS
     layer, tile = layer_of(tl.program_id(0), Ms, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
@@ -99,7 +100,12 @@ def lora_linear_kernel(
         acc, _ = gelu(acc)
     if norms[0] is not None and layer % LAYERS < LAYERS - 1:
         norm_ptr = pointer_of(norms, layer, COUNT)
-        acc = rounded(by_head(acc, eps, HEAD), norm_ptr.dtype.element_ty)
+        acc, root = by_head(acc, eps, HEAD)
+        if roots[0] is not None:
+            head = tile_n * (COLUMNS // HEAD) + tl.arange(0, COLUMNS // HEAD)
+            root_at = starts_of(m, S, size_of(out_batches, layer, COUNT) // HEAD, N // HEAD)[:, None] + head[None, :]
+            tl.store(pointer_of(roots, layer, COUNT) + root_at, root, mask=in_m & (head < N // HEAD)[None, :])
+        acc = rounded(acc, norm_ptr.dtype.element_ty)
         acc *= tl.load(norm_ptr + n % HEAD, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if residuals[0] is not None:
         residual_at = starts_of(
@@ -114,10 +120,10 @@ def lora_linear_kernel(
 
 @triton.jit
 def by_head(x, eps, HEAD: tl.constexpr):
-    """Every HEAD columns of x divided by their rms."""
+    """Every HEAD columns of x divided by their rms, and the reciprocals of that."""
     heads = tl.reshape(x, [x.shape[0], x.shape[1] // HEAD, HEAD])
     roots = 1.0 / tl.sqrt_rn(tl.sum(heads * heads, axis=2) / HEAD + eps)
-    return tl.reshape(heads * roots[:, :, None], [x.shape[0], x.shape[1]])
+    return tl.reshape(heads * roots[:, :, None], [x.shape[0], x.shape[1]]), roots
 
 
 @triton.jit
@@ -245,11 +251,14 @@ def rows_of(program, Ms, STREAMS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def lora_linear_thin_gradient_kernel(
-    grads, factors, outs, Ms, Ss, out_rows, Ns, Rs, grad_batches, grad_rows, scale,
-    STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
+    grads, factors, outs, gates, norms, normed, roots, raws, Ms, Ss, out_rows, Ns, Rs, grad_batches, grad_rows,
+    gate_rows, normed_batches, scale,
+    STREAMS: tl.constexpr, LAYERS: tl.constexpr, NORMED: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # grid (tiles of the rows of both streams, cdiv(max R, RANK), LAYERS): out [M, R] = scale * grad B; B is [N, R]
+    # grid (tiles of the rows of both streams, cdiv(max R, RANK), LAYERS): out [M, R] = scale * raw B; B is [N, R]. raw
+    # [M, N] is grad, or what it becomes on its way back to the product: times a gate [B, N] of each sample; or, for
+    # layers whose bit is in NORMED, through their norms by HEAD columns, whose outputs were normed. Then it is stored
     dtype: tl.constexpr = grads[0].dtype.element_ty
     stream, m = rows_of(tl.program_id(0), Ms, STREAMS, ROWS)
     layer = stream * LAYERS + tl.program_id(2)
@@ -260,14 +269,46 @@ def lora_linear_thin_gradient_kernel(
     grad_at = starts_of(m, S, size_of(grad_batches, layer, COUNT), size_of(grad_rows, layer, COUNT))
     in_m = (m < M)[:, None]
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]
+    is_normed, is_stored = ((NORMED >> layer) & 1) == 1, tl.program_id(1) == 0
+    if NORMED > 0:
+        is_stored = is_stored & is_normed
     acc = tl.zeros([ROWS, RANK], tl.float32)
     for first in range(0, N, INNER):
         n = first + tl.arange(0, INNER)  # [INNER]
-        grad = tl.load(grad_ptr + grad_at[:, None] + n[None, :], mask=in_m & (n < N)[None, :], other=0.0)
+        mask = in_m & (n < N)[None, :]
+        grad = tl.load(grad_ptr + grad_at[:, None] + n[None, :], mask=mask, other=0.0)
+        if gates[0] is not None:
+            gate_at = starts_of(m, S, size_of(gate_rows, layer, COUNT), 0)[:, None] + n[None, :]
+            gate = tl.load(pointer_of(gates, layer, COUNT) + gate_at, mask=mask, other=0.0)
+            grad = rounded(grad.to(tl.float32) * gate.to(tl.float32), dtype).to(dtype)
+        if NORMED > 0:  # noqa: SIM102 - a constant, without which the rest is not compiled
+            if is_normed:
+                batch = size_of(normed_batches, layer, COUNT)
+                y_at = starts_of(m, S, batch, N)[:, None] + n[None, :]
+                y = tl.load(pointer_of(normed, layer, COUNT) + y_at, mask=mask, other=0.0).to(tl.float32)
+                weight = tl.load(pointer_of(norms, layer, COUNT) + n % HEAD).to(tl.float32)
+                head = first // HEAD + tl.arange(0, INNER // HEAD)
+                root_at = starts_of(m, S, batch // HEAD, N // HEAD)[:, None] + head[None, :]
+                in_heads = in_m & (head < N // HEAD)[None, :]
+                root = tl.load(pointer_of(roots, layer, COUNT) + root_at, mask=in_heads, other=0.0)
+                grad = rounded(before_norm(grad.to(tl.float32), y, weight, root, HEAD), dtype).to(dtype)
+        if raws[0] is not None:
+            raw_at = m.to(tl.int64)[:, None] * N + n[None, :]
+            tl.store(pointer_of(raws, layer, COUNT) + raw_at, grad, mask=mask & is_stored)
         factor = tl.load(factor_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
         acc = product(operand(grad, dtype, WIDE), operand(factor, dtype, WIDE), acc)
     at = m.to(tl.int64)[:, None] * size_of(out_rows, stream, STREAMS) + r[None, :]
     tl.store(pointer_of(outs, layer, COUNT) + at, rounded(scale * acc, dtype), mask=in_m & (r < R)[None, :])
+
+
+@triton.jit
+def before_norm(grad, y, weight, root, HEAD: tl.constexpr):
+    """Gradient of what was normed by HEAD columns, whose outputs times `weight` are y; `root` is 1 / rms of each."""
+    shape: tl.constexpr = [grad.shape[0], grad.shape[1] // HEAD, HEAD]
+    n = tl.reshape(y / weight[None, :], shape)
+    d = tl.reshape(grad * weight[None, :], shape)
+    raw = root[:, :, None] * (d - n * (tl.sum(d * n, axis=2) / HEAD)[:, :, None])
+    return tl.reshape(raw, [grad.shape[0], grad.shape[1]])
 
 
 @triton.jit

@@ -12,9 +12,9 @@ from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
 from fdfo_engine.ops.lora_linear import (
     lora_linear,
     lora_linear_group,
-    lora_linear_residuals,
     lora_linear_streams,
 )
+from fdfo_engine.ops.lora_linear_residuals import lora_linear_residuals
 from fdfo_engine.ops.lora_qkv import lora_qkv
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise

@@ -6,44 +6,30 @@ A launch takes all layers of both streams of tokens, given as tuples whose order
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fdfo_engine.ops import _compiled, _dispatch
+from fdfo_engine.ops import _compiled
+from fdfo_engine.ops._lora_launch import (
+    FACTORS,
+    SPLITS,
+    SUM_BLOCK,
+    THIN_LAYERS,
+    blocks,
+    gradient_places,
+    places,
+    rank_block,
+    residual_places,
+    row_counts,
+    row_strides,
+    sample_stride,
+    thin_tile,
+    tile_of,
+    wide,
+)
 from fdfo_engine.ops._lora_torch import NOTHING, Gradients, Linear, Outputs, Streams, Wants, split_ranks
-
-
-class Tile(NamedTuple):
-    """Of a product: rows, columns and inner length of a block; tiles of rows that share columns; warps and stages."""
-
-    rows: int
-    columns: int
-    inner: int
-    group: int
-    warps: int
-    stages: int
-
-
-# Not tuned on a GPU yet: as large as registers allow. float32 takes no tensor core; other dtypes go by the GPU's major
-# compute capability and by whether more goes on than one product: GELU, or the sum over layers, takes registers too.
-FLOAT32_TILE = Tile(64, 64, 16, 8, 8, 2)
-TILES = {
-    (8, False): Tile(128, 128, 32, 8, 8, 3),
-    (8, True): Tile(128, 128, 32, 8, 8, 3),
-    (9, False): Tile(128, 256, 64, 8, 8, 3),
-    (9, True): Tile(128, 128, 64, 8, 8, 4),
-    (10, False): Tile(128, 128, 64, 8, 8, 4),
-    (10, True): Tile(128, 128, 64, 8, 8, 4),
-}
-THIN = Tile(64, 0, 64, 0, 4, 3)  # of the product with a thin factor; columns are the rank
-FLOAT32_THIN = Tile(32, 0, 16, 0, 8, 2)
-FACTORS = Tile(32, 128, 0, 0, 4, 3)  # of the factors' gradients: rows a step
-SPLITS = 8  # parts into which their rows are cut
-SUM_BLOCK = 1024
-MAX_RANK = 32  # columns of the rank that a program takes at once
-THIN_LAYERS = 3  # layers whose thin products a program makes of one reading of x
 
 
 class HeadNorm(NamedTuple):
@@ -54,29 +40,39 @@ class HeadNorm(NamedTuple):
     eps: float
 
 
+class Normed(NamedTuple):
+    """What a norm by heads left for its backward: the output `[B, S, N]`, its weight, and 1 / rms `[B, S, heads]`."""
+
+    y: Tensor
+    weight: Tensor
+    roots: Tensor
+
+
+class Behind(NamedTuple):
+    """What came behind the product of a layer: a gate `[B, N]` into a residual, or a norm."""
+
+    gate: Tensor | None = None
+    normed: Normed | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the product's gradient is another than that of the layer's output."""
+        return self.gate is not None or self.normed is not None
+
+
 class Used(NamedTuple):
-    """A layer whose output was used: its gradient `[B, S, N]`, its thin product and `s g B`, `[M, r]`, where made."""
+    """A layer whose output was used: its gradient `[B, S, N]`, its thin product and `s g B`, `[M, r]`, where made.
+
+    With something behind the product, `raw` is room for the gradient of the product itself.
+    """
 
     grad: Tensor
     linear: Linear
     thin: Tensor | None
     thin_grad: Tensor | None
     place: int
-
-
-def tile(dtype: torch.dtype, major: int, *, more: bool) -> Tile:
-    """Tile of the large product; GPUs that are not in the table take the smallest, which fits any shared memory."""
-    return FLOAT32_TILE if dtype == torch.float32 else TILES.get((major, more), TILES[8, more])
-
-
-def thin_tile(dtype: torch.dtype) -> Tile:
-    """Tile of a thin product."""
-    return FLOAT32_THIN if dtype == torch.float32 else THIN
-
-
-def rank_block(rank: int) -> int:
-    """Columns of the rank that one block holds: a power of two, at least the 16 of a tensor core; 0 without rank."""
-    return min(MAX_RANK, max(16, 1 << (rank - 1).bit_length())) if rank else 0
+    behind: Behind = Behind()
+    raw: Tensor | None = None
 
 
 def takes_gelu(backend: str, dtype: torch.dtype) -> bool:
@@ -102,23 +98,38 @@ def forward(
 
 def residual_sums(
     xs: Sequence[Tensor], linears: Sequence[Linear], scaling: float, residuals: Sequence[tuple[Tensor, Tensor]]
-) -> list[Tensor]:
-    """`residual + gate * linear(x)` of each stream; some linear has an adapter."""
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`residual + gate * linear(x)` of each stream, some of whose linears have an adapter; and the thin products."""
     xs, outs = [_compiled.last_contiguous(x) for x in xs], [_compiled.empty_contiguous(r) for r, _ in residuals]
     given = [(_compiled.last_contiguous(r), _compiled.last_contiguous(gate)) for r, gate in residuals]
-    product(xs, linears, _thin_products(xs, [[n] for n in linears], scaling), outs, residuals=given)
-    return outs
+    thins = _thin_products(xs, [[n] for n in linears], scaling)
+    product(xs, linears, thins, outs, residuals=given)
+    return outs, thins
 
 
-def normed_products(xs: Sequence[Tensor], linears: Streams, scaling: float, norm: HeadNorm) -> list[Tensor]:
-    """The layers of each stream, with norms of all but the last, each packed along tokens, `[B, sum S_i, N]`."""
+def normed_products(
+    xs: Sequence[Tensor], linears: Streams, scaling: float, norm: HeadNorm, *, keep: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """The layers of each stream, with norms of all but the last, each packed along tokens, `[B, sum S_i, N]`.
+
+    And if `keep`, 1 / rms of the heads of each normed layer, packed likewise; and the thin products of each stream.
+    """
     xs, tokens = [_compiled.last_contiguous(x) for x in xs], [x.shape[1] for x in xs]
     thins = _thin_products(xs, linears, scaling)
     packed = [xs[0].new_empty(len(xs[0]), sum(tokens), len(linear.weight)) for linear in linears[0]]
-    outs = [part for parts in zip(*(t.split(tokens, 1) for t in packed), strict=True) for part in parts]
+    heads = packed[0].shape[2] // norm.size
+    roots = [t.new_empty(*t.shape[:2], heads, dtype=torch.float32) for t in packed[:-1]] if keep else []
     parts = [part for thin, layers in zip(thins, linears, strict=True) for part in split_ranks(thin, layers)]
-    product(xs, [linear for layers in linears for linear in layers], parts, outs, norm=norm)
-    return packed
+    product(
+        xs, [linear for layers in linears for linear in layers], parts, _by_stream(packed, tokens), norm=norm,
+        roots=_by_stream([*roots, roots[0]], tokens) if roots else (),
+    )  # fmt: skip
+    return packed, roots, thins
+
+
+def _by_stream(packed: Sequence[Tensor], tokens: Sequence[int]) -> list[Tensor]:
+    """Parts of tensors `[B, sum S_i, any]`: of all of them those of the first stream, then those of the second."""
+    return [part for parts in zip(*(t.split(tokens, 1) for t in packed), strict=True) for part in parts]
 
 
 def _room(xs: Sequence[Tensor], linears: Streams, *, packed: bool) -> tuple[list[list[Tensor]], Tensor | None]:
@@ -138,11 +149,15 @@ def _room(xs: Sequence[Tensor], linears: Streams, *, packed: bool) -> tuple[list
 def backward(
     grads: Sequence[Sequence[Tensor | None]], xs: Sequence[Tensor | None], thins: Sequence[Tensor | None],
     linears: Streams, scaling: float, wants: Sequence[Sequence[Wants]], dxs: Sequence[Tensor | None],
+    behind: Sequence[Sequence[Behind]] = (),
 ) -> list[Gradients]:  # fmt: skip
-    """As `_lora_torch.backward`; the thin products are scaled already."""
-    used = [_used(*stream) for stream in zip(grads, thins, linears, strict=True)]
-    for some in _together([sum(u.thin_grad is not None for u in layers) for layers in used]):
-        thin_gradients([[u for u in used[s] if u.thin_grad is not None] for s in some], scaling)
+    """As `_lora_torch.backward`; the thin products are scaled already. `behind` is of each layer, if anything."""
+    after = behind or [[Behind()] * len(layers) for layers in linears]
+    used = [_used(*stream) for stream in zip(grads, thins, linears, after, strict=True)]
+    passed = [[u for u in layers if u.thin_grad is not None or u.raw is not None] for layers in used]
+    for some in _together([len(layers) for layers in passed]):
+        thin_gradients([passed[s] for s in some], scaling)
+    used = [[u if u.raw is None else u._replace(grad=u.raw) for u in layers] for layers in used]
     for dx, layers in zip(dxs, used, strict=True):
         if dx is not None and not layers:
             dx.zero_()
@@ -167,7 +182,9 @@ def backward(
     return [four for of_stream in found for four in of_stream]
 
 
-def _used(grads: Sequence[Tensor | None], thin: Tensor | None, layers: Sequence[Linear]) -> list[Used]:
+def _used(
+    grads: Sequence[Tensor | None], thin: Tensor | None, layers: Sequence[Linear], behind: Sequence[Behind]
+) -> list[Used]:
     """Layers of a stream whose output was used, with room for `s g B`, which lies side by side."""
     live = [i for i, grad in enumerate(grads) if grad is not None]
     if not live:
@@ -176,9 +193,10 @@ def _used(grads: Sequence[Tensor | None], thin: Tensor | None, layers: Sequence[
     given = [_compiled.last_contiguous(grad) for grad in grads if grad is not None]
     rows, ranks = given[0].shape[0] * given[0].shape[1], sum(linear.rank for linear in some)
     thin_grads = split_ranks(given[0].new_empty(rows, ranks) if ranks else None, some)
+    raws = [g.new_empty(g.shape) if behind[i].changes else None for g, i in zip(given, live, strict=True)]
     return [
-        Used(grad, linear, parts[i], room, i)
-        for grad, linear, room, i in zip(given, some, thin_grads, live, strict=True)
+        Used(grad, linear, parts[i], room, i, behind[i], raw)
+        for grad, linear, room, i, raw in zip(given, some, thin_grads, live, raws, strict=True)
     ]
 
 
@@ -217,10 +235,10 @@ def thin_product(xs: Sequence[Tensor], layers: Sequence[tuple[Linear, Tensor]], 
     streams, count, ranks = len(xs), len(layers) // len(xs), [linear.rank for linear in linears]
     t = thin_tile(xs[0].dtype)
     block = rank_block(max(ranks))
-    grid = sum(-(-rows // t.rows) for rows in _rows(xs)), -(-max(ranks) // block)
+    grid = sum(-(-rows // t.rows) for rows in row_counts(xs)), -(-max(ranks) // block)
     with torch.cuda.device_of(xs[0]):  # triton launches on the current device, not on the tensor's
         lora_linear_thin_kernel[grid](
-            tuple(xs), _contiguous([linear.lora_a for linear in linears]), tuple(outs), *_places(xs),
+            tuple(xs), _contiguous([linear.lora_a for linear in linears]), tuple(outs), *places(xs),
             tuple(out.stride(0) for out in outs[::count]), tuple(ranks), xs[0].shape[2], scaling,
             STREAMS=streams, LAYERS=count, WIDE=wide(xs[0].dtype), ROWS=t.rows, RANK=block, INNER=t.inner,
             num_warps=t.warps, num_stages=t.stages,
@@ -230,29 +248,31 @@ def thin_product(xs: Sequence[Tensor], layers: Sequence[tuple[Linear, Tensor]], 
 def product(
     xs: Sequence[Tensor], linears: Sequence[Linear], thins: Sequence[Tensor | None], outs: Sequence[Tensor], *,
     h: Tensor | None = None, gelu: bool = False, residuals: Sequence[tuple[Tensor, Tensor]] = (),
-    norm: HeadNorm | None = None,
+    norm: HeadNorm | None = None, roots: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """`out = x W^T + thin B^T + bias` of each layer; equally many layers an x.
 
-    Then GELU of that, which `h` gets, or `residual + gate * out`, or the `norm` of all but each stream's last layer.
+    Then GELU of that, which `h` gets, or `residual + gate * out`, or the `norm` of all but each stream's last layer,
+    whose 1 / rms `roots` get, if given.
     """
     from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
 
     count, ranks = len(linears) // len(xs), [linear.rank for linear in linears]
     biases = [_bias(linear) if any(one.bias is not None for one in linears) else None for linear in linears]
     added, gates = zip(*residuals, strict=True) if residuals else [(None,) * len(linears)] * 2
-    t, rows = _tile(xs[0], more=gelu or bool(residuals)), _rows(xs)
+    t, rows = tile_of(xs[0], more=gelu or bool(residuals)), row_counts(xs)
     tiles = [-(-rows[i // count] // t.rows) * -(-len(linear.weight) // t.columns) for i, linear in enumerate(linears)]
     with torch.cuda.device_of(xs[0]):
         lora_linear_kernel[(sum(tiles),)](
             tuple(xs), _contiguous([linear.weight for linear in linears]), tuple(biases), _filled(thins),
             _contiguous(_filled([linear.lora_b for linear in linears])),
             (h,) if h is not None else (None,) * len(linears), added, gates,
-            (None,) * len(linears) if norm is None else _contiguous(norm.weights), tuple(outs), *_places(xs),
-            _row_strides(thins, count), tuple(len(linear.weight) for linear in linears), tuple(ranks),
-            *_residual_places(residuals, len(linears)), tuple(map(_batch, outs)), xs[0].shape[2],
+            (None,) * len(linears) if norm is None else _contiguous(norm.weights),
+            tuple(roots) or (None,) * len(linears), tuple(outs), *places(xs), row_strides(thins, count),
+            tuple(len(linear.weight) for linear in linears), tuple(ranks),
+            *residual_places(residuals, len(linears)), tuple(map(sample_stride, outs)), xs[0].shape[2],
             0.0 if norm is None else norm.eps, STREAMS=len(xs), LAYERS=count, HEAD=0 if norm is None else norm.size,
-            GELU=gelu, **_blocks(xs[0], t, ranks),
+            GELU=gelu, **blocks(xs[0], t, ranks),
         )  # fmt: skip
 
 
@@ -279,34 +299,40 @@ def input_product(layers: Sequence[Sequence[Used]], dxs: Sequence[Tensor], *, h:
     grads, linears, ranks = [u.grad for u in flat], [u.linear for u in flat], [u.linear.rank for u in flat]
     thins, count = [u.thin_grad for u in flat], len(layers[0])
     weights = [_compiled.last_contiguous(linear.weight) for linear in linears]  # perhaps columns of a wider one
-    t = _tile(dxs[0], more=count > 1 or h is not None)
-    tiles = sum(-(-rows // t.rows) for rows in _rows(dxs)) * -(-dxs[0].shape[2] // t.columns)
+    t = tile_of(dxs[0], more=count > 1 or h is not None)
+    tiles = sum(-(-rows // t.rows) for rows in row_counts(dxs)) * -(-dxs[0].shape[2] // t.columns)
     with torch.cuda.device_of(dxs[0]):
         lora_linear_input_kernel[(tiles,)](
             tuple(grads), tuple(weights), _filled(thins),
-            _contiguous(_filled([linear.lora_a for linear in linears])), h, tuple(dxs), tuple(_rows(dxs)),
-            tuple(dx.shape[1] for dx in dxs), _row_strides(thins, count), tuple(map(_batch, dxs)),
-            *_gradient_places(grads, ranks), tuple(w.stride(0) for w in weights), dxs[0].shape[2], STREAMS=len(dxs),
+            _contiguous(_filled([linear.lora_a for linear in linears])), h, tuple(dxs), tuple(row_counts(dxs)),
+            tuple(dx.shape[1] for dx in dxs), row_strides(thins, count), tuple(map(sample_stride, dxs)),
+            *gradient_places(grads, ranks), tuple(w.stride(0) for w in weights), dxs[0].shape[2], STREAMS=len(dxs),
             LAYERS=count,
-            **_blocks(dxs[0], t, ranks),
+            **blocks(dxs[0], t, ranks),
         )  # fmt: skip
 
 
 def thin_gradients(layers: Sequence[Sequence[Used]], scaling: float) -> None:
-    """`s g B` of each layer, into its `thin_grad`; equally many layers in each stream."""
+    """`s g B` of each layer into its `thin_grad`, and g into `raw`, where these are; equally many layers a stream."""
     from fdfo_engine.kernels.lora_linear import lora_linear_thin_gradient_kernel  # triton: only where it runs
 
     flat = [u for stream in layers for u in stream]
     grads, outs = [u.grad for u in flat], [u.thin_grad for u in flat]
-    first, ranks, t = [stream[0].grad for stream in layers], [u.linear.rank for u in flat], thin_tile(grads[0].dtype)
-    tiles, block = sum(-(-rows // t.rows) for rows in _rows(first)), rank_block(max(ranks))
+    first, ranks = [stream[0].grad for stream in layers], [u.linear.rank for u in flat]
+    t = thin_tile(grads[0].dtype, more=any(u.behind.changes for u in flat))
+    tiles, block = sum(-(-rows // t.rows) for rows in row_counts(first)), rank_block(max(*ranks, 1))
+    gates, normed = [_compiled.last_contiguous(u.behind.gate) for u in flat], [u.behind.normed for u in flat]
+    size = next((n.y.shape[2] // n.roots.shape[2] for n in normed if n is not None), 1)
     with torch.cuda.device_of(grads[0]):
-        lora_linear_thin_gradient_kernel[(tiles, -(-max(ranks) // block), len(layers[0]))](
-            tuple(grads), _contiguous([u.linear.lora_b for u in flat]), tuple(outs), tuple(_rows(first)),
-            tuple(g.shape[1] for g in first), _row_strides(outs, len(layers[0])),
-            *_gradient_places(grads, ranks), scaling,
-            STREAMS=len(layers), LAYERS=len(layers[0]), WIDE=wide(grads[0].dtype), ROWS=t.rows, RANK=block,
-            INNER=t.inner, num_warps=t.warps, num_stages=t.stages,
+        lora_linear_thin_gradient_kernel[(tiles, max(1, -(-max(ranks) // block)), len(layers[0]))](
+            tuple(grads), _factors(flat), _filled(outs, grads[0]), tuple(gates), *_norms(normed),
+            _filled([u.raw for u in flat]), tuple(row_counts(first)), tuple(g.shape[1] for g in first),
+            row_strides(outs, len(layers[0])), *gradient_places(grads, ranks),
+            tuple(0 if gate is None else sample_stride(gate) for gate in gates),
+            tuple(0 if n is None else sample_stride(n.y) for n in normed), scaling, STREAMS=len(layers),
+            LAYERS=len(layers[0]), NORMED=sum((n is not None) << i for i, n in enumerate(normed)), HEAD=size,
+            WIDE=wide(grads[0].dtype), ROWS=t.rows, RANK=block, INNER=max(t.inner, size), num_warps=t.warps,
+            num_stages=t.stages,
         )  # fmt: skip
 
 
@@ -324,8 +350,8 @@ def factor_gradients(xs: Sequence[Tensor], layers: Sequence[Sequence[Used]]) -> 
     tiles = sum(-(-K // FACTORS.columns) + -(-u.grad.shape[2] // FACTORS.columns) for u in flat)
     with torch.cuda.device_of(out):
         lora_linear_factors_kernel[(tiles, -(-max(ranks) // block), SPLITS)](
-            tuple(xs), tuple(grads), tuple(thins), tuple(thin_grads), partial, *_places(xs), _row_strides(thins, count),
-            _row_strides(thin_grads, count), *_gradient_places(grads, ranks), K, total, STREAMS=len(xs), LAYERS=count,
+            tuple(xs), tuple(grads), tuple(thins), tuple(thin_grads), partial, *places(xs), row_strides(thins, count),
+            row_strides(thin_grads, count), *gradient_places(grads, ranks), K, total, STREAMS=len(xs), LAYERS=count,
             SPLITS=SPLITS, WIDE=wide(xs[0].dtype), ROWS=FACTORS.rows, RANK=block, COLUMNS=FACTORS.columns,
             num_warps=FACTORS.warps, num_stages=FACTORS.stages,
         )  # fmt: skip
@@ -334,65 +360,25 @@ def factor_gradients(xs: Sequence[Tensor], layers: Sequence[Sequence[Used]]) -> 
     return [(a.view(r, K), b.view(-1, r)) for a, b, r in zip(parts[::2], parts[1::2], ranks, strict=True)]
 
 
-def wide(dtype: torch.dtype) -> bool:
-    """Whether products take float32 operands: the interpreter's of bfloat16 are wrong."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and _dispatch.interpreted())
-
-
-def _tile(x: Tensor, *, more: bool) -> Tile:
-    return tile(x.dtype, torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9, more=more)
-
-
-def _blocks(x: Tensor, t: Tile, ranks: Sequence[int]) -> dict[str, Any]:
-    """Constants and launch options of a large product."""
-    return {
-        "WIDE": wide(x.dtype), "ROWS": t.rows, "COLUMNS": t.columns, "INNER": t.inner, "GROUP": t.group,
-        "RANK": rank_block(max(ranks)), "num_warps": t.warps, "num_stages": t.stages,
-    }  # fmt: skip
-
-
-def _rows(xs: Sequence[Tensor]) -> list[int]:
-    return [x.shape[0] * x.shape[1] for x in xs]
-
-
-def _batch(x: Tensor) -> int:
-    """Stride from sample to sample; 0 where there is one, whose stride may be past 32 bits."""
-    return x.stride(0) if len(x) > 1 else 0
-
-
-def _places(xs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Rows, tokens a sample, and strides of samples and rows of each stream."""
-    return tuple(_rows(xs)), tuple(x.shape[1] for x in xs), tuple(map(_batch, xs)), tuple(x.stride(1) for x in xs)
-
-
-def _gradient_places(grads: Sequence[Tensor], ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Columns, ranks, and strides of samples and rows, of each layer's gradient."""
-    columns, rows = tuple(g.shape[2] for g in grads), tuple(g.stride(1) for g in grads)
-    return columns, tuple(ranks), tuple(map(_batch, grads)), rows
-
-
-def _residual_places(residuals: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[tuple[int, ...], ...]:
-    """Strides of samples and rows of each residual, and of rows of its gate."""
-    if not residuals:
-        return ((0,) * count,) * 3
-    streams, gates = zip(*residuals, strict=True)
-    return tuple(map(_batch, streams)), tuple(r.stride(1) for r in streams), tuple(map(_batch, gates))
-
-
-def _row_strides(thins: Sequence[Tensor | None], count: int) -> tuple[int, ...]:
-    """Of the thin products of each stream of `count` layers; all of its layers lie in one tensor."""
-    streams = [thins[i : i + count] for i in range(0, len(thins), count)]
-    return tuple(next((thin.stride(0) for thin in stream if thin is not None), 0) for stream in streams)
-
-
 def _bias(linear: Linear) -> Tensor:
     return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.contiguous()
 
 
-def _filled(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """With another one in the place of each that is not there, which is not read; Nones where there is none."""
-    some = next((t for t in tensors if t is not None), None)
+def _filled(tensors: Sequence[Tensor | None], other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """With another one in the place of each that is not there, which is not read; `other` where there is none."""
+    some = next((t for t in tensors if t is not None), other)
     return tuple(some if t is None else t for t in tensors)
+
+
+def _factors(layers: Sequence[Used]) -> tuple[Tensor | None, ...]:
+    """The second factor of each layer."""
+    return _contiguous(_filled([u.linear.lora_b for u in layers], layers[0].grad.new_empty(1, dtype=torch.float32)))
+
+
+def _norms(normed: Sequence[Normed | None]) -> list[tuple[Tensor | None, ...]]:
+    """Weights, outputs and 1 / rms of the norms of each layer."""
+    weights, outputs, roots = ([None if n is None else n[i] for n in normed] for i in (1, 0, 2))
+    return [_contiguous(_filled(weights)), _filled(outputs), _filled(roots)]
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

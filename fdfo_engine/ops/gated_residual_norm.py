@@ -109,17 +109,15 @@ def _run(op: str, streams: Sequence[NormStream], eps: float, backend: str | None
     eps = _checks.not_negative(op, "eps", eps)
     implementation = _dispatch.choose(op, OFFERED, streams[0].x.device, forced=backend)
     if implementation != "torch":
-        found = modulated_norms(given, eps, implementation)
-    else:
-        found = [_reference(*stream, eps=eps) for stream in given]  # type: ignore[arg-type]
-    return [out if s.gate is not None else (s.x, *out) for out, s in zip(found, streams, strict=True)]
+        return modulated_norms(given, eps, implementation)
+    return [_reference(*stream, eps=eps) for stream in given]  # type: ignore[arg-type]
 
 
 def _reference(
     x: Tensor, y: Tensor | None, gate: Tensor | None, *modulations: Tensor, eps: float
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if y is None or gate is None:
-        return layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
+        return x, *layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
     return gated_residual_norm_reference(x, y, gate, modulations, eps)
 
 

@@ -70,7 +70,7 @@ def layer_norm_modulate(
     if implementation == "torch":
         found = layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
     else:
-        (found,) = modulated_norms([(x, None, None, *modulations)], eps, implementation)
+        found = modulated_norms([(x, None, None, *modulations)], eps, implementation)[0][1:]
     return found[0] if scale2 is None else found
 
 
@@ -100,20 +100,23 @@ def modulations_of(
 
 
 def modulated_norms(streams: Sequence[tuple[Tensor | None, ...]], eps: float, backend: str) -> list[tuple[Tensor, ...]]:
-    """On a fast backend: x_new where there is a gate, and norms, of each stream of x, y, gate and its modulations."""
+    """On a fast backend: x_new, which is x without a gate, and norms, of each stream of x, y, gate and modulations.
+
+    The gradient of that x_new is added inside the norm's backward, like that of a sum.
+    """
     flat = [t for stream in streams for t in (*stream, *[None] * (_FIELDS - len(stream)))]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
         outputs = iter(_ModulatedNorms.apply(eps, backend, *flat))
-        return [tuple(next(outputs) for _ in range(_count(*stream[2:]))) for stream in streams]
+        return [tuple(next(outputs) for _ in range(_count(*stream[3:]))) for stream in streams]
     return _forward(_Inputs.of_streams(flat), eps, [None] * len(streams), backend)
 
 
 _FIELDS = 7
 
 
-def _count(gate: Tensor | None, *modulations: Tensor | None) -> int:
+def _count(*modulations: Tensor | None) -> int:
     """Outputs of a stream."""
-    return (gate is not None) + sum(m is not None for m in modulations) // 2
+    return 1 + sum(m is not None for m in modulations) // 2
 
 
 class _Inputs(NamedTuple):
@@ -148,11 +151,10 @@ class _Gradients(NamedTuple):
     @classmethod
     def of(cls, inputs: _Inputs, upstream: Sequence[Tensor | None], needed: Sequence[bool]) -> _Gradients:
         """Of a stream with these upstream gradients, not all None; `needed` of its inputs."""
-        given, gate = [*map(_compiled.last_contiguous, upstream)], inputs.gate
-        upstream_x = None if gate is None else given.pop(0)
+        upstream_x, *given = map(_compiled.last_contiguous, upstream)
         first, *second = (torch.zeros_like(inputs.x) if u is None else u for u in given)
         dx = _compiled.empty_contiguous(first)
-        dy = None if gate is None else _compiled.empty_contiguous(first)
+        dy = None if inputs.gate is None else _compiled.empty_contiguous(first)
         return cls(first, second[0] if second else None, upstream_x, dx, dy, any(needed[3:]), needed[2])
 
     @property
@@ -181,7 +183,7 @@ class _ModulatedNorms(torch.autograd.Function):
         outputs = _forward(streams, eps, list(statistics), backend)
         for i, (s, of_stream, out) in enumerate(zip(streams, statistics, outputs, strict=True)):
             y = s.y if ctx.needs_input_grad[2 + _FIELDS * i + 2] else None
-            kept += [of_stream, *s._replace(x=s.x if s.gate is None else out[0], y=y, shift=None, shift2=None)]
+            kept += [of_stream, *s._replace(x=out[0], y=y, shift=None, shift2=None)]
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.counts = backend, [len(out) for out in outputs]
@@ -211,8 +213,12 @@ class _ModulatedNorms(torch.autograd.Function):
 def _forward(
     streams: Sequence[_Inputs], eps: float, statistics: Sequence[Tensor | None], backend: str
 ) -> list[tuple[Tensor, ...]]:
-    """The outputs of each stream, x_new first where there is a gate."""
-    outputs = [tuple([_compiled.empty_contiguous(s.x) for _ in range(_count(*s[2:]))]) for s in streams]
+    """The outputs of each stream, x_new first."""
+    outputs = [
+        (s.x if s.gate is None else _compiled.empty_contiguous(s.x),
+         *(_compiled.empty_contiguous(s.x) for _ in range(_count(*s[3:]) - 1)))
+        for s in streams
+    ]  # fmt: skip
     some = [i for i, s in enumerate(streams) if s.x.numel()]
     if some:
         _FORWARD[backend]([streams[i] for i in some], [statistics[i] for i in some], [outputs[i] for i in some], eps)
@@ -231,11 +237,12 @@ def _forward_cpp(
     streams: Sequence[_Inputs], statistics: Sequence[Tensor | None], outputs: Sequence[tuple[Tensor, ...]], eps: float
 ) -> None:
     for inputs, kept, of_stream in zip(streams, statistics, outputs, strict=True):
-        addresses = [out.data_ptr() for out in of_stream]
-        x_new = 0 if inputs.gate is None else addresses.pop(0)
+        x_new, *addresses = (out.data_ptr() for out in of_stream)
         out, out2 = addresses if len(addresses) == 2 else (addresses[0], 0)
         arguments = _arguments(inputs, kept, eps)
-        _compiled.call("layer_norm_modulate_forward", inputs.x.device, arguments, x_new, out, out2)
+        _compiled.call(
+            "layer_norm_modulate_forward", inputs.x.device, arguments, 0 if inputs.gate is None else x_new, out, out2
+        )  # fmt: skip
 
 
 def _backward_cpp(work: Sequence[_Work]) -> list[tuple[Tensor, ...]]:
@@ -269,7 +276,7 @@ def _forward_triton(
 
     x, targets = streams[0].x, []
     for s, out in zip(streams, outputs, strict=True):
-        targets.append([*[None] * (s.gate is None), *out, *[None] * (s.scale2 is None)])
+        targets.append([None if s.gate is None else out[0], *out[1:], *[None] * (s.scale2 is None)])
     block, warps = tile(x.shape[2])
     with torch.cuda.device_of(x):  # triton launches on the current device, not on the tensor's
         layer_norm_modulate_forward_kernel[(sum(s.x.shape[0] * s.x.shape[1] for s in streams),)](

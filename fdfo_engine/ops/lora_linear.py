@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from fdfo_engine.ops import _checks, _dispatch, _gelu, _lora_torch, _lora_triton
 from fdfo_engine.ops._lora_torch import Linear, Streams, Wants
-from fdfo_engine.ops.gated_residual import gated_residual
 
 OFFERED = ("triton", "cpp", "torch")
 MASTER_DTYPES = (torch.float32,)
@@ -124,46 +123,6 @@ def lora_linear_streams(
     rest = iter(out)
     found = [tuple(itertools.islice(rest, len(layers) - packed)) for layers in linears]
     return found, next(rest) if packed else None
-
-
-def lora_linear_residuals(
-    x: Tensor, linears: Sequence[Parts], scaling: float, residuals: Sequence[tuple[Tensor, Tensor]], *,
-    backend: str | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """`residual + gate * lora_linear(x_i)` of up to two streams of tokens, which lie in x one after the other.
-
-    For a rollout: not differentiable. Where one of the layers has an adapter, backend triton adds inside the product,
-    in float32, so that the norm that follows reads one tensor; counted, not measured. The others, and layers without
-    adapters, round the product and call `gated_residual`.
-
-    Args:
-        x: `[B, S, K]`, as in `lora_linear`, which this raises the errors of.
-        linears: the layer of each stream.
-        scaling: of all adapters.
-        residuals: residual `[B, S_i, N]`, strides of B and S_i any, and gate `[B, N]` of each stream; dtype of x. The
-            S_i are together at most S.
-        backend: as in `lora_linear`.
-
-    Returns:
-        Like each residual, contiguous.
-    """
-    op, tokens = "lora_linear_residuals", [r.shape[1] if r.ndim == 3 else 0 for r, _ in residuals]
-    check_streams(op, [x], [[parts] for parts in linears], tokens, False)
-    scaling = _checks.number(op, "scaling", scaling)
-    given = [t for r in residuals for t in r] + [t for parts in linears for t in parts if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
-        _checks.refuse(op, "gradient", "wanted", "tensors without one, or torch.no_grad()")
-    for i, ((residual, gate), parts) in enumerate(zip(residuals, linears, strict=True)):
-        shape = (len(x), tokens[i], len(parts[0]))
-        _checks.tensor(op, f"residuals[{i}]", residual, (x.dtype,), shape=shape, device=x.device)
-        _checks.per_sample(op, "gate", gate, residual)
-    implementation = _dispatch.choose(op, OFFERED, x.device, forced=backend)
-    if implementation == "triton" and x.numel() and any(parts[2] is not None for parts in linears):
-        parts_of_x = x.split([*tokens, x.shape[1] - sum(tokens)], 1)[:-1]
-        return _lora_triton.residual_sums(parts_of_x, [Linear(*p) for p in linears], scaling, residuals)
-    made, _ = lora_linear_streams(x, [[parts] for parts in linears], scaling, tokens=tokens, backend=backend)
-    pairs = zip(made, residuals, strict=True)
-    return [gated_residual(residual, y, gate, backend=backend) for (y,), (residual, gate) in pairs]
 
 
 def lora_linear_reference(

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from numerics import assert_as_good_as
 from ops.exact import check, draw, modulated_norm
 
 from fdfo_engine import ops
@@ -226,9 +227,23 @@ def test_streams_together_are_as_alone(dtype, kinds, backend, device):
         leaves = [t for i in used for t in streams[i][1]]
         results = []
         for outs in (together, [alone for _, _, alone in streams]):
-            flat = [t for i in used for t in outs[i] if t.grad_fn is not None]
+            flat = [t for i in used for t in outs[i][streams[i][0].gate is None :]]
             results.append(torch.autograd.grad(flat, leaves, [upstream(t) for t in flat], retain_graph=True))
         assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_x_without_a_gate_passes_through(dtype, backend, device):
+    """Its gradient is that of the norm plus what came to x itself, rounded once."""
+    x, _, scale, shift = inputs((2, 5, 130), dtype, device, rows=2)
+    ((same, n),) = ops.gated_residual_norms([ops.NormStream(x, scale, shift)], backend=backend)
+    assert torch.equal(same, x)
+    to_x, to_n = upstream(same), upstream(n, 8)
+    (found,) = torch.autograd.grad([same, n], x, [to_x, to_n])
+    wide = [t.detach().double().requires_grad_() for t in (x, scale, shift)]
+    (of_norm,) = torch.autograd.grad(modulated_norm(*wide), wide[0], to_n.double())
+    true = to_x.double() + of_norm
+    assert_as_good_as(found, true.to(dtype), true, name="x", floor=2e-6)
 
 
 def test_a_stream_without_tokens_beside_one_with(backend, device):

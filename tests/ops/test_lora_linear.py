@@ -236,63 +236,6 @@ def test_a_group_is_its_layers(rows, dtype, backend, device):
             assert_as_good_as(one, plain, value, name="output or gradient")
 
 
-def residual_case(dtype, device, sizes=((66, 4), (9, 3)), *, N=40):
-    """One x, longer than its streams, a layer and a rank each, and residuals in wider rows with gates of wider rows."""
-    layers = [list(inputs((1,), 24, N, r, dtype=dtype, device=device, seed=n).values())[1:] for n, r in sizes]
-    x = draw(2, sum(n for n, _ in sizes) + 2, 24, seed=90, dtype=dtype, device=device)
-    residuals = [
-        (draw(2, n + 1, N, seed=91 + n, dtype=dtype, device=device)[:, 1:],
-         draw(2, 3 * N, seed=92 + n, dtype=dtype, device=device)[:, N : 2 * N])
-        for n, _ in sizes
-    ]  # fmt: skip
-    return x, layers, residuals
-
-
-def residual_sums(x, layers, residuals, dtype):
-    """By torch, every step rounded to `dtype`."""
-    first, found = 0, []
-    for (w, b, a, c), (residual, gate) in zip(layers, residuals, strict=True):
-        part = x[:, first : first + residual.shape[1]].to(dtype)
-        first += residual.shape[1]
-        y = functional.linear(part, w.to(dtype), b.to(dtype))
-        if a is not None:
-            y = y + SCALING * (part @ a.to(dtype).T) @ c.to(dtype).T
-        found.append(residual.to(dtype) + gate.to(dtype)[:, None] * y)
-    return found
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("adapted", [(0, 1), (0,), (1,), ()], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residuals(dtype, adapted, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
-        pytest.skip(f"not written in {backend}")
-    x, layers, residuals = residual_case(dtype, device)
-    layers = [[*layer[:2], *(layer[2:] if i in adapted else (None, None))] for i, layer in enumerate(layers)]
-    found = ops.lora_linear_residuals(x, layers, SCALING, residuals, backend=backend)
-    want = residual_sums(x.double(), layers, residuals, torch.float64)
-    for y, plain, exact_y in zip(found, residual_sums(x, layers, residuals, dtype), want, strict=True):
-        assert (y.dtype, y.is_contiguous()) == (dtype, True)
-        assert_as_good_as(y, plain, exact_y, name="sum")
-    assert all(map(torch.equal, found, ops.lora_linear_residuals(x, layers, SCALING, residuals, backend=backend)))
-    closed = [(r, torch.zeros_like(gate)) for r, gate in residuals]
-    for y, (r, _) in zip(ops.lora_linear_residuals(x, layers, SCALING, closed, backend=backend), closed, strict=True):
-        assert torch.equal(y, r)
-
-
-def test_residuals_are_refused_where_they_do_not_fit():
-    x, layers, residuals = residual_case(torch.float32, "cpu")
-    with pytest.raises(ValueError, match="lora_linear_residuals: gradient is wanted"):
-        ops.lora_linear_residuals(x, layers, SCALING, residuals)
-    (r, gate), other = residuals
-    for bad, message in (
-        ((r[..., :3], gate), r"residuals\[0\] is"), ((r.double(), gate), r"residuals\[0\] is torch.float64"),
-        ((r, gate[:1]), "gate is"), ((r[0], gate), "tokens is"),
-    ):  # fmt: skip
-        with torch.no_grad(), pytest.raises(ValueError, match=f"lora_linear_residuals: {message}"):
-            ops.lora_linear_residuals(x, layers, SCALING, [bad, other])
-
-
 def test_a_merged_weight_is_made_where_it_is_less_work():
     few, many = inputs((3,), 96, 80, 8), inputs((70,), 96, 80, 8)
     for arguments, merges in ((few, False), (many, True)):

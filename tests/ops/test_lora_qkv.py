@@ -58,7 +58,7 @@ def test_values(tokens, heads, size, adapted, dtype, backend, device):
     if backend not in ops.implementations()["lora_linear"]:
         pytest.skip(f"not written in {backend}")
     x, linears, norms = make(tokens, heads, size, adapted=adapted, dtype=dtype, device=device)
-    given = {"head_size": size, "eps": EPS, "backend": backend}
+    given = {"head_size": size, "eps": EPS, "backend": backend, "invertible": True}
     found = ops.lora_qkv(x, linears, norms, SCALING, **given)
     exact = formula([t.double() for t in x], linears, norms, size, torch.float64)
     for name, y, plain, true in zip("qkv", found, formula(x, linears, norms, size, dtype), exact, strict=True):
@@ -72,11 +72,72 @@ def test_float32_weights_of_norms(backend, device):
     if backend not in ops.implementations()["lora_linear"]:
         pytest.skip(f"not written in {backend}")
     x, linears, norms = make(dtype=torch.bfloat16, weights=torch.float32, device=device)
-    found = ops.lora_qkv(x, linears, norms, SCALING, head_size=16, backend=backend)
+    found = ops.lora_qkv(x, linears, norms, SCALING, head_size=16, invertible=True, backend=backend)
     plain = formula(x, linears, norms, 16, torch.bfloat16)
     exact = formula([t.double() for t in x], linears, norms, 16, torch.float64)
     for name, y, own, true in zip("qkv", found, plain, exact, strict=True):
         assert_as_good_as(y, own, true, name=name)
+
+
+def leaves_of(x, linears):
+    """Copies that want gradients, x first, and all of them in a row."""
+    x = [t.detach().clone().requires_grad_() for t in x]
+    linears = [
+        [[None if t is None else t.detach().clone().requires_grad_() for t in layer] for layer in layers]
+        for layers in linears
+    ]  # fmt: skip
+    return x, linears, [*x, *(t for layers in linears for layer in layers for t in layer if t is not None)]
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "adapted"),
+    [((1,), 1, 16, (0, 1, 2)), ((9, 4), 3, 16, (0, 2)), ((65, 3), 3, 64, (0, 1, 2)), ((5, 2), 5, 32, (1,))], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients(tokens, heads, size, adapted, used, dtype, backend, device):
+    if backend not in ops.implementations()["lora_linear"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears, norms = make(tokens, heads, size, adapted=adapted, dtype=dtype, device=device)
+    upstream = [draw(2, sum(tokens), heads, size, seed=60 + i, dtype=dtype, device=device) for i in range(3)]
+
+    def gradients(run, dtype):
+        of = [[[t if t is None else t.to(dtype) for t in n] for n in ls] for ls in linears] if dtype else linears
+        own_x, own, leaves = leaves_of([t.to(dtype) if dtype else t for t in x], of)
+        outs = run(own_x, own)
+        given = [g.to(outs[0].dtype) for g in upstream]
+        wanted = [g for i, g in enumerate(given) if i in used]
+        return torch.autograd.grad([outs[i] for i in used], leaves, wanted, allow_unused=True)
+
+    found, again = (
+        gradients(
+            lambda x, n: ops.lora_qkv(x, n, norms, SCALING, head_size=size, eps=EPS, invertible=True, backend=backend),
+            None,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    true = gradients(lambda x, n: formula(x, n, norms, size, torch.float64), torch.float64)
+    plain = gradients(lambda x, n: formula(x, n, norms, size, dtype), dtype)
+    for i, (got, twice, own, slope) in enumerate(zip(found, again, plain, true, strict=True)):
+        if slope is None:  # of a layer that is not used
+            assert got is None or not got.any()
+            continue
+        assert torch.equal(got, twice)
+        assert_as_good_as(got, own, slope, name=f"gradient {i}", floor=3e-6)
+
+
+def test_norms_that_are_trained_get_their_gradient(backend, device):
+    if backend not in ops.implementations()["lora_linear"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears, norms = make(device=device)
+    trained = [tuple(w.clone().requires_grad_() for w in pair) for pair in norms]
+    q, k, v = ops.lora_qkv(x, linears, trained, SCALING, head_size=16, invertible=True, backend=backend)
+    found = torch.autograd.grad((q.square().sum() + k.sum() + v.sum()), [w for pair in trained for w in pair])
+    exact = [tuple(w.double().clone().requires_grad_() for w in pair) for pair in norms]
+    q, k, v = formula([t.double() for t in x], linears, exact, 16, torch.float64)
+    true = torch.autograd.grad((q.square().sum() + k.sum() + v.sum()), [w for pair in exact for w in pair])
+    for got, slope in zip(found, true, strict=True):
+        assert_as_good_as(got, slope.float(), slope, name="weight of a norm", floor=5e-6)
 
 
 def test_refuses():
@@ -88,7 +149,6 @@ def test_refuses():
         ({"linears": two}, "linears is"), ({"weights": norms[:1]}, "weights is of length 1"),
         ({"weights": third}, r"weights\[1\]\[1\] is"), ({"eps": -1.0}, "eps is -1.0"),
         ({"scaling": float("inf")}, "scaling is inf"), ({"x": [x[0], x[1].double()]}, r"x\[1\] is torch.float64"),
-        ({"x": [x[0].clone().requires_grad_(), x[1]]}, "gradient is wanted"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"lora_qkv: {message}"):
             ops.lora_qkv(**good | bad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,11 +99,9 @@ def project_parts(layers: Sequence[nn.Module], x: Tensor, tokens: Sequence[int])
 def goes_on_inside(layers: Sequence[nn.Module], device: torch.device) -> bool:
     """Whether what follows these layers is computed inside their product: a residual's sum, norms of heads.
 
-    It is in a rollout, by Triton, where some layer has an adapter: without one the product is left to a library.
-    Training then rounds in other places; `run.deterministic` keeps both on one path.
+    It is by Triton, where some layer has an adapter: without one the product is left to a library. With gradients or
+    without, so that training rounds where the rollout did.
     """
-    if torch.is_grad_enabled() or torch.are_deterministic_algorithms_enabled():
-        return False
     parts = [parts_of(layer) for layer in layers]
     adapted = any(p.lora_a is not None for p in parts) and len(_scalings(parts)) == 1
     return adapted and block_backend(device) == "triton"
@@ -119,13 +117,13 @@ def project_residuals(
 
 def project_normed(
     streams: Sequence[Sequence[nn.Module]], tokens: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]],
-    head_size: int, eps: float,
+    head_size: int, eps: float, *, invertible: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values of each stream, the first two normed, packed."""
     parts = [[parts_of(layer) for layer in layers] for layers in streams]
     scaling = _scalings([p for layers in parts for p in layers])[0]
     linears = [[p[:4] for p in layers] for layers in parts]
-    return lora_qkv(tokens, linears, weights, scaling, head_size=head_size, eps=eps)
+    return lora_qkv(tokens, linears, weights, scaling, head_size=head_size, eps=eps, invertible=invertible)
 
 
 def _scalings(parts: Sequence[LinearParts]) -> list[float]:
@@ -139,11 +137,22 @@ def feed_forward_of(module: Any, x: Tensor, *, recompute: bool) -> Tensor:
     first, second = parts_of(up), parts_of(down)
     if first.lora_a is None and second.lora_a is None:
         return feed_forward(x, *first[:2], *second[:2], recompute=recompute)
-    if recompute and torch.is_grad_enabled():
-        found: Tensor = checkpoint(_adapted_feed_forward, up, down, x, use_reentrant=False, preserve_rng_state=False)
-        return found
-    return _adapted_feed_forward(up, down, x)
+    return _kept(lambda x: project(down, project(up, x, gelu=True)), x, recompute=recompute)
 
 
-def _adapted_feed_forward(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
-    return project(down, project(up, x, gelu=True))
+def feed_forward_residual(module: Any, x: Tensor, residual: Tensor, gate: Tensor, *, recompute: bool) -> Tensor:
+    """`residual + gate * feed_forward_of(module, x)`, added inside the second product."""
+    up, down = module.net[0].proj, module.net[2]
+
+    def run(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
+        return project_residuals([down], project(up, x, gelu=True), [(residual, gate)])[0]
+
+    return _kept(run, x, residual, gate, recompute=recompute)
+
+
+def _kept(run: Callable[..., Tensor], *tensors: Tensor, recompute: bool) -> Tensor:
+    """`run(*tensors)`; with `recompute` the backward runs it again, and these tensors alone are kept for it."""
+    if not (recompute and torch.is_grad_enabled()):
+        return run(*tensors)
+    found: Tensor = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return found

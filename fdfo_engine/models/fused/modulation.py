@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.linear import (
     feed_forward_of,
+    feed_forward_residual,
     goes_on_inside,
     project,
     project_parts,
@@ -78,9 +79,8 @@ def attend_and_feed(streams: Sequence[Attended], *, recompute: bool) -> list[Res
 
 def _fed(module: Any, x: Tensor, n: Tensor, gate: Tensor, *, recompute: bool) -> Residual:
     """`x + gate * feed_forward(n)`."""
-    up, _, down = module.net[:3]
-    if goes_on_inside([down], x.device):
-        return Residual(*project_residuals([down], project(up.proj, n, gelu=True), [(x, gate)]))
+    if goes_on_inside([module.net[2]], x.device):
+        return Residual(feed_forward_residual(module, n, x, gate, recompute=recompute))
     return Residual(x, feed_forward_of(module, n, recompute=recompute), gate)
 
 

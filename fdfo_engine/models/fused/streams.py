@@ -74,7 +74,7 @@ class StreamAttention:
         pairs = [(q, k) for q, k in weights if q is not None and k is not None]
         every = [layer for of_stream in layers for layer in of_stream]
         if rotary is None and len(pairs) == len(weights) and goes_on_inside(every, tokens[0].device):
-            return project_normed(layers, tokens, pairs, self.head_size, EPS)
+            return project_normed(layers, tokens, pairs, self.head_size, EPS, invertible=self.invertible)
         made, packed_v = project_streams(layers, [stream.joint for stream in self.streams], tokens)
         streams = [
             QKV(*qkv, *([] if packed_v is None else [None]), *pair) for qkv, pair in zip(made, weights, strict=True)
