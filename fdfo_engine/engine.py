@@ -18,7 +18,7 @@ from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
 from fdfo_engine.report.model_card import CARD_NAME, model_card
-from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory, rollout_network
+from fdfo_engine.resources import gathers_rollout, kl_reference, networks, pair_backend, plan_memory
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
@@ -81,8 +81,12 @@ class Engine:
         reference = kl_reference(config, self.model)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
-        self._rollout_network = rollout_network(config, self.trainer, self.device)
-        self._updater = Updater(self.model, self.trainer, reference, config, self.sampler.conditioning, self.backend)
+        self._rollout_network, micro_batches = networks(
+            config, self.trainer, [p for _, p in parameters], self.device
+        )  # fmt: skip
+        self._updater = Updater(
+            self.model, self.trainer, micro_batches, reference, config, self.sampler.conditioning, self.backend
+        )
         if self.memory is not None:
             self._updater.micro_batch = self.memory.micro_batch
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs

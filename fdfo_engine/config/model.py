@@ -48,7 +48,8 @@ class ModelConfig(Section):
     """Runs diffusers' own blocks through torch.compile instead of the fused ones; compiles for minutes first."""
 
     cuda_graphs: bool = False
-    """Replays a rollout's forward as a CUDA graph; on a GPU, below zero.stage 3. Not measured yet."""
+    """Replays the network, in a rollout and in whole micro-batches, as CUDA graphs; on a GPU, below zero.stage 3. Not
+    measured yet."""
 
     max_sequence_length: int = Field(default=256, ge=0, le=512)
     """Tokens of the T5 encoder, or of Qwen-Image's prompt; 0 leaves T5 out of SD3, as `shapes` needs it."""

@@ -136,9 +136,11 @@ def predict(footprint: Footprint, config: Config, plan: BatchPlan, scorers: int 
     forward, decode = footprint.forward.at(guided * block), footprint.decode.at(DECODE_IMAGES)
     if config.model.cuda_graphs:  # a graph keeps what it was captured with
         resident["rollout graph"] = forward
+        resident["training graphs"] = footprint.training.at(guided * plan.micro_batch)
     rollout["network or VAE"] = decode if config.model.cuda_graphs else max(forward, decode)
     update = kept | {"gathered weights": gathered}
-    update["micro-batch"] = footprint.training.at(guided * plan.micro_batch)
+    beside = plan.micro_batch - 1 if config.model.cuda_graphs else plan.micro_batch  # graphs take whole ones
+    update["micro-batch"] = footprint.training.at(guided * beside)
     update["gradient exchange"] = _exchange_bytes(footprint, config.zero.stage)
     if config.update.kl_weight:
         update["base model"] = footprint.forward.at(guided * plan.micro_batch)

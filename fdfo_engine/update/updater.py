@@ -70,6 +70,7 @@ class Updater:
         self,
         model: FlowModel,
         trainer: ZeroTrainer,
+        network: Network,
         reference: Network | None,
         config: Config,
         conditioner: Conditioner,
@@ -77,10 +78,12 @@ class Updater:
     ) -> None:
         """`backend` runs the loss (`ops.backend_for`). `micro_batch` may be set before an update.
 
+        `network` is what whole micro-batches go through: `trainer`, or its CUDA graphs; smaller ones take `trainer`.
         `reference` is the untrained network for `update.kl_weight`; None switches the LoRA off instead.
         """
         self._model = model
         self._trainer = trainer
+        self._network = network
         self._reference = reference
         self._settings = config.update
         self.micro_batch = config.update.micro_batch_items
@@ -145,7 +148,8 @@ class Updater:
         timesteps = rollout.timesteps[step]
         prompts = [rollout.prompts[p] for p in pair.tolist()]
         conditioning, negative = self._conditioner(prompts)
-        v = self._velocity(self._trainer, latents, timesteps, conditioning, negative)
+        network = self._network if len(items) == self.micro_batch else self._trainer
+        v = self._velocity(network, latents, timesteps, conditioning, negative)
         signed = adv.values[pair, branch].to(device)
         loss, log_ratio = fdfo_loss(
             v,
