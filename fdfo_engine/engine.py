@@ -6,22 +6,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
+from fdfo_engine.exporting import Weights, refuse_foreign, takes_average, write_export
 from fdfo_engine.models.flow_model import ExportStyle
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
-from fdfo_engine.report.model_card import CARD_NAME, model_card
 from fdfo_engine.resources import gathers_rollout, kl_reference, networks, pair_backend, plan_memory
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
-from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
+from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
@@ -32,16 +32,14 @@ from fdfo_engine.runtime.distributed import (
     together,
     world_size,
 )
-from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.durable import refuse_filled
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
-from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, differing_settings, record_config, run_config
+from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, record_config, run_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 
-Weights = Literal["auto", "ema", "raw"]
 OnBlock = Callable[[Sequence[str], Tensor], None]
-WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "model.quantize", "lora")
 
 
 class Engine:
@@ -262,7 +260,7 @@ class Engine:
         all_agree_hash(checkpoint.name if checkpoint else "none", "the newest checkpoint")
         if checkpoint is None:
             return False
-        together(lambda: self._refuse_foreign(checkpoint))
+        together(lambda: refuse_foreign(checkpoint, self.config, self.model))
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])
@@ -304,17 +302,14 @@ class Engine:
                 a style that these weights cannot have.
             CheckpointError: loaded back, it does not give the same velocity.
         """
-        if not overwrite and Path(folder).is_dir() and any(Path(folder).iterdir()):
-            raise UsageError(f"export: {folder} is not empty; choose another folder or pass overwrite=True")
+        refuse_filled(Path(folder), overwrite)
         trained = self.trained_weights(weights)
-        # a fresh model: under ZeRO-3 the live one holds only pieces of its weights
-        on_main(lambda: self._export(Path(folder), trained, style))
-        return Path(folder)
 
-    def _export(self, folder: Path, trained: dict[str, Tensor], style: ExportStyle) -> None:
-        card = model_card(self.config, self.epoch, whole=style == "merged")
-        load_model(self.config, self.device).export(folder, trained, style)
-        replace_file(folder / CARD_NAME, card.encode())
+        def write() -> None:  # by a fresh model: under ZeRO-3 the live one holds only pieces of its weights
+            write_export(load_model(self.config, self.device), self.config, self.epoch, Path(folder), trained, style)
+
+        on_main(write)
+        return Path(folder)
 
     def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:
         size, last = self._block_pairs, len(prompts) - 1
@@ -329,9 +324,7 @@ class Engine:
         return list(own) + [spare] * (max_over_ranks(len(own)) - len(own))
 
     def _averages(self, weights: Weights) -> bool:
-        if weights == "ema" and self.ema is None:
-            raise UsageError("weights = 'ema': the run keeps no average; set update.ema")
-        return weights != "raw" and self.ema is not None
+        return takes_average(weights, keeps=self.ema is not None)
 
     def _gathered(self) -> AbstractContextManager[None]:
         keeps = gathers_rollout(self.config, self.trainer.weight_bytes, self.device)
@@ -366,21 +359,6 @@ class Engine:
 
     def _store(self) -> CheckpointStore:
         return CheckpointStore(Path(self.config.run.dir) / CHECKPOINTS_NAME, self.config.checkpoint.keep, self.pinned)
-
-    def _refuse_foreign(self, checkpoint: Checkpoint) -> None:
-        settings = differing_settings(checkpoint.state["settings"], dump_config(self.config), WHAT_WEIGHTS_BELONG_TO)
-        if settings:
-            lines = [f"  {key}: {change}" for key, change in settings.items()]
-            raise CheckpointError("\n".join([f"{checkpoint.folder}: of another model", *lines]))
-        own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.trained_parameters()}
-        theirs = {name: tuple(w.shape) for name, w in checkpoint.tensors.get("weights", {}).items()}
-        differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
-        if differing:
-            lines = [f"  {n}: {theirs.get(n, 'absent')} there, {own.get(n, 'absent')} here" for n in differing[:5]]
-            head = f"{checkpoint.folder}: of another model: {len(differing)} weights differ"
-            raise CheckpointError("\n".join([head, *lines]))
-        if self.ema is not None and "ema" not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")
 
 
 def _keep(kept: dict[str, Tensor], block: SampledBlock, number: int, count: int) -> None:

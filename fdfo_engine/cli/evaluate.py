@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.export import add_weights, refuse_filled, refuse_outside
+from fdfo_engine.cli.export import add_weights, refuse_outside
 from fdfo_engine.cli.generate import add_prompt_files, load_prompt_list
+from fdfo_engine.runtime.durable import refuse_filled
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

@@ -48,15 +48,14 @@ def add_weights(parse: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exports."""
-    refuse_filled(arguments.out, arguments.overwrite)
-    from fdfo_engine.engine import Engine
+    from fdfo_engine.exporting import export_run
     from fdfo_engine.runtime.console import say
 
-    engine = Engine.resume(arguments.run_dir, arguments.checkpoint, trains=False)
-    folder = engine.export(
-        arguments.out, weights=arguments.weights, overwrite=arguments.overwrite, style=arguments.style
-    )
-    say(f"epoch {engine.epoch} written to {folder}, loaded back and compared")
+    epoch = export_run(
+        arguments.run_dir, arguments.out, checkpoint=arguments.checkpoint, weights=arguments.weights,
+        style=arguments.style, overwrite=arguments.overwrite,
+    )  # fmt: skip
+    say(f"epoch {epoch} written to {arguments.out}, loaded back and compared")
     return 0
 
 
@@ -65,11 +64,3 @@ def refuse_outside(arguments: argparse.Namespace, name: str, least: float, most:
     value = getattr(arguments, name)
     if value is not None and not least <= value <= most:
         raise UsageError(f"--{name.replace('_', '-')} {value}: takes a number from {least} to {most}")
-
-
-def refuse_filled(folder: Path, overwrite: bool) -> None:
-    """A folder that holds something is only written to when asked."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: is a file; takes a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UsageError(f"{folder}: is not empty; choose another folder or pass --overwrite")

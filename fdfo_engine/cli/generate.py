@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.export import add_weights, refuse_filled, refuse_outside
+from fdfo_engine.cli.export import add_weights, refuse_outside
+from fdfo_engine.runtime.durable import refuse_filled
 from fdfo_engine.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pretrains; prints each line of its log."""
-    from fdfo_engine.cli.export import refuse_filled, refuse_outside
+    from fdfo_engine.cli.export import refuse_outside
+    from fdfo_engine.runtime.durable import refuse_filled
 
     refuse_filled(arguments.out, arguments.overwrite)
     bounds = {"steps": (1, 10**9), "autoencoder_steps": (1, 10**9), "threads": (1, 1024), "seed": (0, 2**63 - 1)}

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from fdfo_engine.config import GuardConfig
 from fdfo_engine.config.schema import MAX_SEED
-from fdfo_engine.engine import Engine, Weights
+from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation.guard import health_findings
 from fdfo_engine.evaluation.measures import Kind, Measures
+from fdfo_engine.exporting import Weights
 from fdfo_engine.metrics import bootstrap_interval, health_drift, t_interval
 from fdfo_engine.runtime.distributed import all_gather_rows, is_main, rank, together_patiently, world_size
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config, EvaluationConfig, RewardConfig
-from fdfo_engine.engine import Engine, Weights
+from fdfo_engine.engine import Engine
+from fdfo_engine.exporting import Weights
 from fdfo_engine.metrics import measure_health
 from fdfo_engine.rewards import WeightedRewards, labelled
 from fdfo_engine.rollout.prompts import load_prompts

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 _CHUNK_BYTES = 1 << 22
 
@@ -122,3 +122,11 @@ def storage_error(path: Path, error: BaseException) -> CheckpointError:
 
 def _megabytes(num_bytes: int) -> str:
     return f"{math.ceil(num_bytes / 1e5) / 10:g} MB"
+
+
+def refuse_filled(folder: Path, overwrite: bool) -> None:
+    """A folder that holds something is only written to when asked."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; takes a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UsageError(f"{folder}: is not empty; choose another folder or pass --overwrite (overwrite=True)")

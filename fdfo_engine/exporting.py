@@ -1,0 +1,92 @@
+"""Trained weights on their way out, of an engine or of a run's checkpoint alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import Config, dump_config
+from fdfo_engine.models.flow_model import ExportStyle, FlowModel
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.report.model_card import CARD_NAME, model_card
+from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
+from fdfo_engine.runtime.durable import refuse_filled, replace_file
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, differing_settings, run_config
+
+Weights = Literal["auto", "ema", "raw"]
+WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "model.quantize", "lora")
+
+
+def export_run(
+    run_dir: str | Path, folder: str | Path, *, checkpoint: str | None = None, weights: Weights = "auto",
+    style: ExportStyle = "diffusers", overwrite: bool = False,
+) -> int:  # fmt: skip
+    """As `Engine.export` of the run in `run_dir`, without an engine: no DeepSpeed, optimizer or ranks.
+
+    It holds the model twice, once as trained and once as loaded back.
+
+    Args:
+        run_dir: a run folder.
+        folder: where to write.
+        checkpoint: name of the one to export; None takes the newest whole one.
+        weights, style, overwrite: as in `Engine.export`, which this raises the errors of.
+
+    Returns:
+        The epoch that was exported.
+
+    Raises:
+        CheckpointError: no run there, no whole checkpoint, or one of another model.
+        ConfigError: its `config.yaml` was edited into something that is not valid.
+    """
+    refuse_filled(Path(folder), overwrite)
+    config = run_config(run_dir)
+    found = CheckpointStore(Path(run_dir) / CHECKPOINTS_NAME).load(checkpoint)
+    if found is None:
+        raise CheckpointError(f"{run_dir}: no checkpoint in {Path(run_dir) / CHECKPOINTS_NAME}")
+    averages = takes_average(weights, keeps=config.update.ema is not None)
+    model = load_model(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_foreign(found, config, model)
+    epoch = int(found.state["epoch"])
+    write_export(model, config, epoch, Path(folder), found.tensors["ema" if averages else "weights"], style)
+    return epoch
+
+
+def write_export(
+    model: FlowModel, config: Config, epoch: int, folder: Path, weights: dict[str, Tensor], style: ExportStyle
+) -> None:  # fmt: skip
+    """The export of `weights`, which `model` takes, and its model card."""
+    card = model_card(config, epoch, whole=style == "merged")
+    model.export(folder, weights, style)
+    replace_file(folder / CARD_NAME, card.encode())
+
+
+def takes_average(weights: Weights, *, keeps: bool) -> bool:
+    """Whether `weights` means the average of a run that `keeps` one or not."""
+    if weights == "ema" and not keeps:
+        raise UsageError("weights = 'ema': the run keeps no average; set update.ema")
+    return weights != "raw" and keeps
+
+
+def refuse_foreign(checkpoint: Checkpoint, config: Config, model: FlowModel) -> None:
+    """Holds a checkpoint against the settings and weights that are to take it.
+
+    Raises:
+        CheckpointError: it is of another model, and how; it keeps no average where the settings want one.
+    """
+    settings = differing_settings(checkpoint.state["settings"], dump_config(config), WHAT_WEIGHTS_BELONG_TO)
+    if settings:
+        lines = [f"  {key}: {change}" for key, change in settings.items()]
+        raise CheckpointError("\n".join([f"{checkpoint.folder}: of another model", *lines]))
+    own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.trained_parameters()}
+    theirs = {name: tuple(w.shape) for name, w in checkpoint.tensors.get("weights", {}).items()}
+    differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    if differing:
+        lines = [f"  {n}: {theirs.get(n, 'absent')} there, {own.get(n, 'absent')} here" for n in differing[:5]]
+        head = f"{checkpoint.folder}: of another model: {len(differing)} weights differ"
+        raise CheckpointError("\n".join([head, *lines]))
+    if config.update.ema is not None and "ema" not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")

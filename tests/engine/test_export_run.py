@@ -1,0 +1,65 @@
+"""`export_run`, behind `fdfo export`: a checkpoint's weights without an engine."""
+
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from tiny_sd3 import PROMPTS, tiny_config
+
+from fdfo_engine import Engine
+from fdfo_engine.exporting import export_run
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+
+
+@pytest.fixture
+def engine(tiny_sd3, tmp_path):
+    """Trained for an epoch, with an average that lags behind, and saved."""
+    engine = Engine(tiny_config(tiny_sd3, tmp_path / "run", update={"ema": 0.5}, optimizer={"lr": 0.05}))
+    engine.update(engine.rollout(PROMPTS), [[0.0, 1.0], [1.0, 0.0], [0.5, 0.25], [0.0, 1.0]])
+    engine.save()
+    return engine
+
+
+def tensors(folder):
+    return {path.name: load_file(path) for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("weights", ["auto", "ema", "raw"])
+def test_it_writes_what_the_engine_does(engine, tmp_path, weights):
+    engine.export(tmp_path / "by_engine", weights=weights)
+    assert export_run(tmp_path / "run", tmp_path / "out", weights=weights) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "by_engine").iterdir()
+    }  # fmt: skip
+    other = export_run(tmp_path / "run", tmp_path / "other", weights="raw" if weights != "raw" else "ema")
+    assert other == 1
+    assert (tmp_path / "other" / "README.md").read_bytes() == (tmp_path / "out" / "README.md").read_bytes()
+    (name,) = tensors(tmp_path / "out")
+    one, another = (tensors(tmp_path / folder)[name] for folder in ("out", "other"))
+    assert any((one[key] != another[key]).any() for key in one)
+
+
+def test_neither_deepspeed_nor_a_group(engine, tmp_path):
+    script = (
+        "import sys\nfrom fdfo_engine.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
+        "import torch\nassert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()"
+    )
+    words = [sys.executable, "-c", script, "export", str(tmp_path / "run"), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1 written to" in done.stdout
+
+
+def test_refuses(tiny_sd3, engine, tmp_path):
+    with pytest.raises(CheckpointError, match="no run there"):
+        export_run(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no checkpoint 'epoch_7'"):
+        export_run(tmp_path / "run", tmp_path / "out", checkpoint="epoch_7")
+    with pytest.raises(UsageError, match="is not empty"):
+        export_run(tmp_path / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("rank: 4", "rank: 2"))
+    with pytest.raises(CheckpointError, match=r"of another model\n  lora.rank"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
