@@ -18,7 +18,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
-from fdfo_engine.resources import gathers_rollout, kl_reference, networks, pair_backend, plan_memory
+from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime.checkpoint import CheckpointStore
@@ -36,6 +36,7 @@ from fdfo_engine.runtime.durable import refuse_filled
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, record_config, run_config
 from fdfo_engine.trajectory import Rollout
+from fdfo_engine.update.networks import networks
 from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 

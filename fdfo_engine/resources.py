@@ -1,26 +1,22 @@
-"""What an engine runs on: the backend of its pair ops, the network of its rollouts, its share of a GPU's memory."""
+"""What an engine runs on: the backend of its pair ops, its share of a GPU's memory."""
 
 from __future__ import annotations
 
 import copy
 import resource
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.flow_model import FlowModel, Network
+from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
-from fdfo_engine.models.graphed import GraphedNetwork, GraphedTraining, graph_refusals
 from fdfo_engine.ops import backend_for, backends
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import any_rank, max_over_ranks, together, world_size
 from fdfo_engine.runtime.errors import EnvironmentProblem
 from fdfo_engine.runtime.memory import GIB, Footprint, Prediction, choose_micro_batch, refusal
-from fdfo_engine.update.zero import ZeroTrainer
 
 
 def pair_backend(config: Config, device: torch.device) -> str:
@@ -33,31 +29,6 @@ def pair_backend(config: Config, device: torch.device) -> str:
             raise EnvironmentProblem(f"kernels.require: the pair ops would run on plain torch ({reasons})")
         warn(f"the pair ops run on plain torch: {reasons}")
     return chosen
-
-
-def networks(
-    config: Config, trainer: ZeroTrainer, parameters: Sequence[Tensor], device: torch.device
-) -> tuple[Network, Network]:
-    """What a rollout calls, and what a whole micro-batch does: `trainer`, or its network's CUDA graphs.
-
-    Raises:
-        EnvironmentProblem: `model.cuda_graphs` is set and can't be, with every reason.
-    """
-    if not config.model.cuda_graphs:
-        return trainer, trainer
-    reasons = graph_refusals(
-        device, zero_stage=config.zero.stage, is_compiled=config.model.compile,
-        checkpoints=config.model.gradient_checkpointing is True,
-    )  # fmt: skip
-    if reasons:
-        raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
-    graphs = GraphedTraining(trainer.engine.module.forward, parameters)
-
-    def micro_batch(**inputs: Any) -> tuple[Tensor, ...]:
-        with trainer.forward_by(graphs):
-            return trainer(**inputs)
-
-    return GraphedNetwork(trainer), micro_batch
 
 
 def kl_reference(config: Config, model: FlowModel) -> nn.Module | None:

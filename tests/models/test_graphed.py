@@ -7,8 +7,9 @@ import torch
 from tiny_sd3 import PROMPTS, tiny_config
 from torch import nn
 
-from fdfo_engine import Engine, resources
+from fdfo_engine import Engine
 from fdfo_engine.models.graphed import GraphedNetwork, GraphedTraining, cuda_graphs, graph_refusals
+from fdfo_engine.update import networks
 
 CUDA = torch.device("cuda")
 
@@ -119,9 +120,9 @@ def test_an_epoch_through_graphs_is_the_epoch(tiny_sd3, tmp_path, stage, monkeyp
     weights = []
     for graphs in (False, True):
         if graphs:
-            monkeypatch.setattr(resources, "graph_refusals", lambda *_, **__: [])
-            monkeypatch.setattr(resources, "GraphedTraining", training)
-            monkeypatch.setattr(resources, "GraphedNetwork", partial(GraphedNetwork, capture=rerun))
+            monkeypatch.setattr(networks, "graph_refusals", lambda *_, **__: [])
+            monkeypatch.setattr(networks, "GraphedTraining", training)
+            monkeypatch.setattr(networks, "GraphedNetwork", partial(GraphedNetwork, capture=rerun))
         config = tiny_config(tiny_sd3, tmp_path / str(graphs), model={"cuda_graphs": graphs}, **sections)
         engine = Engine(config)
         rewards = torch.tensor([[0.0, 1.0], [1.0, 0.5], [0.25, 0.5], [1.0, 1.0]])

@@ -14,14 +14,20 @@ from fdfo_engine.ops import _compiled
 ROOT = Path(__file__).resolve().parents[2]
 
 COMPILE = """
-import json, sys
+import json, multiprocessing, sys
 from benchmarks import kernel_resources as k
+
+def row(i):
+    return k.triton_resources(cases[i], architecture)._asdict()
+
 if sys.argv[1] == "triton":
     architecture = int(sys.argv[2])
-    rows = [k.triton_resources(c, architecture) for c in k.triton_cases() if architecture in c.architectures]
+    cases = [case for case in k.triton_cases() if architecture in case.architectures]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        rows = pool.map(row, range(len(cases)), chunksize=1)
 else:
-    rows = list(k.cuda_resources())
-print(json.dumps([row._asdict() for row in rows]))
+    rows = [row._asdict() for row in k.cuda_resources()]
+print(json.dumps(rows))
 """
 
 

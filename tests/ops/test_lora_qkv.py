@@ -89,10 +89,13 @@ def leaves_of(x, linears):
     return x, linears, [*x, *(t for layers in linears for layer in layers for t in layer if t is not None)]
 
 
-@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)], ids=str)
+EVERY = (0, 1, 2)
+
+
 @pytest.mark.parametrize(
-    ("tokens", "heads", "size", "adapted"),
-    [((1,), 1, 16, (0, 1, 2)), ((9, 4), 3, 16, (0, 2)), ((65, 3), 3, 64, (0, 1, 2)), ((5, 2), 5, 32, (1,))], ids=str,
+    ("tokens", "heads", "size", "adapted", "used"),
+    [((1,), 1, 16, EVERY, EVERY), ((9, 4), 3, 16, (0, 2), EVERY), ((65, 3), 1, 64, EVERY, EVERY),
+     ((5, 2), 5, 32, (1,), EVERY), ((5, 2), 3, 16, EVERY, (1,)), ((5, 2), 3, 16, (0,), (0, 2))], ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients(tokens, heads, size, adapted, used, dtype, backend, device):
