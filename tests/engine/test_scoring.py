@@ -103,6 +103,7 @@ def test_what_a_reward_failed_on_is_scored_again_and_not_sampled_again(tiny_sd3,
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_and_each_keeps_its_part(tiny_sd3, tmp_path):
     files = {}
     for name in ("whole", "broken"):

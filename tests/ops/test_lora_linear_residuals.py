@@ -76,9 +76,10 @@ def leaves_of(x, layers, residuals, dtype=None):
     return x, layers, residuals, flat
 
 
-@pytest.mark.parametrize("used", [(0, 1), (1,)], ids=str)
-@pytest.mark.parametrize("adapted", [(0, 1), (0,), (1,), ()], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("adapted", "used"), [((0, 1), (0, 1)), ((0, 1), (1,)), ((0,), (0, 1)), ((1,), (0,)), ((), (1,))], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_residual_gradients(dtype, adapted, used, backend, device):
     if backend not in ops.implementations()["lora_linear"]:
         pytest.skip(f"not written in {backend}")

@@ -53,7 +53,9 @@ def every_item():
 
 
 @pytest.mark.parametrize("name", schedules())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)  # fmt: skip
 def test_is_sampling_bit_for_bit(name, dtype, device, run, backend):
     gammas = schedules()[name]
     latents, velocities = sampled(gammas, dtype, backend, device)
