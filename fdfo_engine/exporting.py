@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -39,16 +40,21 @@ def export_run(
         The epoch that was exported.
 
     Raises:
+        UsageError: several ranks were started.
         CheckpointError: no run there, no whole checkpoint, or one of another model.
         ConfigError: its `config.yaml` was edited into something that is not valid.
     """
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(f"export: {ranks} ranks would write one folder; start it without a launcher")
     refuse_filled(Path(folder), overwrite)
     config = run_config(run_dir)
     found = CheckpointStore(Path(run_dir) / CHECKPOINTS_NAME).load(checkpoint)
     if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint in {Path(run_dir) / CHECKPOINTS_NAME}")
     averages = takes_average(weights, keeps=config.update.ema is not None)
-    model = load_model(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found.tensors.pop("optimizer", None)  # twice the size of the weights
+    gpu = torch.cuda.is_available()
+    model = load_model(config, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
     refuse_foreign(found, config, model)
     epoch = int(found.state["epoch"])
     write_export(model, config, epoch, Path(folder), found.tensors["ema" if averages else "weights"], style)

@@ -41,13 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
     arguments = _parsed(parser(), argv)
     verb: Verb = arguments.verb
+    code = 0
     try:
-        status = verb(arguments)
+        code = verb(arguments)
         sys.stdout.flush()
-        return status
+        return code
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)
     finally:

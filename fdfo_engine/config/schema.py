@@ -44,8 +44,7 @@ class RunConfig(Section):
     """Rollouts, each followed by one update, until the run is finished; may be raised later to extend it."""
 
     deterministic: bool = False
-    """Picks deterministic attention and reductions on a GPU, so that runs repeat bit for bit, and one path of the model
-    for rollout and training, so that velocities are the same in both; slower."""
+    """Picks deterministic attention and reductions on a GPU, so that runs repeat bit for bit; slower."""
 
 
 class PromptsConfig(Section):

@@ -1,6 +1,7 @@
 """How a process of several ranks ends."""
 
 import atexit
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -15,7 +16,12 @@ def end_process(status: int) -> NoReturn:
     is not possible from Python (DeepSpeed keeps the group alive). So: the last call of a script that ran collectives,
     behind `close_distributed`.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        with contextlib.suppress(SystemExit):
+            sys.exit(status)  # trackers such as wandb learn the status from this call, before their exit functions run
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it is closed: nobody to tell
+                stream.flush()
+    finally:
+        os._exit(status)

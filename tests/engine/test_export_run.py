@@ -51,7 +51,11 @@ def test_neither_deepspeed_nor_a_group(engine, tmp_path):
     assert "epoch 1 written to" in done.stdout
 
 
-def test_refuses(tiny_sd3, engine, tmp_path):
+def test_refuses(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 ranks would write one folder"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    monkeypatch.undo()
     with pytest.raises(CheckpointError, match="no run there"):
         export_run(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no checkpoint 'epoch_7'"):

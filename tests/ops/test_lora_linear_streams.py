@@ -48,8 +48,11 @@ def streams_run(x, linears, upstream, *, packed, whole, backend):
     return [*out, *torch.autograd.grad(out, leaves, upstream)]
 
 
-@pytest.mark.parametrize("ranks", [((4, 4, 4), (4, 4, 4)), ((4, 0, 2), (0, 0, 0)), ((40, 3), (4, 4, 4))], ids=str)
-@pytest.mark.parametrize(("packed", "whole"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("ranks", "packed", "whole"),
+    [(((4, 4, 4), (4, 4, 4)), True, False), (((4, 4, 4), (4, 4, 4)), False, True), (((4, 0, 2), (0, 0, 0)), True, True),
+     (((4, 0, 2), (0, 0, 0)), False, True), (((40, 3), (4, 4, 4)), True, False)], ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_streams_are_their_layers(dtype, packed, whole, ranks, backend, device):
     if backend not in ops.implementations()["lora_linear"]:

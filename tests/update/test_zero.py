@@ -120,6 +120,7 @@ def test_ranks_train_as_one_and_their_checkpoint_loads_on_one(tiny_sd3, tmp_path
     assert metrics["optimizer_steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_shapes_run_is_the_same_on_two_ranks(tmp_path):
     """The bundled model and its config under the real launcher: latents to the bit, gradients and weights in bounds."""
     one = traced("shapes", tmp_path / "one", 1, "full", by="python", ranks=1)
