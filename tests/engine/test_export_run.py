@@ -40,6 +40,7 @@ def test_it_writes_what_the_engine_does(engine, tmp_path, weights):
     assert any((one[key] != another[key]).any() for key in one)
 
 
+@pytest.mark.slow
 def test_neither_deepspeed_nor_a_group(engine, tmp_path):
     script = (
         "import sys\nfrom fdfo_engine.cli.main import main\nassert main(sys.argv[1:]) == 0\n"

@@ -98,6 +98,7 @@ def test_scores_do_not_depend_on_the_batch_size(trained, result):
             assert other["scores"][name][metric] == pytest.approx(values, rel=1e-4, abs=1e-5), (name, metric)
 
 
+@pytest.mark.slow
 def test_two_ranks_score_the_same_bits(trained, result):
     done = launch(
         ROOT / "fdfo_engine/cli/main.py", "evaluate", "--run-dir", trained / "run", "--out", trained / "out_ranks",
