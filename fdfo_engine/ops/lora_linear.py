@@ -151,7 +151,7 @@ class _Plan(NamedTuple):
         """x, or its gradient, of each stream: parts of one tensor if `whole_x`."""
         if not self.whole_x:
             return list(xs)
-        return list(xs[0].split([*self.tokens, xs[0].shape[1] - sum(self.tokens)], 1)[:-1])
+        return token_parts(xs[0], self.tokens)
 
     def by_stream(self, flat: Sequence[T]) -> list[list[T]]:
         """`flat`, of which each layer has one."""
@@ -261,6 +261,11 @@ def _run(
     )  # fmt: skip
     found: tuple[Tensor, ...] = _LoraLinears.apply(plan, keep, len(xs), *xs, *flat)
     return found
+
+
+def token_parts(x: Tensor, tokens: Sequence[int]) -> list[Tensor]:
+    """The streams that lie in x one after the other; it may hold more than them."""
+    return list(x.split([*tokens, x.shape[1] - sum(tokens)], 1)[:-1])
 
 
 def check_streams(

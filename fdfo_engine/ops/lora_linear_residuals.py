@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fdfo_engine.ops import _checks, _dispatch, _lora_triton
 from fdfo_engine.ops._lora_torch import Linear
 from fdfo_engine.ops.gated_residual import gated_residual
-from fdfo_engine.ops.lora_linear import Parts, check_streams, lora_linear_streams
+from fdfo_engine.ops.lora_linear import Parts, check_streams, lora_linear_streams, token_parts
 
 OFFERED = ("triton", "cpp", "torch")
 
@@ -84,7 +84,7 @@ class _LoraResiduals(torch.autograd.Function):
     def forward(ctx: Any, scaling: float, tokens: list[int], x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
         streams = _Stream.of(flat)
         outs, thins = _lora_triton.residual_sums(
-            _parts(x, tokens), [s.linear for s in streams], scaling, [s[:2] for s in streams]
+            token_parts(x, tokens), [s.linear for s in streams], scaling, [s[:2] for s in streams]
         )  # fmt: skip
         wants = _Stream.of(ctx.needs_input_grad[3:])
         wants_x = any(w.gate or w.weight or w.lora_a or w.lora_b for w in wants)
@@ -107,10 +107,10 @@ class _LoraResiduals(torch.autograd.Function):
         if dx is not None:
             dx[:, sum(tokens) :].zero_()
         none = [None] * count
-        xs = none if x is None else _parts(x, tokens)
+        xs = none if x is None else token_parts(x, tokens)
         found = _lora_triton.backward(
             [[g] for g in upstream], xs, thins, [[s.linear] for s in streams], ctx.scaling, [[w[2:]] for w in wants],
-            none if dx is None else _parts(dx, tokens), [[_lora_triton.Behind(gate=s.gate)] for s in streams],
+            none if dx is None else token_parts(dx, tokens), [[_lora_triton.Behind(gate=s.gate)] for s in streams],
         )  # fmt: skip
         gates = [
             _gate_gradient(part, s.linear, ctx.scaling, g) if want.gate and part is not None and g is not None else None
@@ -118,11 +118,6 @@ class _LoraResiduals(torch.autograd.Function):
         ]
         of_streams = zip(upstream, gates, found, strict=True)
         return None, None, dx, *itertools.chain.from_iterable((g, gate, *four) for g, gate, four in of_streams)
-
-
-def _parts(x: Tensor, tokens: Sequence[int]) -> list[Tensor]:
-    """The streams in x, which may hold more than them."""
-    return list(x.split([*tokens, x.shape[1] - sum(tokens)], 1)[:-1])
 
 
 def _gate_gradient(x: Tensor, linear: Linear, scaling: float, grad: Tensor) -> Tensor:
