@@ -9,6 +9,7 @@ from fdfo_engine.ops.gated_residual import gated_residual
 from fdfo_engine.ops.gated_residual_norm import NormStream, gated_residual_norm, gated_residual_norms
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
+from fdfo_engine.ops.log_ratio import log_ratio
 from fdfo_engine.ops.lora_linear import (
     lora_linear,
     lora_linear_group,
@@ -35,6 +36,7 @@ from fdfo_engine.ops.replay import replay
 
 _OPS = (
     philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss,
+    log_ratio,
     layer_norm_modulate, gated_residual, gated_residual_norm, qk_rms_norm, lora_linear, feed_forward,
 )  # fmt: skip
 
@@ -67,6 +69,7 @@ __all__ = [
     "implementations",
     "is_invertible",
     "layer_norm_modulate",
+    "log_ratio",
     "lora_linear",
     "lora_linear_group",
     "lora_linear_residuals",

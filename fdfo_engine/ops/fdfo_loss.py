@@ -61,14 +61,14 @@ def fdfo_loss(
     Source: METHOD, 'Update'.
     """
     op = "fdfo_loss"
-    _check_tensors(op, v, v_old, u, advantage)
+    check_tensors(op, v, v_old, u)
+    _checks.tensor(op, "advantage", advantage, _checks.REAL_DTYPES, shape=v.shape[:1], device=v.device)
     clip, total = _positive(op, "clip_range", clip_range), len(v) if normalizer is None else normalizer
     if normalizer is None and len(v) == 0:
         _checks.refuse(op, "normalizer", None, "a number above 0 where v has no rows")
-    pair_B, branch_B = _items(op, len(v), len(u), pair, branch)
+    pair_B, branch_B = items_of(op, v, u, pair, branch)
     implementation = _dispatch.choose(op, OFFERED, v.device, forced=backend)
     total, A_B = _positive(op, "normalizer", total), advantage.detach()
-    pair_B, branch_B = _checks.moved(pair_B, v.device), _checks.moved(branch_B, v.device)
     if implementation == "torch":
         return fdfo_loss_reference(v, v_old, u[pair_B], (1 - 2 * branch_B).double(), A_B.double(), clip, total)
     found: tuple[Tensor, Tensor] = _FdfoLoss.apply(v, v_old, u, pair_B, branch_B, A_B, clip, total, implementation)
@@ -87,7 +87,7 @@ def fdfo_loss_reference(
     return (surrogate.sum() / normalizer).float(), log_ratio.detach().float()
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Tensors of a kernel, latents contiguous: v, v_old `[B, *shape]`, u `[P, *shape]`, pair, branch `[B]`."""
 
     v: Tensor
@@ -107,7 +107,7 @@ class _Batch(NamedTuple):
         return self.v.stride(0), self.v_old.stride(0), self.u.stride(0)
 
 
-class _Outputs(NamedTuple):
+class Outputs(NamedTuple):
     """What a forward kernel writes. The backward needs `scale` float64 `[B]`: dL/dv = scale * (e + u)."""
 
     loss: Tensor
@@ -115,6 +115,17 @@ class _Outputs(NamedTuple):
     scale: Tensor
     grad: Tensor | None
     """dL/dv, where it is cheapest to make at once: on the CPU, while a row is in the cache."""
+
+    @classmethod
+    def empty(cls, v: Tensor, *, with_grad: bool = False) -> Outputs:
+        """Unwritten, for the rows of `v`; the loss of no rows is 0."""
+        rows, device = len(v), v.device
+        return cls(
+            (torch.empty if rows else torch.zeros)((), dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float64, device=device),
+            torch.empty(v.shape, dtype=v.dtype, device=device) if with_grad else None,
+        )
 
 
 class _FdfoLoss(torch.autograd.Function):
@@ -124,17 +135,10 @@ class _FdfoLoss(torch.autograd.Function):
         clip_range: float, normalizer: float, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         v, v_old, u = (_compiled.inner_contiguous(t, 1) for t in (v, v_old, u))
-        batch = _Batch(v, v_old, u, pair, branch)
-        out = _Outputs(
-            (torch.empty if len(v) else torch.zeros)((), dtype=torch.float32, device=v.device),
-            torch.empty(len(v), dtype=torch.float32, device=v.device),
-            torch.empty(len(v), dtype=torch.float64, device=v.device),
-            torch.empty(v.shape, dtype=v.dtype, device=v.device)
-            if backend == "cpp" and ctx.needs_input_grad[0]
-            else None,
-        )
+        batch = Batch(v, v_old, u, pair, branch)
+        out = Outputs.empty(v, with_grad=backend == "cpp" and ctx.needs_input_grad[0])
         if len(v):
-            _FORWARD[backend](batch, advantage.contiguous(), clip_range, normalizer, out)
+            FORWARD[backend](batch, advantage.contiguous(), clip_range, normalizer, out)
         ctx.save_for_backward(*batch, out.scale, out.grad)
         ctx.backend = backend
         ctx.mark_non_differentiable(out.log_ratio)
@@ -146,14 +150,14 @@ class _FdfoLoss(torch.autograd.Function):
         *tensors, scale, ready = ctx.saved_tensors
         if ready is not None and upstream.item() == 1:
             return ready, *[None] * 8
-        batch = _Batch(*tensors)
+        batch = Batch(*tensors)
         grad = torch.empty(batch.v.shape, dtype=batch.v.dtype, device=batch.v.device)
         if len(grad):
-            _BACKWARD[ctx.backend](batch, scale, upstream, grad)
+            BACKWARD[ctx.backend](batch, scale, upstream, grad)
         return grad, *[None] * 8
 
 
-def _arguments(batch: _Batch) -> Any:
+def _arguments(batch: Batch) -> Any:
     numbers = _compiled.NUMBERS[batch.v.dtype], _compiled.NUMBERS[batch.v_old.dtype]
     v_row, v_old_row, u_row = batch.strides
     return _compiled.arguments(
@@ -162,7 +166,7 @@ def _arguments(batch: _Batch) -> Any:
     )  # fmt: skip
 
 
-def _forward_cpp(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
+def _forward_cpp(batch: Batch, advantage: Tensor, clip_range: float, normalizer: float, out: Outputs) -> None:
     advantage = advantage.double()
     _compiled.call(
         "fdfo_loss_forward", batch.v.device, _arguments(batch), advantage.data_ptr(), clip_range, normalizer,
@@ -171,7 +175,7 @@ def _forward_cpp(batch: _Batch, advantage: Tensor, clip_range: float, normalizer
     )  # fmt: skip
 
 
-def _forward_cuda(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
+def _forward_cuda(batch: Batch, advantage: Tensor, clip_range: float, normalizer: float, out: Outputs) -> None:
     partial = _partial_sums(batch, _compiled.extension().cuda.SUM_BLOCK)  # type: ignore[union-attr]
     _compiled.call(
         "fdfo_loss_forward", batch.v.device, _arguments(batch), advantage.data_ptr(), advantage.dtype == torch.float64,
@@ -180,7 +184,7 @@ def _forward_cuda(batch: _Batch, advantage: Tensor, clip_range: float, normalize
     )  # fmt: skip
 
 
-def _forward_triton(batch: _Batch, advantage: Tensor, clip_range: float, normalizer: float, out: _Outputs) -> None:
+def _forward_triton(batch: Batch, advantage: Tensor, clip_range: float, normalizer: float, out: Outputs) -> None:
     from fdfo_engine.kernels.fdfo_loss import fdfo_loss_forward_kernel  # triton: only where it runs
 
     chunks, partial = -(-batch.size // BLOCK), _partial_sums(batch, BLOCK)
@@ -193,17 +197,17 @@ def _forward_triton(batch: _Batch, advantage: Tensor, clip_range: float, normali
         )  # fmt: skip
 
 
-def _backward_cpp(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
+def _backward_cpp(batch: Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
     scale = scale * upstream.double()
     _compiled.call("fdfo_loss_backward", grad.device, _arguments(batch), scale.data_ptr(), grad.data_ptr())
 
 
-def _backward_cuda(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
+def _backward_cuda(batch: Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
     addresses = scale.data_ptr(), upstream.data_ptr(), grad.data_ptr()
     _compiled.call("fdfo_loss_backward", grad.device, _arguments(batch), *addresses)
 
 
-def _backward_triton(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
+def _backward_triton(batch: Batch, scale: Tensor, upstream: Tensor, grad: Tensor) -> None:
     from fdfo_engine.kernels.fdfo_loss import fdfo_loss_backward_kernel  # triton: only where it runs
 
     with torch.cuda.device_of(grad):
@@ -212,8 +216,8 @@ def _backward_triton(batch: _Batch, scale: Tensor, upstream: Tensor, grad: Tenso
         )
 
 
-_FORWARD = {"cpp": _forward_cpp, "cuda": _forward_cuda, "triton": _forward_triton}
-_BACKWARD = {"cpp": _backward_cpp, "cuda": _backward_cuda, "triton": _backward_triton}
+FORWARD = {"cpp": _forward_cpp, "cuda": _forward_cuda, "triton": _forward_triton}
+BACKWARD = {"cpp": _backward_cpp, "cuda": _backward_cuda, "triton": _backward_triton}
 
 
 def parts_of(chunks: int) -> int:
@@ -221,7 +225,7 @@ def parts_of(chunks: int) -> int:
     return min(MAX_PARTS, 1 << (chunks - 1).bit_length())
 
 
-def _partial_sums(batch: _Batch, block: int) -> Tensor:
+def _partial_sums(batch: Batch, block: int) -> Tensor:
     count = 2 * len(batch.v) * -(-batch.size // block)
     return torch.empty(count, dtype=torch.float64, device=batch.v.device)
 
@@ -241,7 +245,8 @@ def _stream_ticket(device: torch.device, _stream: int) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def _check_tensors(op: str, v: Tensor, v_old: Tensor, u: Tensor, advantage: Tensor) -> None:
+def check_tensors(op: str, v: Tensor, v_old: Tensor, u: Tensor) -> None:
+    """Refuses velocities and directions that do not fit together."""
     _checks.tensor(op, "v", v, _checks.MODEL_DTYPES)
     if v.ndim < 2 or v.shape[1:].numel() == 0:
         _checks.refuse(op, "v", list(v.shape), "[B, *shape], with at least one element a latent")
@@ -249,24 +254,24 @@ def _check_tensors(op: str, v: Tensor, v_old: Tensor, u: Tensor, advantage: Tens
     _checks.tensor(op, "u", u, _checks.LATENT_DTYPES, device=v.device)
     if u.shape[1:] != v.shape[1:]:
         _checks.refuse(op, "u", list(u.shape), f"[P, *shape] with the latent shape of v, {list(v.shape[1:])}")
-    _checks.tensor(op, "advantage", advantage, _checks.REAL_DTYPES, shape=v.shape[:1], device=v.device)
 
 
-def _items(
-    op: str, B: int, P: int, pair: Sequence[int] | Tensor | None, branch: Sequence[int] | Tensor | None
+def items_of(
+    op: str, v: Tensor, u: Tensor, pair: Sequence[int] | Tensor | None, branch: Sequence[int] | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Row of u and branch of each item, int64 `[B]`."""
+    """Row of `u` and branch of each row of `v`, int64 `[B]` on its device."""
+    B, P = len(v), len(u)
     if (pair is None) != (branch is None):
         missing = "pair" if pair is None else "branch"
         _checks.refuse(op, missing, None, "indices where the other of pair and branch is given")
     if pair is not None:
-        return (
-            _checks.integers(op, "pair", pair, length=B, limit=P),
-            _checks.integers(op, "branch", branch, length=B, limit=2),
-        )
-    if B != 2 * P:
+        rows = _checks.integers(op, "pair", pair, length=B, limit=P)
+        branches = _checks.integers(op, "branch", branch, length=B, limit=2)
+    elif B == 2 * P:
+        rows, branches = torch.arange(P).repeat_interleave(2), torch.arange(2).repeat(P)
+    else:
         _checks.refuse(op, "pair", None, f"indices, unless v has 2P = {2 * P} rows; it has {B}")
-    return torch.arange(P).repeat_interleave(2), torch.arange(2).repeat(P)
+    return _checks.moved(rows, v.device), _checks.moved(branches, v.device)
 
 
 def _positive(op: str, name: str, value: float) -> float:
