@@ -34,7 +34,7 @@ from fdfo_engine.runtime.distributed import (
 )
 from fdfo_engine.runtime.durable import refuse_filled
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
-from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, record_config, run_config
+from fdfo_engine.runtime.run_folder import checkpoint_store, record_config, run_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.networks import networks
 from fdfo_engine.update.updater import Updater
@@ -359,7 +359,7 @@ class Engine:
         store.save(name, tensors, state)
 
     def _store(self) -> CheckpointStore:
-        return CheckpointStore(Path(self.config.run.dir) / CHECKPOINTS_NAME, self.config.checkpoint.keep, self.pinned)
+        return checkpoint_store(self.config.run.dir, self.config.checkpoint.keep, self.pinned)
 
 
 def _keep(kept: dict[str, Tensor], block: SampledBlock, number: int, count: int) -> None:

@@ -13,10 +13,10 @@ from fdfo_engine.config import Config, dump_config
 from fdfo_engine.models.flow_model import ExportStyle, FlowModel
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.report.model_card import CARD_NAME, model_card
-from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
+from fdfo_engine.runtime.checkpoint import Checkpoint
 from fdfo_engine.runtime.durable import refuse_filled, replace_file
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
-from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, differing_settings, run_config
+from fdfo_engine.runtime.run_folder import checkpoint_store, differing_settings, run_config
 
 Weights = Literal["auto", "ema", "raw"]
 WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "model.quantize", "lora")
@@ -48,9 +48,10 @@ def export_run(
         raise UsageError(f"export: {ranks} ranks would write one folder; start it without a launcher")
     refuse_filled(Path(folder), overwrite)
     config = run_config(run_dir)
-    found = CheckpointStore(Path(run_dir) / CHECKPOINTS_NAME).load(checkpoint)
+    store = checkpoint_store(run_dir)
+    found = store.load(checkpoint)
     if found is None:
-        raise CheckpointError(f"{run_dir}: no checkpoint in {Path(run_dir) / CHECKPOINTS_NAME}")
+        raise CheckpointError(f"{run_dir}: no checkpoint in {store.folder}")
     averages = takes_average(weights, keeps=config.update.ema is not None)
     found.tensors.pop("optimizer", None)  # twice the size of the weights
     gpu = torch.cuda.is_available()

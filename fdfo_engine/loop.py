@@ -20,7 +20,6 @@ from fdfo_engine.rewards import Scores, WeightedRewards
 from fdfo_engine.rewards.background import BackgroundScorer
 from fdfo_engine.rewards.spike import SpikeWatch
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
-from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
@@ -42,9 +41,9 @@ from fdfo_engine.runtime.errors import (
     exit_code,
 )
 from fdfo_engine.runtime.run_folder import (
-    CHECKPOINTS_NAME,
     EVALUATIONS_NAME,
     RunFolder,
+    checkpoint_store,
     read_log,
     stored_config,
 )
@@ -384,7 +383,7 @@ def _require_resumable(config: Config, resume: bool) -> None:
     if not resume:
         return
     folder = Path(config.run.dir)
-    if stored_config(folder) is None or not CheckpointStore(folder / CHECKPOINTS_NAME).names():
+    if stored_config(folder) is None or not checkpoint_store(folder).names():
         raise CheckpointError(f"--resume: {folder} holds no checkpoint to resume from")
 
 

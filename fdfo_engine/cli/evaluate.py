@@ -111,10 +111,9 @@ def _checkpoints(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     if len(folders) != 1:
         raise UsageError("takes --run DIR, or --checkpoint DIR/checkpoints/NAME, of one run")
     (run_dir,) = folders
-    from fdfo_engine.runtime.checkpoint import CheckpointStore
-    from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME
+    from fdfo_engine.runtime.run_folder import checkpoint_store
 
-    found = CheckpointStore(run_dir / CHECKPOINTS_NAME).names()
+    found = checkpoint_store(run_dir).names()
     if arguments.base:
         return run_dir, []
     if not found:

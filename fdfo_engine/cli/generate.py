@@ -121,10 +121,9 @@ def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
 
 def _checkpoints(config: Config, wanted: list[str]) -> list[str | None]:
     """Names of the checkpoints to show; None is the newest whole one."""
-    from fdfo_engine.runtime.checkpoint import CheckpointStore
-    from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME
+    from fdfo_engine.runtime.run_folder import checkpoint_store
 
-    found = CheckpointStore(Path(config.run.dir) / CHECKPOINTS_NAME).names()
+    found = checkpoint_store(config.run.dir).names()
     if not found:
         raise CheckpointError(f"{config.run.dir}: no checkpoint there; --base takes the untrained model")
     if "all" in wanted:

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation.guard import findings, last_in_order, out_of_order
 from fdfo_engine.rewards import WeightedRewards
-from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.distributed import any_rank, max_over_ranks, on_main
 from fdfo_engine.runtime.errors import GuardStop
-from fdfo_engine.runtime.run_folder import CHECKPOINTS_NAME, EVALUATIONS_NAME, METRICS_NAME, read_log
+from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, checkpoint_store, read_log
 
 
 class Save(Protocol):
@@ -58,7 +57,7 @@ class GuardWatch:
         epoch = last_in_order(evaluations)
         number = max_over_ranks(-1 if epoch is None else epoch)
         name = f"epoch_{number:06d}"
-        is_there = any_rank(name in CheckpointStore(self._folder / CHECKPOINTS_NAME).names())
+        is_there = any_rank(name in checkpoint_store(self._folder).names())
         self._engine.pinned = name if is_there or number == self._engine.epoch else None
         if not is_there and number == self._engine.epoch:
             self._save(again=True)  # epoch 0 is kept for nothing else

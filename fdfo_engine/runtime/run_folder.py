@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from fdfo_engine.config import Config, load_config, with_named_servers
+from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
 from fdfo_engine.runtime.environment import describe_environment
@@ -24,21 +25,20 @@ METRICS_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
 ENVIRONMENT_NAME = "environment.json"
 PROMPTS_NAME = "prompts.sha256"
-CHECKPOINTS_NAME = "checkpoints"
-_TRACES = (METRICS_NAME, CHECKPOINTS_NAME)
+_CHECKPOINTS_NAME = "checkpoints"
+_TRACES = (METRICS_NAME, _CHECKPOINTS_NAME)
 
 
 class RunFolder:
     """An opened and locked run folder; close it, or use it as a context manager.
 
     Attributes:
-        path: the folder. checkpoints: the folder of its checkpoints.
+        path: the folder.
         status: what frontends read, `status.json`.
     """
 
     def __init__(self, path: Path, lock: RunLock) -> None:
         self.path = path
-        self.checkpoints = path / CHECKPOINTS_NAME
         self.status = RunStatus(path)
         self._lock = lock
 
@@ -116,6 +116,11 @@ def stored_config(path: Path | str) -> str | None:
     """The resolved settings of the run in `path` as YAML text, or None if there is no run."""
     file = Path(path) / CONFIG_NAME
     return file.read_text() if file.is_file() else None
+
+
+def checkpoint_store(path: Path | str, keep: int = 2, pinned: str | None = None) -> CheckpointStore:
+    """The checkpoints of the run in `path`; `keep` and `pinned` are for who saves."""
+    return CheckpointStore(Path(path) / _CHECKPOINTS_NAME, keep, pinned)
 
 
 def run_config(path: Path | str) -> Config:
