@@ -16,7 +16,7 @@ from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch
 from fdfo_engine.resources import memory_record
-from fdfo_engine.rewards import Scores, WeightedRewards
+from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rewards.background import BackgroundScorer
 from fdfo_engine.rewards.spike import SpikeWatch
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
@@ -171,7 +171,7 @@ class _Run:
         engine, timer = self._engine, self._timer
         timer.take()
         rollout, scores = self._sample_and_score()
-        parts_PK = {name: all_gather_rows(s.view(-1, 2)) for name, s in scores.parts.items()}
+        parts_PK = {name: all_gather_rows(s.view(-1, 2)) for name, s in scores.items()}
         total_PK = self._rewards.combined(parts_PK)
         if len(parts_PK) > 1 and not self._has_described:
             say(self._rewards.describe(parts_PK))
@@ -194,7 +194,7 @@ class _Run:
         self._status("running", phase=None)
         self._guard_ties(metrics)
 
-    def _sample_and_score(self) -> tuple[Rollout, Scores]:
+    def _sample_and_score(self) -> tuple[Rollout, dict[str, Tensor]]:
         """The next pairs and their scores; or those that a reward failed on when the run stopped."""
         engine, timer = self._engine, self._timer
         self._status(phase="rollout")

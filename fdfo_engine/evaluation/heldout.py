@@ -87,7 +87,7 @@ def _measured(
     health: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in settings.health}
     for batch in range(rank() * batches // ranks, (rank() + 1) * batches // ranks):
         rows = slice(batch * settings.batch, (batch + 1) * settings.batch)
-        for found, kept in ((metrics(prompts[rows], images[rows]).parts, scores),
+        for found, kept in ((metrics(prompts[rows], images[rows]), scores),
                             (measure_health(images[rows], settings.health), health)):  # fmt: skip
             for name, values in found.items():
                 kept[name].append(values.cpu())

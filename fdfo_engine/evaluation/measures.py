@@ -43,7 +43,7 @@ class Measures:
         if not prompt_count:
             return {n: torch.zeros(0, 1 if kind == "diversity" else seeds) for n, kind in self.kinds.items()}
         repeated, images = [p for p in prompts for _ in range(seeds)], images_PK.flatten(0, 1)
-        by_image = self.rewards(repeated, images).parts | measure_health(images, self.health)
+        by_image = self.rewards(repeated, images) | measure_health(images, self.health)
         by_prompt = {name: measure(images_PK)[:, None] for name, measure in self.diversity.items()}
         found = {name: score.view(prompt_count, seeds) for name, score in by_image.items()} | by_prompt
         return {name: found[name] for name in self.kinds}

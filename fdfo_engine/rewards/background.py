@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fdfo_engine.rewards.weighted import Scores, WeightedRewards
+from fdfo_engine.rewards.weighted import WeightedRewards
 from fdfo_engine.runtime.distributed import use_device
 from fdfo_engine.runtime.errors import Stopped
 
@@ -37,7 +37,7 @@ class BackgroundScorer:
         """
         self._rewards, self._poll = rewards, poll
         self._most = MAX_BLOCKS_WAITING if overlap else 1
-        self._futures: list[Future[Scores]] = []
+        self._futures: list[Future[dict[str, Tensor]]] = []
         self._has_failed = False
         self.busy_s = self.waited_s = 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -66,8 +66,8 @@ class BackgroundScorer:
         self.waited_s += time.perf_counter() - start
         return done
 
-    def scores(self) -> Scores:
-        """Scores of everything submitted, in order.
+    def scores(self) -> dict[str, Tensor]:
+        """Scores of everything submitted, by reward, in order.
 
         Raises:
             RewardError: of the first block that failed; blocks after it are not scored.
@@ -80,8 +80,7 @@ class BackgroundScorer:
             blocks = [future.result() for future in self._futures]
         finally:
             self.waited_s += time.perf_counter() - start
-        parts = {name: torch.cat([block.parts[name] for block in blocks]) for name in blocks[0].parts}
-        return Scores(torch.cat([block.total for block in blocks]), parts)
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
     @property
     def hidden_s(self) -> float:
@@ -99,14 +98,14 @@ class BackgroundScorer:
             self._rewards.cancel()
         self._thread.shutdown(cancel_futures=True)
 
-    def _is_done(self, future: Future[Scores]) -> bool:
+    def _is_done(self, future: Future[dict[str, Tensor]]) -> bool:
         """Waits for it; false if the run stops first."""
         while not wait([future], timeout=_POLL_S).done:
             if self._poll():
                 return False
         return True
 
-    def _score(self, prompts: list[str], images: Tensor) -> Scores:
+    def _score(self, prompts: list[str], images: Tensor) -> dict[str, Tensor]:
         start = time.perf_counter()
         try:
             if self._has_failed:  # an outage would be waited out once for every block

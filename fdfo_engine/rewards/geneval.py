@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +98,7 @@ class Geneval(ModelReward[GenevalOptions]):
         super().__init__(options)
         self._requirements = read_requirements(Path(options.metadata).expanduser())
 
-    def require_prompts(self, prompts: Iterable[str]) -> None:
+    def require_prompts(self, prompts: Sequence[str]) -> None:
         """Asks whether all of `prompts` have requirements.
 
         Raises:

@@ -13,6 +13,7 @@ from fdfo_engine.rewards.json_server import BadReplyError, JsonServer, ServerOpt
 from fdfo_engine.rewards.model_options import micro_batches
 from fdfo_engine.rewards.pixels import png_base64, to_bytes
 from fdfo_engine.rewards.registry import register
+from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.errors import RewardError
 
@@ -46,7 +47,7 @@ class _Request(NamedTuple):
 
 
 @register("http")
-class HttpReward:
+class HttpReward(Reward):
     """Whatever the server at `url` says; range and unit are its own. `name: http://...` in a config is the same.
 
     Request (POST, `batch_size` images): `{"version": 1, "items": [{"id", "prompt", "image"}, ...]}`, the image a PNG

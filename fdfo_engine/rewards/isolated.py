@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.rewards.registry import Reward, build
+from fdfo_engine.rewards.registry import build
+from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.distributed import use_device
 
 START_S = 120.0
 """Seconds that the process may take to start and import, before the first batch's own time begins."""
 
 
-class IsolatedReward:
+class IsolatedReward(Reward):
     """Scores like the reward it holds, in a process that is killed when a batch takes more than `kill_after_s` seconds.
 
     The next batch starts another one. What is asked of a reward besides scores, such as `require_ready`, is answered
@@ -36,11 +37,30 @@ class IsolatedReward:
     def __init__(self, name: str, options: dict[str, Any], where: str, kill_after_s: float) -> None:
         self._inner = build(name, options, where)
         self._name, self._given, self._where, self._kill_after_s = name, options, where, kill_after_s
+        self._forbids_downloads = False
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def require_ready(self) -> None:
+        """As the reward it holds."""
+        self._inner.require_ready()
+
+    def require_prompts(self, prompts: Sequence[str]) -> None:
+        """As the reward it holds."""
+        self._inner.require_prompts(prompts)
+
+    def forbid_downloads(self) -> None:
+        """As the reward it holds, in its process too."""
+        self._inner.forbid_downloads()
+        self._forbids_downloads = True
+
+    def gpu_bytes(self) -> int | None:
+        """As the reward it holds."""
+        return self._inner.gpu_bytes()
+
+    def self_test_case(self, side: int) -> tuple[str, Tensor]:
+        """As the reward it holds."""
+        return self._inner.self_test_case(side)
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`."""
@@ -64,13 +84,12 @@ class IsolatedReward:
             self._process.kill()
 
     def _start(self) -> None:
-        options = getattr(self._inner, "options", None)
-        given = self._given if options is None else options.model_dump(mode="json")
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        words = json.dumps([self._name, given, self._where]).encode()
-        self._process = context.Process(target=_serve, args=(theirs, words, device), daemon=True)
+        words = json.dumps([self._name, self._given, self._where]).encode()
+        arguments = (theirs, words, device, self._forbids_downloads)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -97,12 +116,14 @@ class IsolatedReward:
         return code
 
 
-def _serve(pipe: Connection, words: bytes, device: int | None) -> None:
+def _serve(pipe: Connection, words: bytes, device: int | None, forbids_downloads: bool) -> None:
     """The other process: builds the reward, then answers batches until the pipe closes."""
     use_device(device)
     reward: Reward | None = None
     try:
         reward = build(*json.loads(words))
+        if forbids_downloads:
+            reward.forbid_downloads()
         pipe.send_bytes(b"{}")
     except Exception:  # noqa: BLE001 - told to the parent, which raises
         pipe.send_bytes(json.dumps({"error": traceback.format_exc()}).encode())

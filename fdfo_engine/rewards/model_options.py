@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fdfo_engine.config.section import Section
+from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
 
@@ -174,7 +175,7 @@ def micro_batches(prompts: Sequence[str], images: Tensor, size: int) -> Iterator
         yield list(prompts[first : first + size]), images[first : first + size]
 
 
-class ModelReward(Generic[OptionsT]):
+class ModelReward(Reward, Generic[OptionsT]):
     """A reward that runs a model on one micro-batch of `options.batch_size` images at a time."""
 
     Options: type[OptionsT]

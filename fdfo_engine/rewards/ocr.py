@@ -16,6 +16,7 @@ from torch import Tensor
 from fdfo_engine.config.section import Section
 from fdfo_engine.rewards.pixels import to_bytes
 from fdfo_engine.rewards.registry import register
+from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.errors import EnvironmentProblem
 
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|«([^»]+)»')
@@ -29,7 +30,7 @@ class OcrOptions(Section):
 
 
 @register("ocr")
-class OcrReward:
+class OcrReward(Reward):
     """1 - edit distance / length between the text asked for and the text read, 0..1; 1 is every letter right.
 
     What a prompt has between double quotes, "...", is asked for; case, spaces and punctuation don't count, since the

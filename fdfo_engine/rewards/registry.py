@@ -4,30 +4,17 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from torch import Tensor
 
 from fdfo_engine.config.section import Section
+from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Reward(Protocol):
-    """Scores images: `(prompts, images [N, 3, H, W] float32 in 0..1) -> [N]`, higher is better, NaN = no opinion.
-
-    A reward that depends on something outside may also have `require_ready()`, which is called once before the model
-    loads and raises `RewardError` where scoring could not work, `require_prompts(prompts)`, which does so of prompts it
-    knows nothing about, and `cancel()`, which ends its waiting as a run stops.
-    """
-
-    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
-        """One score an image."""
-        ...
 
 
 _BUILT_IN = {
@@ -83,12 +70,10 @@ def build(name: str, options: dict[str, Any], where: str) -> Reward:
         return build("http", {"url": name, **options}, where)
     target = _find(name, where)
     if hasattr(target, "Options"):
-        configured: Reward = target(_checked(target.Options, options, where.removesuffix(".name")))
-        return configured
+        return as_reward(target(_checked(target.Options, options, where.removesuffix(".name"))))
     is_class = inspect.isclass(target)
     _check_options(target, options, where, bound=0 if is_class else 2)
-    reward: Reward = target(**options) if is_class else functools.partial(target, **options)
-    return reward
+    return as_reward(target(**options) if is_class else functools.partial(target, **options))
 
 
 def _find(name: str, where: str) -> Callable[..., Any]:

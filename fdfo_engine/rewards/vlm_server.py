@@ -13,6 +13,7 @@ from fdfo_engine.rewards.json_server import BadReplyError, JsonServer, ServerOpt
 from fdfo_engine.rewards.pixels import png_base64
 from fdfo_engine.rewards.questions import QuestionOptions, asked, score_of, seen
 from fdfo_engine.rewards.registry import register
+from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.console import visible, warn
 from fdfo_engine.runtime.errors import RewardError
 
@@ -69,7 +70,7 @@ class _Models(_Message):
 
 
 @register("vlm_server")
-class VlmServerReward:
+class VlmServerReward(Reward):
     """As `vlm`: 100 * sigmoid(logprob(target) - logprob(contrast)) of the first answer token, 0..100, percent.
 
     Log-probabilities differ as the logits do. One request an image, `concurrency` at a time; batch, dtype and device

@@ -16,20 +16,10 @@ from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
 from fdfo_engine.rewards.isolated import IsolatedReward
-from fdfo_engine.rewards.registry import Reward, build
+from fdfo_engine.rewards.registry import build
+from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import FdfoError, RewardError
-
-
-@dataclass(frozen=True)
-class Scores:
-    """`parts` float32 `[N]` by name, unweighted; `total`, their weighted sum, NaN where any part had no opinion.
-
-    `total` knows no `normalize`, which takes all scores of an epoch: see `WeightedRewards.combined`.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
 
 
 def labelled(settings: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
@@ -52,6 +42,10 @@ class WeightedRewards:
     log_folder: Path | None = None
     normalize: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Takes plain callables too."""
+        self.rewards = {name: (weight, as_reward(reward)) for name, (weight, reward) in self.rewards.items()}
+
     @classmethod
     def from_config(cls, settings: Sequence[RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
         """Builds every reward of the list; see `labelled` for their names."""
@@ -67,52 +61,50 @@ class WeightedRewards:
 
     def gpu_bytes(self) -> tuple[int, list[str]]:
         """What all models take of a GPU, in bytes, and the names of the rewards whose models are not counted in it."""
-        sizes = {n: reward.gpu_bytes() for n, (_, reward) in self.rewards.items() if hasattr(reward, "gpu_bytes")}
+        sizes = {name: reward.gpu_bytes() for name, (_, reward) in self.rewards.items()}
         return sum(size for size in sizes.values() if size), [name for name, size in sizes.items() if size is None]
 
     def require_ready(self) -> None:
-        """Asks every reward that depends on something outside whether it can score, before a model is loaded.
+        """Asks every reward whether it can score, before a model is loaded.
 
         Raises:
-            RewardError: one cannot, with its reason.
+            RewardError, EnvironmentProblem: one cannot, with its reason.
         """
         for _, reward in self.rewards.values():
-            if hasattr(reward, "require_ready"):
-                reward.require_ready()
+            reward.require_ready()
 
     def require_prompts(self, prompts: Sequence[str]) -> None:
-        """Asks every reward that needs more of a prompt than its words whether it has that, for all of `prompts`.
+        """Asks every reward whether it can score images of all of `prompts`.
 
         Raises:
-            RewardError: one has not.
+            RewardError: one knows nothing about a prompt.
         """
         for _, reward in self.rewards.values():
-            if hasattr(reward, "require_prompts"):
-                reward.require_prompts(prompts)
+            reward.require_prompts(prompts)
 
     def forbid_downloads(self) -> None:
         """Lets no reward fetch a model; before anything is loaded."""
         for _, reward in self.rewards.values():
-            if hasattr(reward, "forbid_downloads"):
-                reward.forbid_downloads()
+            reward.forbid_downloads()
 
     def cancel(self) -> None:
         """Ends the waiting of every reward that waits for something outside: the run stops."""
         for _, reward in self.rewards.values():
-            if hasattr(reward, "cancel"):
-                reward.cancel()
+            reward.cancel()
 
-    def __call__(self, prompts: Sequence[str], images: Tensor) -> Scores:
-        """Scores `[N]` of N images, on the CPU.
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+        """Each reward's scores of N images by its name, unweighted: float32 `[N]`, on the CPU; NaN = no opinion.
 
         Raises:
             RewardError: a reward returned something other than N numbers.
         """
-        parts = {name: self._score(name, reward, prompts, images) for name, (_, reward) in self.rewards.items()}
-        return Scores(self._sum(parts, torch.zeros(len(images))), parts)
+        return {name: self._score(name, reward, prompts, images) for name, (_, reward) in self.rewards.items()}
 
     def combined(self, parts_PK: dict[str, Tensor]) -> Tensor:
-        """The reward `[P, 2]` of an epoch's scores: the weighted sum of the parts, each as its `normalize` says."""
+        """The reward `[P, 2]` of an epoch's scores: the weighted sum of the parts, each as its `normalize` says.
+
+        NaN where any part has no opinion.
+        """
         scaled = {name: part / _scale(part, self.normalize.get(name)) for name, part in parts_PK.items()}
         return self._sum(scaled, torch.zeros_like(next(iter(scaled.values()))))
 

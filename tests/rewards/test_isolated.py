@@ -42,16 +42,21 @@ def isolated(function, tmp_path, kill_after_s=20.0):
     return WeightedRewards.from_config([settings], tmp_path)
 
 
+def scored(rewards, images=IMAGES):
+    (scores,) = rewards(PROMPTS, images).values()
+    return scores
+
+
 def test_scores_are_the_rewards_own(tmp_path):
     rewards = isolated("red", tmp_path)
-    scores = rewards(PROMPTS, IMAGES).total
+    scores = scored(rewards)
     rewards.cancel()
     assert torch.equal(scores, red(PROMPTS, IMAGES))
 
 
 def test_it_runs_in_one_other_process(tmp_path):
     rewards = isolated("process", tmp_path)
-    first, second = (rewards(PROMPTS, IMAGES).total for _ in range(2))
+    first, second = (scored(rewards) for _ in range(2))
     rewards.cancel()
     assert torch.equal(first, second)
     assert int(first[0]) != os.getpid()
@@ -60,19 +65,19 @@ def test_it_runs_in_one_other_process(tmp_path):
 def test_one_that_hangs_is_killed_and_the_next_batch_is_scored(tmp_path, capsys):
     rewards = isolated("hangs_on_bright", tmp_path, 1.0)
     dark, bright = IMAGES * 0.5, IMAGES * 0 + 0.9
-    assert torch.isfinite(rewards(PROMPTS, dark).total).all()
+    assert torch.isfinite(scored(rewards, dark)).all()
     start = time.monotonic()
-    assert torch.isnan(rewards(PROMPTS, bright).total).all()
+    assert torch.isnan(scored(rewards, bright)).all()
     assert time.monotonic() - start < 50, "it would have slept for a minute"
     assert "no scores after 1 s (kill_after_s); its process was killed; trying once more" in capsys.readouterr().err
-    assert torch.equal(rewards(PROMPTS, dark).total, dark.mean((1, 2, 3)))
+    assert torch.equal(scored(rewards, dark), dark.mean((1, 2, 3)))
     rewards.cancel()
 
 
 @pytest.mark.parametrize(("function", "message"), [("dies", "exit code 3"), ("raises", "no such thing")])
 def test_a_failure_is_told_and_has_no_opinion(tmp_path, capsys, function, message):
     rewards = isolated(function, tmp_path)
-    assert torch.isnan(rewards(PROMPTS, IMAGES).total).all()
+    assert torch.isnan(scored(rewards)).all()
     assert message in capsys.readouterr().err
     rewards.cancel()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fdfo_engine.rewards import build
+from fdfo_engine.rewards.drawings import CIRCLE_PROMPT
 from fdfo_engine.rewards.ocr import asked_text
-from fdfo_engine.rewards.self_test import PROMPT, self_test
+from fdfo_engine.rewards.self_test import self_test
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
 
 
@@ -58,7 +59,7 @@ def test_a_case_of_its_own_is_taken():
 )
 def test_real_weights_see(name, tmp_path):
     """Takes weights from the local hub cache only."""
-    circle = {"prompt": PROMPT, "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    circle = {"prompt": CIRCLE_PROMPT, "include": [{"class": "circle", "count": 1, "color": "red"}]}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(circle))
     options = {"metadata": str(tmp_path / "metadata.jsonl")} if name == "geneval" else {}
     try:

@@ -32,14 +32,18 @@ def weighted(log_folder=None, **parts):
     return WeightedRewards(parts, log_folder)
 
 
+def total(rewards):
+    return rewards.combined(rewards(PROMPTS, IMAGES))
+
+
 def test_the_sum_is_weighted_and_parts_are_not():
     rewards = weighted(
         up=(2.0, lambda p, x: torch.tensor([1.0, 2.0, 3.0])), down=(-0.5, lambda p, x: torch.tensor([4.0, 0.0, 2.0]))
     )
+    assert total(rewards).tolist() == [0.0, 4.0, 5.0]
     scores = rewards(PROMPTS, IMAGES)
-    assert scores.total.tolist() == [0.0, 4.0, 5.0]
-    assert {n: s.tolist() for n, s in scores.parts.items()} == {"up": [1.0, 2.0, 3.0], "down": [4.0, 0.0, 2.0]}
-    assert scores.total.dtype == torch.float32
+    assert {n: s.tolist() for n, s in scores.items()} == {"up": [1.0, 2.0, 3.0], "down": [4.0, 0.0, 2.0]}
+    assert total(rewards).dtype == torch.float32
 
 
 def test_a_config_builds_it_with_options():
@@ -51,18 +55,18 @@ def test_a_config_builds_it_with_options():
             RewardConfig(name="my_rewards:scaled", weight=1.0, factor=10.0),
             RewardConfig(name="brightness", weight=2.0),
         ]
-        scores = WeightedRewards.from_config([*parts, RewardConfig(name="brightness", weight=-1.0)])(PROMPTS, IMAGES)
+        rewards = WeightedRewards.from_config([*parts, RewardConfig(name="brightness", weight=-1.0)])
+        scores = rewards(PROMPTS, IMAGES)
     finally:
         del sys.modules["my_rewards"]
     brightness = IMAGES.double().flatten(1).mean(1)
-    assert list(scores.parts) == ["my_rewards:scaled", "brightness", "brightness_2"]
-    assert (scores.total - 11 * brightness).abs().max() < 1e-5
+    assert list(scores) == ["my_rewards:scaled", "brightness", "brightness_2"]
+    assert (rewards.combined(scores) - 11 * brightness).abs().max() < 1e-5
 
 
 def test_a_failure_is_tried_once_more(capsys):
     reward = Flaky(1)
-    scores = weighted(flaky=(1.0, reward))(PROMPTS, IMAGES)
-    assert scores.total.tolist() == [1.0, 2.0, 3.0]
+    assert total(weighted(flaky=(1.0, reward))).tolist() == [1.0, 2.0, 3.0]
     assert reward.calls == 2
     assert "server away" in capsys.readouterr().err
 
@@ -71,19 +75,19 @@ def test_a_second_failure_is_no_opinion_and_never_a_number(tmp_path, capsys):
     reward = Flaky(2)
     rewards = weighted(tmp_path / "logs", flaky=(1.0, reward), other=(1.0, lambda p, x: torch.ones(3)))
     scores = rewards(PROMPTS, IMAGES)
-    assert all(math.isnan(s) for s in scores.total.tolist())
-    assert scores.parts["other"].tolist() == [1.0] * 3
+    assert all(math.isnan(s) for s in rewards.combined(scores).tolist())
+    assert scores["other"].tolist() == [1.0] * 3
     assert reward.calls == 2
     assert (tmp_path / "logs" / "reward_flaky.log").read_text().count("OSError: server away") == 2
-    assert rewards(PROMPTS, IMAGES).total.tolist() == [2.0, 3.0, 4.0]  # the next batch has a fresh chance
+    assert total(rewards).tolist() == [2.0, 3.0, 4.0]  # the next batch has a fresh chance
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_score_costs_one_image(bad):
     rewards = weighted(a=(1.0, lambda p, x: torch.tensor([1.0, bad, 3.0])), b=(-1.0, lambda p, x: torch.zeros(3)))
-    total = rewards(PROMPTS, IMAGES).total.tolist()
-    assert (total[0], total[2]) == (1.0, 3.0)
-    assert math.isnan(total[1])
+    first, second, third = total(rewards).tolist()
+    assert (first, third) == (1.0, 3.0)
+    assert math.isnan(second)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_what_is_not_one_number_an_image_stops(returned, message):
 
 @pytest.mark.parametrize("returned", [[1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([1.0, 2, 3]).bfloat16()])
 def test_numbers_of_any_kind_are_taken(returned):
-    assert weighted(mine=(1.0, lambda p, x: returned))(PROMPTS, IMAGES).total.tolist() == [1.0, 2.0, 3.0]
+    assert total(weighted(mine=(1.0, lambda p, x: returned))).tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_reward_runs_without_gradients():
