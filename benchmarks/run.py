@@ -73,7 +73,8 @@ def candidates(case: pair_ops.Case, device: torch.device) -> dict[str, Any]:
     """Name of a candidate -> its call, plain code first."""
     torch.compiler.reset()
     calls = {"eager": case.plain(lambda call: call), "inductor": case.plain(torch.compile)}
-    fitting = [name for name in case.offered if not ops._dispatch.refusals(name, device)]
+    refusals = ops.backends(device)
+    fitting = [name for name in case.offered if not refusals[name]]
     return calls | {name: lambda name=name: case.op(name) for name in fitting}
 
 

@@ -111,14 +111,13 @@ def _require_kernels() -> None:
 def _backends() -> Iterator[Finding]:
     import torch
 
-    from fdfo_engine.ops import backends, implementations
-    from fdfo_engine.ops._dispatch import choose
+    from fdfo_engine.ops import backends, chosen_backend, implementations
 
     for name, reasons in backends().items():
         yield Finding(f"ops backend {name}", "; ".join(reasons), needed=name == "torch")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for op, offered in implementations().items():
-        chosen = ", ".join(f"{choose(op, offered, torch.device(device))} on {device}" for device in devices)
+        chosen = ", ".join(f"{chosen_backend(op, torch.device(device))} on {device}" for device in devices)
         yield Finding(f"op {op} runs {chosen}; made for {', '.join(offered)}")
 
 

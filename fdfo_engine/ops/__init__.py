@@ -1,8 +1,11 @@
 """Public ops: the only surface other frontends import kernels through."""
 
+import inspect
 import sys
 
-from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend
+import torch
+
+from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend, choose
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.feed_forward import feed_forward
 from fdfo_engine.ops.gated_residual import gated_residual
@@ -34,18 +37,6 @@ from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
 from fdfo_engine.ops.qk_rms_norm import QKV, is_invertible, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
-_OPS = (
-    philox_normal, paired_noise, paired_step, guided_velocity, replay, pair_direction, fdfo_loss,
-    log_ratio,
-    layer_norm_modulate, gated_residual, gated_residual_norm, qk_rms_norm, lora_linear, feed_forward,
-)  # fmt: skip
-
-
-def implementations() -> dict[str, tuple[str, ...]]:
-    """The backends that each op is implemented in, by the op's name."""
-    return {op.__name__: sys.modules[op.__module__].OFFERED for op in _OPS}
-
-
 __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
@@ -58,6 +49,7 @@ __all__ = [
     "backend_for",
     "backends",
     "block_backend",
+    "chosen_backend",
     "churn_stream",
     "deal_stream",
     "fdfo_loss",
@@ -84,3 +76,20 @@ __all__ = [
     "qk_rms_norm",
     "replay",
 ]
+
+
+def implementations() -> dict[str, tuple[str, ...]]:
+    """The backends that each op is implemented in, by the op's name: every public function that takes a `backend`."""
+    public = (globals()[name] for name in __all__)
+    functions = [item for item in public if inspect.isfunction(item)]
+    ops = [op for op in functions if "backend" in inspect.signature(op).parameters]
+    return {op.__name__: sys.modules[op.__module__].OFFERED for op in ops}
+
+
+def chosen_backend(op: str, device: torch.device) -> str:
+    """The backend that the op of this name takes on `device` where none is forced.
+
+    Raises:
+        BackendUnavailableError: none can run there; with every reason.
+    """
+    return choose(op, implementations()[op], device)

@@ -21,8 +21,13 @@ class BackendUnavailableError(ValueError):
     exit_code = 3
 
 
-def backends() -> dict[str, list[str]]:
-    """Reasons why each backend can't run on this machine, on the device it is for, by name; empty where it can."""
+def backends(device: torch.device | None = None) -> dict[str, list[str]]:
+    """Reasons why each backend can't take tensors on `device`, by name; empty where it can.
+
+    Without a device: why it can't run on this machine, each on the device that it is for.
+    """
+    if device is not None:
+        return {name: refusals(name, device) for name in reversed(BACKENDS)}
     accelerator = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {name: refusals(name, _CPU if name == "cpp" else accelerator) for name in reversed(BACKENDS)}
 

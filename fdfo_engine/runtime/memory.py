@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fdfo_engine.config import BatchPlan, Config
+from fdfo_engine.config.schema import AUTO_MICRO_BATCH
 from fdfo_engine.runtime.errors import UsageError
 
 GIB = 1 << 30
-MICRO_BATCHES = (24, 12, 8, 6, 4, 3, 2, 1)
+MICRO_BATCHES = (AUTO_MICRO_BATCH, 12, 8, 6, 4, 3, 2, 1)
 """What `update.micro_batch: auto` chooses from: a little more or less free memory then rarely changes the choice, and
-above 24 a GPU gains under 2%."""
+above the first of them a GPU gains under 2%."""
 
 SLACK = 1.08
 """Over the counted bytes: fragments of the allocator, and workspaces of libraries."""

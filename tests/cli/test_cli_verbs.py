@@ -8,7 +8,7 @@ import pytest
 
 from fdfo_engine.cli.main import main
 from fdfo_engine.cli.report import before_after
-from fdfo_engine.ops import backends
+from fdfo_engine.ops import backends, implementations
 from fdfo_engine.runtime.run_status import RunStatus
 from fdfo_engine.shapes.pipeline import shapes_base
 
@@ -78,6 +78,7 @@ def test_doctor_gives_a_line_and_a_reason_for_each_check(tmp_path, capsys):
     reasons = backends()["cuda"]
     assert cuda.startswith("missing") == bool(reasons)
     assert all(reason in cuda for reason in reasons)
+    assert {line.split()[2] for line in lines if line.startswith("ok      op ")} == set(implementations())
     assert (code, lines[-1]) == (0, "ready to train"), lines
     assert list(tmp_path.iterdir()) == []
 

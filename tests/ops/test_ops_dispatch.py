@@ -1,3 +1,6 @@
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +22,25 @@ def test_backends_says_why_each_one_cannot_run():
     assert reasons["torch"] == reasons["cpp"] == []
     if not torch.cuda.is_available():
         assert reasons["cuda"][0] in ("torch sees no CUDA device", _compiled.WITHOUT_CUDA)
+
+
+def test_backends_of_a_device_says_why_each_one_cannot_take_its_tensors():
+    meta = ops.backends(torch.device("meta"))
+    assert set(meta) == {"torch", "cpp", "triton", "cuda"}
+    assert meta["cpp"] == ["it takes tensors on the CPU; got meta"]
+    assert "float64" in meta["torch"][0]
+    assert ops.backends(CPU)["cpp"] == ops.backends(CPU)["torch"] == []
+
+
+def test_every_function_that_takes_a_backend_is_asked_for_its_implementations():
+    written = set()
+    for path in Path(ops.__file__).parent.glob("[!_]*.py"):
+        functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        functions = [function for function in functions if not function.name.startswith("_")]
+        written |= {f.name for f in functions if "backend" in {argument.arg for argument in f.args.kwonlyargs}}
+    assert set(ops.implementations()) == written
+    for name, offered in ops.implementations().items():
+        assert ops.chosen_backend(name, CPU) == ("cpp" if "cpp" in offered else "torch")
 
 
 def test_a_missing_extension_is_said_and_torch_runs(not_built):
