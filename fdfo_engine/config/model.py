@@ -74,4 +74,5 @@ class LoraConfig(Section):
     """Scale of an adapter: its product is multiplied by alpha / rank."""
 
     targets: Literal["family"] | NameList = "family"
-    """Names of the modules to adapt, matched at their end; family takes all attention projections."""
+    """Names of the layers to adapt, or their ends after a dot, with `*` for any characters but a dot; each must name a
+    linear layer. family takes all attention projections."""

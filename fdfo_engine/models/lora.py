@@ -1,6 +1,7 @@
 """Low-rank adapters on a diffusers transformer, by peft, and their export for diffusers."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from fdfo_engine.models.lora_targets import target_layers, targets_present
 
 ADAPTER = "default"
 
@@ -19,25 +22,32 @@ ATTENTION_PROJECTIONS = (
 """LoRA targets of a joint attention, both its streams; not SD3.5-M's second attention `attn2`."""
 
 
-def add_lora(network: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Adds a LoRA to every module whose name ends in one of `targets`; A Gaussian from `seed`, B zero, float32.
+def add_lora(network: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
+    """Adds a LoRA to the layers that `targets` name (`target_layers`); A Gaussian from `seed`, B zero, float32.
 
-    The frozen weights keep their dtype; peft casts activations at the adapter's door.
+    The frozen weights keep their dtype; peft casts activations at the adapter's door. A family's targets are of all its
+    models: those that `network` does not have are passed over.
+
+    Returns:
+        Names of the adapted layers.
 
     Raises:
-        ValueError: no module matches `targets`, or one is not a linear layer.
+        ValueError: no target matches, or one matches another kind of module.
     """
+    layers = target_layers(network, targets_present(network, targets) or targets)
     adapter = PeftLoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian", lora_dropout=0.0
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="|".join(map(re.escape, layers)),  # a pattern: of a list peft takes each name's ends too
+        init_lora_weights="gaussian",
+        lora_dropout=0.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % (1 << 63))
         network.add_adapter(adapter, adapter_name=ADAPTER)
-    for name, layer in network.named_modules():
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer.get_base_layer(), nn.Linear):
-            raise ValueError(f"{name} is a {type(layer.get_base_layer()).__name__}; adapters are for linear layers")
     for _, parameter in trainable(network):
         parameter.data = parameter.data.float()
+    return layers
 
 
 def trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

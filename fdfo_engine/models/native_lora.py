@@ -10,7 +10,7 @@ of the ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,10 +33,9 @@ def to_native(weights: dict[str, Tensor], network: nn.Module, layers: NativeLaye
     """
     native: dict[str, Tensor] = {}
     adapted = {name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")}
-    known = _rows_by_layer(network, layers)
-    if strange := sorted(adapted.difference(*known.values())):
+    if strange := layers_without_name(network, adapted, layers):
         raise UsageError(f"export: style comfyui has no name for {strange[0]}; lora.targets: family is known to it")
-    for layer, rows in known.items():
+    for layer, rows in _rows_by_layer(network, layers).items():
         parts = [name for name in rows if name in adapted]
         if parts:
             down = torch.cat([weights[f"{name}.lora_A.weight"] for name in parts])
@@ -48,6 +47,11 @@ def to_native(weights: dict[str, Tensor], network: nn.Module, layers: NativeLaye
                 column += part.shape[1]
             native |= dict(zip(_keys(layer), (down, up, torch.tensor(float(column))), strict=True))
     return native
+
+
+def layers_without_name(network: nn.Module, adapted: Iterable[str], layers: NativeLayers) -> list[str]:
+    """Those of the `adapted` layers of `network` that have no counterpart among `layers`, sorted."""
+    return sorted(set(adapted).difference(*_rows_by_layer(network, layers).values()))
 
 
 @torch.no_grad()

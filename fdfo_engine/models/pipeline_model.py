@@ -31,7 +31,8 @@ from fdfo_engine.models.lora import (
     trainable,
     weights_in,
 )
-from fdfo_engine.models.native_lora import NativeLayers, add_native, to_native
+from fdfo_engine.models.lora_targets import describe_layers, of_any_block, target_layers
+from fdfo_engine.models.native_lora import NativeLayers, add_native, layers_without_name, to_native
 from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
 from fdfo_engine.models.quantized import unpack
 from fdfo_engine.runtime.console import say
@@ -128,14 +129,28 @@ class PipelineModel:
         if config.model.train == "full":
             model.network.requires_grad_(True)
             return model
-        lora = config.lora
-        targets = cls.lora_targets if lora.targets == "family" else lora.targets
+        model._add_lora(config)
+        return model
+
+    def _add_lora(self, config: Config) -> None:
+        lora, network = config.lora, self.network
+        targets = self.lora_targets if lora.targets == "family" else lora.targets
+        parts = self.pipeline.components.items()
+        others = {name: part for name, part in parts if isinstance(part, nn.Module) and part is not network}
         try:
-            add_lora(model.network, rank=lora.rank, alpha=lora.alpha, targets=targets, seed=config.run.seed)
+            if lora.targets != "family":
+                target_layers(network, targets, others)  # each of them has to name a layer
+            layers = add_lora(network, rank=lora.rank, alpha=lora.alpha, targets=targets, seed=config.run.seed)
         except ValueError as error:
             raise UsageError(f"lora.targets = {list(targets)}: {error}") from error
-        model._lora_scale = lora.alpha / lora.rank
-        return model
+        self._lora_scale = lora.alpha / lora.rank
+        if lora.targets == "family":
+            return
+        say(f"lora: {describe_layers(layers)}")
+        if unnamed := layers_without_name(network, layers, self.native_layers):
+            names = list(dict.fromkeys(map(of_any_block, unnamed)))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            say(f"lora: export in style comfyui has no name for {', '.join(names[:3])}{more}; diffusers and merged do")
 
     @classmethod
     def refuse_settings(cls, config: Config) -> None:
