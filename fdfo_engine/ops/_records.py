@@ -1,23 +1,28 @@
 """Named records of tensors on their way through `autograd.Function`, which takes, saves and returns tensors one by one.
 
-found = _Op.apply(settings, *flat(streams))             # streams: a list of NamedTuples, each field a tensor or None
-streams = restore(Stream, tensors)                      # in `forward`, or of `ctx.saved_tensors` in `backward`
-needed = restore(Stream, ctx.needs_input_grad[1:])      # the same names, with a flag in the place of each tensor
-return None, *flat(gradients)                           # one record of gradients a stream
+A record is a NamedTuple; its fields are tensors, None, or lists and records of these.
+
+    found = _Op.apply(settings, *flat(streams))             # streams: a list of records
+    streams = restore(Stream, tensors)                      # in `forward`
+    save(ctx, Kept(streams, statistics))                    # for `backward`, where
+    kept = saved(ctx)                                       # is that record again
+    needed = restore_like(streams, ctx.needs_input_grad)    # the same names, with a flag in the place of each tensor
+    return None, *flat(gradients)                           # one record of gradients a stream
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 Record = TypeVar("Record", bound=NamedTuple)
+Nested = TypeVar("Nested", bound="list[Any] | tuple[Any, ...]")
 
 
-def flat(records: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The fields of all records, one record after the other."""
-    return tuple(chain.from_iterable(records))
+def flat(records: Iterable[Any]) -> tuple[Any, ...]:
+    """The fields of all records, one record after the other; of records inside records likewise."""
+    return tuple(_fields(records))
 
 
 def restore(kind: type[Record], fields: Sequence[Any]) -> list[Record]:
@@ -30,3 +35,51 @@ def restore(kind: type[Record], fields: Sequence[Any]) -> list[Record]:
     if len(fields) % size:
         raise ValueError(f"restore: {len(fields)} fields are no whole number of {kind.__name__}, which has {size}")
     return [kind(*fields[first : first + size]) for first in range(0, len(fields), size)]
+
+
+def restore_like(records: Nested, fields: Iterable[Any]) -> Nested:
+    """`records` with other fields, as `flat` would lay them side by side.
+
+    Raises:
+        ValueError: there are more fields than `records` have, or fewer.
+    """
+    rest = iter(fields)
+    found: Nested = _filled(records, rest)
+    if next(rest, rest) is not rest:
+        raise ValueError("restore_like: more fields than the records have")
+    return found
+
+
+def blank(records: Nested) -> Nested:
+    """`records` with None in the place of each field."""
+    found: Nested = _filled(records, repeat(None))
+    return found
+
+
+def save(ctx: Any, record: tuple[Any, ...]) -> None:
+    """Keeps the tensors of `record` for the backward, where `saved` returns it."""
+    ctx.save_for_backward(*flat(record))
+    ctx.saved_record = blank(record)
+
+
+def saved(ctx: Any) -> Any:
+    """What `save` was given."""
+    return restore_like(ctx.saved_record, ctx.saved_tensors)
+
+
+def _fields(records: Iterable[Any]) -> Iterator[Any]:
+    for item in records:
+        if isinstance(item, tuple | list):
+            yield from _fields(item)
+        else:
+            yield item
+
+
+def _filled(records: Any, fields: Iterator[Any]) -> Any:
+    if not isinstance(records, tuple | list):
+        try:
+            return next(fields)
+        except StopIteration:
+            raise ValueError("restore_like: fewer fields than the records have") from None
+    items = [_filled(item, fields) for item in records]
+    return type(records)(*items) if hasattr(records, "_fields") else type(records)(items)

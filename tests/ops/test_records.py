@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from fdfo_engine.ops._records import flat, restore
+from fdfo_engine.ops._records import blank, flat, restore, restore_like, save, saved
 
 
 class Pair(NamedTuple):
@@ -52,3 +52,41 @@ def test_carries_records_through_autograd():
     assert first.left.grad is None
     assert first.right.grad.tolist() == [3, 3]
     assert second.left.grad.tolist() == [2, 2]
+
+
+class Kept(NamedTuple):
+    streams: Any
+    total: Any
+
+
+def test_restores_records_inside_records():
+    kept = Kept([[Pair(1, None)], [Pair(2, 3), Pair(4, 5)]], 6)
+    assert flat(kept) == (1, None, 2, 3, 4, 5, 6)
+    assert restore_like(kept, "abcdefg") == Kept([[Pair("a", "b")], [Pair("c", "d"), Pair("e", "f")]], "g")
+    assert blank(kept) == Kept([[Pair(None, None)], [Pair(None, None), Pair(None, None)]], None)
+    for fields in ("abcdef", "abcdefgh"):
+        with pytest.raises(ValueError, match=r"restore_like: (more|fewer) fields than the records have"):
+            restore_like(kept, fields)
+
+
+class _Scaled(torch.autograd.Function):
+    """Each left times its right; the gradient of right alone."""
+
+    @staticmethod
+    def forward(ctx, *fields):
+        pairs = restore(Pair, fields)
+        save(ctx, Kept(pairs, None))
+        return tuple(p.left * p.right for p in pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        kept = saved(ctx)
+        assert kept.total is None
+        return flat(Pair(None, grad * pair.left) for grad, pair in zip(upstream, kept.streams, strict=True))
+
+
+def test_keeps_a_record_for_the_backward():
+    pairs = [Pair(torch.full((2,), float(i)), torch.ones(2, requires_grad=True)) for i in (3, 5)]
+    torch.cat(_Scaled.apply(*flat(pairs))).sum().backward()
+    assert [p.right.grad.tolist() for p in pairs] == [[3, 3], [5, 5]]
