@@ -37,6 +37,7 @@ from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.run_folder import checkpoint_store, record_config, run_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.networks import networks
+from fdfo_engine.update.primitives import Primitives
 from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 
@@ -53,6 +54,7 @@ class Engine:
         ema: average of the trained weights by name, or None.
         memory: what an epoch is predicted to take of a GPU; None on a CPU.
         pinned: name of a checkpoint that `save` keeps however many newer ones there are, or None.
+        primitives: the update in pieces, for a training loop of one's own.
         poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
     """
 
@@ -88,9 +90,11 @@ class Engine:
         )
         if self.memory is not None:
             self._updater.micro_batch = self.memory.micro_batch
+        self.primitives = Primitives(self._updater, self.trainer, config.update.optimizer_steps)
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.epoch = 0
         self.next_pair = 0
+        self._epoch_version = 0
         self.pinned: str | None = None
         self._owns_checkpoints = False
         self.ema: dict[str, Tensor] | None = None
@@ -151,6 +155,7 @@ class Engine:
             pair_ids=[first + i for i in local],
             velocities=joined["velocities"],
             direction=pair_direction(joined["latents"], backend=self.backend),
+            distance=_distance(joined["latents"]),
             gammas=joined["gammas"],
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
@@ -180,12 +185,22 @@ class Engine:
             raise UsageError(f"rewards: shape {tuple(rewards.shape)}; takes [{rollout.num_pairs}, 2]: pair, branch")
         if not allow_stale:
             rollout.require_fresh(self.weights_version)
+        self.primitives.discard()
         metrics = self._updater.update(rollout, rewards[rollout.local_rows])
         rollout.used = True
+        self.end_epoch()
+        return metrics
+
+    def end_epoch(self) -> None:
+        """Counts an epoch and moves the average: after the last optimiser step of a loop on `primitives`.
+
+        Gradients that no optimiser step has taken are dropped. Collective.
+        """
+        self.primitives.discard()
         self.epoch += 1
+        self._epoch_version = self.weights_version
         if self.ema is not None:
             self._average_weights()
-        return metrics
 
     def generate(
         self,
@@ -232,10 +247,12 @@ class Engine:
         """Commits a checkpoint under `run.dir`, with the settings beside it for `resume`; returns its folder.
 
         Raises:
-            UsageError: the folder holds a run with other settings.
+            UsageError: the folder holds a run with other settings; optimiser steps were taken since `end_epoch`.
             CheckpointError: it holds checkpoints that this engine neither loaded nor saved; no room; the storage
                 refuses. Earlier checkpoints are untouched.
         """
+        if self.weights_version != self._epoch_version:
+            raise UsageError("save: optimiser steps were taken since the last epoch's end; end_epoch comes first")
         tensors = {"weights": self.trainer.weights(only_main=True), "optimizer": self.trainer.state(only_main=True)}
         if self.ema is not None:
             tensors["ema"] = self.ema
@@ -265,6 +282,8 @@ class Engine:
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])
+        self.primitives.discard()
+        self._epoch_version = self.weights_version
         # rounding depends on its size: a resume takes what the run began with
         self._updater.micro_batch = int(checkpoint.state.get("micro_batch", self.micro_batch))
         if self.ema is not None:
@@ -369,6 +388,12 @@ def _keep(kept: dict[str, Tensor], block: SampledBlock, number: int, count: int)
         if name not in kept:
             kept[name] = part.new_empty(count * size, *part.shape[1:])
         kept[name][number * size : (number + 1) * size] = part
+
+
+def _distance(latents: Tensor) -> Tensor:
+    """Root mean square of half the difference of the branches, of `[P, 2, *shape]`: float32 `[P]` on the CPU."""
+    half = (latents[:, 0] - latents[:, 1]) / 2
+    return half.square().flatten(1).mean(1).sqrt().cpu()
 
 
 def _share(count: int, what: str, *, may_idle: bool = False) -> range:

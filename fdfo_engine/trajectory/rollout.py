@@ -16,7 +16,7 @@ from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 _ON_DEVICE = ("images", "velocities", "direction")
-_TENSORS = (*_ON_DEVICE, "gammas", "sigmas", "timesteps")
+_TENSORS = (*_ON_DEVICE, "distance", "gammas", "sigmas", "timesteps")
 
 
 @dataclass
@@ -29,11 +29,13 @@ class Rollout:
         pair_ids: P global pair indices.
         velocities: `[P, 2, T, C, H, W]` in the model's dtype: guided, as the steps used them.
         direction: u of branch 0, float32 `[P, C, H, W]`; branch 1 has its negative.
+        distance: float32 `[P]` on the CPU: how far apart the two latents ended, rms of half their difference.
         gammas: float64 `[P, T + 1]`, the churn at every grid point.
         sigmas, timesteps: the grid, float32 `[T + 1]` and `[T]`.
         seed: of the noise. weights_version: optimiser steps taken when it was sampled.
         first_pair, num_pairs: the global range of pairs this rollout is a part of; block_pairs: sampled together.
         backend: that sampled it; replay is bit for bit on the same one. used: whether it was trained on.
+        trained_version: optimiser steps taken when one last trained on it, None before the first.
     """
 
     images: Tensor
@@ -41,6 +43,7 @@ class Rollout:
     pair_ids: list[int]
     velocities: Tensor
     direction: Tensor
+    distance: Tensor
     gammas: Tensor
     sigmas: Tensor
     timesteps: Tensor
@@ -51,6 +54,7 @@ class Rollout:
     block_pairs: int
     backend: str
     used: bool = False
+    trained_version: int | None = None
 
     @property
     def steps(self) -> int:
@@ -76,10 +80,10 @@ class Rollout:
         )  # fmt: skip
 
     def require_fresh(self, weights_version: int) -> None:
-        """Raises UsageError where it was trained on already, or sampled with other than these weights."""
+        """Raises UsageError where it was trained on already, or where other rollouts have moved the weights since."""
         if self.used:
             raise UsageError("rollout: was trained on already; sample a new one, or pass allow_stale=True")
-        if self.weights_version != weights_version:
+        if weights_version not in (self.weights_version, self.trained_version):
             raise UsageError(
                 f"rollout: sampled after {self.weights_version} optimiser steps, the weights are now at "
                 f"{weights_version}; sample a new one, or pass allow_stale=True"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Advantage:
-    """Signed advantages `[P, 2]` (branch 1 has the negative) and why some are zero, each pair counted once."""
+    """Signed advantages, float32 `[P, 2]`, and why some are zero, each pair counted once, bool `[P]` each."""
 
     values: Tensor
     lost: Tensor
@@ -18,7 +18,7 @@ class Advantage:
     @property
     def live(self) -> Tensor:
         """Pairs that pull at the weights, bool `[P]`."""
-        return self.values[:, 0] != 0
+        return (self.values != 0).any(1)
 
 
 def advantage(rewards: Tensor, direction: Tensor) -> Advantage:
@@ -35,3 +35,12 @@ def advantage(rewards: Tensor, direction: Tensor) -> Advantage:
     still = ~lost & ~tied & ~direction.flatten(1).any(1).to(rewards.device)
     first = torch.where(lost | tied | still, 0.0, half)
     return Advantage(torch.stack([first, -first], 1), lost, tied, still)
+
+
+def given_advantage(values: Tensor, direction: Tensor) -> Advantage:
+    """Advantages that a caller made himself, `[P, 2]`, already signed for each branch; NaN in either is no opinion."""
+    values = values.float()
+    lost = ~torch.isfinite(values).all(1)
+    tied = ~lost & (values == 0).all(1)
+    still = ~lost & ~tied & ~direction.flatten(1).any(1).to(values.device)
+    return Advantage(torch.where((lost | tied | still)[:, None], 0.0, values), lost, tied, still)

@@ -1,10 +1,12 @@
-"""One epoch's update: dealt micro-batches through the loss into ZeRO optimiser steps."""
+"""Optimiser steps on scored rollouts: dealt items, micro-batches through an objective, ZeRO's step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +14,15 @@ from torch import Tensor
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, FlowModel, Network
 from fdfo_engine.models.guidance import predict
-from fdfo_engine.ops import fdfo_loss, guided_velocity
-from fdfo_engine.runtime.distributed import all_sum, max_over_ranks
-from fdfo_engine.runtime.errors import NumericsError
+from fdfo_engine.ops import guided_velocity, log_ratio
+from fdfo_engine.runtime.distributed import max_over_ranks
+from fdfo_engine.runtime.errors import NumericsError, UsageError
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.advantage import Advantage, advantage
 from fdfo_engine.update.deal import deal_steps
+from fdfo_engine.update.items import Items
+from fdfo_engine.update.objective import ClippedSurrogate, Objective, WeightedLogRatios
+from fdfo_engine.update.totals import StepResult, Totals, update_metrics
 from fdfo_engine.update.zero import ZeroTrainer
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -25,46 +30,29 @@ MAX_SKIPPED_IN_A_ROW = 10
 Conditioner = Callable[..., tuple[Conditioning, Conditioning | None]]
 
 
-@dataclass(frozen=True)
-class Items:
-    """(sample, step) items of this rank, int64 `[B]` each; `pair` is a row of the rollout; weight 0 pads."""
-
-    pair: Tensor
-    branch: Tensor
-    step: Tensor
-    weight: float = 1.0
-
-    def __len__(self) -> int:
-        return len(self.pair)
-
-    def chunks(self, size: int) -> list[Items]:
-        """Consecutive micro-batches of at most `size` items."""
-        parts = zip(self.pair.split(size), self.branch.split(size), self.step.split(size), strict=True)
-        return [Items(*part) for part in parts]
-
-
 @dataclass
-class Totals:
-    """Sums over items and optimiser steps, reduced over ranks once at the end."""
+class _Accumulation:
+    """The gradient between two optimiser steps."""
 
-    sums: Tensor
-    floor: float | None = None
-    grad_norms: list[float] = field(default_factory=list)
-    skipped: int = 0
-    left_out: int = 0
+    has_gradient: bool = False
+    is_complete: bool = False
+    rollouts: list[Rollout] = field(default_factory=list)
 
-    @classmethod
-    def zero(cls, device: torch.device) -> Totals:
-        """All sums at 0 on `device`."""
-        return cls(torch.zeros(5, dtype=torch.float64, device=device))
 
-    def add(self, *values: Tensor | float, weight: float) -> None:
-        """Adds one micro-batch's loss, log-ratios, clipped items, divergence and items, without a host sync."""
-        self.sums += weight * torch.stack([torch.as_tensor(v, device=self.sums.device).double() for v in values])
+class _Inputs(NamedTuple):
+    """What the network sees of some items."""
+
+    latents: Tensor
+    timesteps: Tensor
+    conditioning: Conditioning
+    negative: Conditioning | None
 
 
 class Updater:
-    """Turns a scored rollout into optimiser steps. Collective: every rank calls `update` with its part."""
+    """Turns scored rollouts into optimiser steps. Collective: every rank calls with its part of the rollout.
+
+    `update` is one epoch. `accumulate` and `step` are what it is made of, for loops that score or weigh by themselves.
+    """
 
     def __init__(
         self,
@@ -92,6 +80,7 @@ class Updater:
         self._conditioner = conditioner
         self._backend = backend
         self._skipped_in_a_row = 0
+        self._accumulation = _Accumulation()
         self.poll: Callable[[], None] = lambda: None
 
     def update(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
@@ -101,139 +90,182 @@ class Updater:
             NumericsError: ten optimiser steps in a row had a gradient that was not finite.
         """
         started = time.perf_counter()
-        train_steps = self._settings.train_steps or rollout.steps
-        shares = deal_steps(
+        adv = advantage(rewards, rollout.direction)
+        totals = Totals.zero(self.device)
+        shares = self.deal(rollout)
+        objective = self.surrogate(rollout, adv, len(shares))
+        for share in shares:
+            self.accumulate(rollout, objective, share, totals)
+            totals.count_step(self.step())
+        return update_metrics(totals, adv, len(shares), time.perf_counter() - started)
+
+    def deal(self, rollout: Rollout, parts: int | None = None) -> Tensor:
+        """The solver steps of every sample for every optimiser step, int64 `[parts, P, 2, S]` (METHOD, 'Update')."""
+        return deal_steps(
             rollout.pair_ids,
             steps=rollout.steps,
-            train_steps=train_steps,
-            optimizer_steps=self._settings.optimizer_steps,
+            train_steps=self.trained_steps(rollout),
+            optimizer_steps=parts or self._settings.optimizer_steps,
             seed=self._seed,
         )
-        adv = advantage(rewards, rollout.direction)
-        totals = Totals.zero(self._model.device)
-        batch = 2 * rollout.num_pairs * train_steps // self._settings.optimizer_steps
+
+    def surrogate(
+        self, rollout: Rollout, adv: Advantage, parts: int, clip_range: float | None = None
+    ) -> ClippedSurrogate:
+        """METHOD's loss for one of `parts` optimiser steps on `rollout`."""
+        items = self._items_of_a_step(rollout, parts)
+        return ClippedSurrogate(adv.values, items, clip_range or self._settings.clip_range, self._backend)
+
+    def weighted(self, rollout: Rollout, weights: Tensor, share: Tensor, parts: int) -> WeightedLogRatios:
+        """A caller's loss by `weights` `[P, 2, S]` of the items `share` `[P, 2, S]`, one of `parts` of `rollout`."""
+        spread = torch.zeros(*share.shape[:2], rollout.steps).scatter_(2, share, weights.float())
+        items = self._items_of_a_step(rollout, parts)
+        return WeightedLogRatios(spread, items, self._settings.clip_range, self._backend)
+
+    def _items_of_a_step(self, rollout: Rollout, parts: int) -> int:
+        return 2 * rollout.num_pairs * self.trained_steps(rollout) // parts
+
+    def trained_steps(self, rollout: Rollout) -> int:
+        """Solver steps of a sample that an epoch trains on."""
+        return self._settings.train_steps or rollout.steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self._model.device
+
+    def accumulate(
+        self, rollout: Rollout, objective: Objective, share: Tensor, totals: Totals, *, more: bool = False
+    ) -> None:
+        """Adds the gradient of the items `share` `[P, 2, S]`; `more` leaves the optimiser step open for further ones.
+
+        An error, such as a stop that `poll` raises, drops what the optimiser step had gathered.
+
+        Raises:
+            UsageError: the gradient is complete and waits for `step`.
+        """
+        if self._accumulation.is_complete:
+            raise UsageError("forward_backward: the gradient is complete; optim_step comes first, or more=True before")
+        micro_batches = self._micro_batches(rollout, objective, share)
+        if not more and self._accumulation.has_gradient and not micro_batches:
+            micro_batches = [Items.padding()]  # only a backward pass can close the step
+        with self._training():
+            for i, items in enumerate(micro_batches):
+                self.poll()
+                self._accumulation.has_gradient = True
+                loss = self._loss(rollout, objective, items, totals)
+                self._trainer.backward(loss * items.weight, last=not more and i == len(micro_batches) - 1)
+        self._accumulation.rollouts.append(rollout)
+        self._accumulation.is_complete = not more
+
+    def step(self, lr: float | None = None) -> StepResult:
+        """Applies the gathered gradient, with learning rate `lr` instead of the settings' for this step.
+
+        Raises:
+            UsageError: nothing was gathered, or `more` was to come.
+            NumericsError: ten optimiser steps in a row had a gradient that was not finite.
+        """
+        gathered = self._accumulation
+        if not gathered.is_complete:
+            reason = "forward_backward said that more would come" if gathered.rollouts else "there is no gradient"
+            raise UsageError(f"optim_step: {reason}; forward_backward without more=True comes first")
+        self._accumulation = _Accumulation()
+        if not gathered.has_gradient:
+            return StepResult(0.0, applied=False, left_out=True)
+        with self._trainer.learning_rate(lr):
+            norm, applied = self._trainer.step()
+        for rollout in gathered.rollouts:
+            rollout.trained_version = self._trainer.step_count
+        self._count_skipped(applied)
+        return StepResult(norm, applied)
+
+    def discard(self) -> None:
+        """Drops what was gathered for the next optimiser step."""
+        if self._accumulation.has_gradient:
+            self._trainer.discard_gradients()
+        self._accumulation = _Accumulation()
+
+    @torch.no_grad()
+    def log_ratios(self, rollout: Rollout, share: Tensor) -> Tensor:
+        """The log-ratio of each item of `share` `[P, 2, S]`, float32 `[P, 2, S]` on the CPU, at the present weights."""
+        everything = torch.ones(len(rollout.pair_ids), dtype=torch.bool)
+        own = self._blockwise(rollout, everything, share)
+        spare = max_over_ranks(len(own)) - len(own)
+        values = [self._log_ratio(rollout, items) for items in own]
+        for _ in range(spare):
+            self._log_ratio(rollout, Items.padding())
+        return torch.cat(values).view(share.shape)
+
+    def _log_ratio(self, rollout: Rollout, items: Items) -> Tensor:
+        pair, branch, step = items.pair, items.branch, items.step
+        v_old = rollout.velocities[pair, branch, step]
+        velocity = self._velocity(self._trainer, self._inputs(rollout, items))
+        u, backend = rollout.direction, self._backend
+        return log_ratio(velocity, v_old, u, pair=pair, branch=branch, backend=backend).cpu()
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The network in training mode; an error drops the gradient, of which nobody could say what it holds."""
         self._trainer.train()
-        for share in shares:
-            self._optimizer_step(rollout, adv, share, batch, totals)
-        self._trainer.train(False)
-        return _metrics(totals, adv, len(shares), time.perf_counter() - started)
+        try:
+            yield
+        except BaseException:
+            self._accumulation = _Accumulation()
+            self._trainer.discard_gradients()
+            raise
+        finally:
+            self._trainer.train(False)
 
-    def _optimizer_step(self, rollout: Rollout, adv: Advantage, share: Tensor, batch: int, totals: Totals) -> None:
-        micro_batches = self._micro_batches(rollout, adv, share)
-        if not micro_batches:
-            totals.left_out += 1
-            return
-        for i, items in enumerate(micro_batches):
-            self.poll()
-            loss = self._loss(rollout, adv, items, batch, totals)
-            self._trainer.backward(loss * items.weight, last=i == len(micro_batches) - 1)
-        norm, applied = self._trainer.step()
-        self._count_step(norm, applied, totals)
+    def _micro_batches(self, rollout: Rollout, objective: Objective, share: Tensor) -> list[Items]:
+        """Micro-batches of this rank, padded with weight 0 to the most of any rank; empty if no rank has any."""
+        live = torch.ones_like(objective.live) if self._settings.kl_weight else objective.live
+        own = self._blockwise(rollout, live, share)
+        return own + [Items.padding()] * (max_over_ranks(len(own)) - len(own))
 
-    def _micro_batches(self, rollout: Rollout, adv: Advantage, share: Tensor) -> list[Items]:
-        """Micro-batches of this rank, padded with weight 0 to the most of any rank; empty if no rank has any.
+    def _blockwise(self, rollout: Rollout, live: Tensor, share: Tensor) -> list[Items]:
+        """Micro-batches of the pairs that are `live`, bool `[P]`.
 
         None reaches across a block: what is computed together, and so its rounding, does not depend on the ranks.
         """
-        pairs = torch.arange(len(adv.values)) if self._settings.kl_weight else adv.live.nonzero().flatten()
-        blocks = pairs.split(torch.unique_consecutive(rollout.blocks[pairs], return_counts=True)[1].tolist())
-        own = [items for block in blocks for items in _items(block, share).chunks(self.micro_batch)]
-        zero = torch.zeros(1, dtype=torch.int64)
-        return own + [Items(zero, zero, zero, weight=0.0)] * (max_over_ranks(len(own)) - len(own))
+        pairs = live.nonzero().flatten()
+        sizes = torch.unique_consecutive(rollout.blocks[pairs], return_counts=True)[1].tolist()
+        blocks = pairs.split(sizes)
+        return [items for block in blocks for items in Items.of_pairs(block, share).chunks(self.micro_batch)]
 
-    def _loss(self, rollout: Rollout, adv: Advantage, items: Items, batch: int, totals: Totals) -> Tensor:
-        device = self._model.device
-        pair, branch, step = items.pair, items.branch, items.step
-        latents = rollout.latents(pair, branch, step)
-        timesteps = rollout.timesteps[step]
-        prompts = [rollout.prompts[p] for p in pair.tolist()]
-        conditioning, negative = self._conditioner(prompts)
+    def _loss(self, rollout: Rollout, objective: Objective, items: Items, totals: Totals) -> Tensor:
         network = self._network if len(items) == self.micro_batch else self._trainer
-        v = self._velocity(network, latents, timesteps, conditioning, negative)
-        signed = adv.values[pair, branch].to(device)
-        loss, log_ratio = fdfo_loss(
-            v,
-            rollout.velocities[pair, branch, step],
-            rollout.direction,
-            signed,
-            clip_range=self._settings.clip_range,
-            pair=pair,
-            branch=branch,
-            normalizer=float(batch),
-            backend=self._backend,
-        )
-        kl = torch.zeros((), device=device)
+        inputs = self._inputs(rollout, items)
+        velocity = self._velocity(network, inputs)
+        loss, ratios = objective.loss(velocity, rollout, items)
+        divergence = torch.zeros((), device=self.device)
         if self._settings.kl_weight:
-            divergence = (v.float() - self._base_velocity(latents, timesteps, conditioning, negative)).square()
-            kl = divergence.flatten(1).mean(1).sum() / batch
-            loss = loss + self._settings.kl_weight * kl
-        self._count_items(loss.detach(), log_ratio, kl.detach(), items.weight, totals)
+            difference = velocity.float() - self._base_velocity(inputs)
+            divergence = difference.square().flatten(1).mean(1).sum() / objective.normalizer
+            loss = loss + self._settings.kl_weight * divergence
+        if items.weight:
+            totals.count_items(loss.detach(), ratios, divergence.detach(), objective.clip_range)
         return loss
 
-    @torch.no_grad()
-    def _base_velocity(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, negative: Conditioning | None
-    ) -> Tensor:
-        network = self._trainer if self._reference is None else self._reference
-        with self._model.without_adapter():
-            return self._velocity(network, latents, timesteps, conditioning, negative).float()
+    def _inputs(self, rollout: Rollout, items: Items) -> _Inputs:
+        prompts = [rollout.prompts[p] for p in items.pair.tolist()]
+        latents = rollout.latents(items.pair, items.branch, items.step)
+        return _Inputs(latents, rollout.timesteps[items.step], *self._conditioner(prompts))
 
-    def _velocity(
-        self,
-        network: Network,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        negative: Conditioning | None,
-    ) -> Tensor:
+    def _velocity(self, network: Network, inputs: _Inputs) -> Tensor:
         """Guided and rounded, as the rollout's step used it."""
-        v, v_uncond = predict(self._model, network, latents, timesteps, conditioning, negative, self._guidance)
+        v, v_uncond = predict(self._model, network, *inputs, self._guidance)
         return guided_velocity(v, v_uncond, self._guidance)
 
-    def _count_items(self, loss: Tensor, log_ratio: Tensor, kl: Tensor, weight: float, totals: Totals) -> None:
-        clipped = ((log_ratio.exp() - 1).abs() >= self._settings.clip_range).sum()
-        totals.add(loss, log_ratio.double().sum(), clipped, kl, len(log_ratio), weight=weight)
-        if totals.floor is None and weight:
-            totals.floor = float(log_ratio.abs().mean())
+    @torch.no_grad()
+    def _base_velocity(self, inputs: _Inputs) -> Tensor:
+        network = self._trainer if self._reference is None else self._reference
+        with self._model.without_adapter():
+            return self._velocity(network, inputs).float()
 
-    def _count_step(self, norm: float, applied: bool, totals: Totals) -> None:
+    def _count_skipped(self, applied: bool) -> None:
         if applied:
             self._skipped_in_a_row = 0
-            totals.grad_norms.append(norm)
             return
-        totals.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NumericsError(f"{self._skipped_in_a_row} optimiser steps in a row had a gradient that is not finite")
-
-
-def _items(pairs: Tensor, share: Tensor) -> Items:
-    """Every (sample, step) of `pairs` that `share` `[P, 2, S]` gives this optimiser step, trajectory by trajectory."""
-    steps = share[pairs]
-    pair = pairs[:, None, None].expand_as(steps).flatten()
-    branch = torch.arange(2)[None, :, None].expand_as(steps).flatten()
-    return Items(pair, branch, steps.flatten())
-
-
-def _metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds: float) -> dict[str, float]:
-    counts = torch.stack([adv.lost.sum(), adv.tied.sum(), adv.still.sum()]).double()
-    magnitude = torch.tensor([float(adv.values[:, 0].abs().sum()), float(len(adv.values))], dtype=torch.float64)
-    totals_over_ranks = all_sum(torch.cat([counts, totals.sums.cpu(), magnitude])).tolist()
-    lost, tied, still, loss, log_ratio, clipped, kl, items, size, pairs = totals_over_ranks
-    applied = totals.grad_norms
-    return {
-        "loss": loss / optimizer_steps,
-        "log_ratio_mean": log_ratio / max(items, 1),
-        "log_ratio_floor": totals.floor if totals.floor is not None else 0.0,
-        "clip_fraction": clipped / max(items, 1),
-        "kl": kl / optimizer_steps,
-        "grad_norm": sum(applied) / len(applied) if applied else 0.0,
-        "advantage_abs_mean": size / max(pairs, 1),
-        "lost_pairs": int(lost),
-        "tied_pairs": int(tied),
-        "zero_direction_pairs": int(still),
-        "optimizer_steps": len(applied),
-        "skipped_steps": totals.skipped,
-        "left_out_steps": totals.left_out,
-        "seconds_update": seconds,
-    }

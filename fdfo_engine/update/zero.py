@@ -95,10 +95,23 @@ class ZeroTrainer:
         """
         norm = self._gradient_norm()
         if any_rank(not math.isfinite(norm) or norm < 0):
-            self._drop_gradients()
+            self.discard_gradients()
             return norm, False
         self.engine.step()
         return norm, True
+
+    @contextmanager
+    def learning_rate(self, lr: float | None) -> Iterator[None]:
+        """Within this context steps take `lr`; None leaves the settings'."""
+        groups = self._inner.param_groups
+        own = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] if lr is None else lr
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, own, strict=True):
+                group["lr"] = rate
 
     def gradients(self) -> dict[str, Tensor]:
         """The accumulated, unclipped gradient by name, float32 on the CPU; between `backward(last=True)` and `step`."""
@@ -286,7 +299,8 @@ class ZeroTrainer:
             return float(combine_grad_norm_groups(optimizer._get_norm_groups()))
         return float(optimizer.scaled_global_norm())
 
-    def _drop_gradients(self) -> None:
+    def discard_gradients(self) -> None:
+        """Drops what was accumulated: weights and moments keep their bits."""
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
         if self._offloads:
