@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.exporting import Weights, refuse_foreign, takes_average, write_export
+from fdfo_engine.models.export_checks import refuse_style
 from fdfo_engine.models.flow_model import ExportStyle
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
@@ -323,6 +324,7 @@ class Engine:
             CheckpointError: loaded back, it does not give the same velocity.
         """
         refuse_filled(Path(folder), overwrite)
+        refuse_style(style, self.config.model)
         trained = self.trained_weights(weights)
 
         def write() -> None:  # by a fresh model: under ZeRO-3 the live one holds only pieces of its weights

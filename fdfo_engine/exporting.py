@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config, dump_config
+from fdfo_engine.models.export_checks import refuse_style
 from fdfo_engine.models.flow_model import ExportStyle, FlowModel
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.report.model_card import CARD_NAME, model_card
@@ -48,6 +49,7 @@ def export_run(
         raise UsageError(f"export: {ranks} ranks would write one folder; start it without a launcher")
     refuse_filled(Path(folder), overwrite)
     config = run_config(run_dir)
+    refuse_style(style, config.model)
     store = checkpoint_store(run_dir)
     found = store.load(checkpoint)
     if found is None:

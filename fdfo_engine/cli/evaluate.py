@@ -6,10 +6,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.export import add_weights, refuse_outside
-from fdfo_engine.cli.generate import add_prompt_files, load_prompt_list
-from fdfo_engine.runtime.durable import refuse_filled
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.cli.options import (
+    add_checkpoints,
+    add_overwrite,
+    add_prompt_files,
+    add_run_dir,
+    add_weights,
+    chosen_checkpoints,
+    load_prompt_list,
+    refuse_absent_average,
+    refuse_filled_out,
+    refuse_outside,
+)
+from fdfo_engine.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from fdfo_engine.config import Config, MetricConfig
@@ -31,15 +40,9 @@ def add_parser(verbs: Any) -> None:
         "evaluation.json, pictures and report.html. A score depends on the seed, the prompt's index, the prompt and "
         "the weights only.",
     )
-    parse.add_argument(
-        "--run", "--run-dir", type=Path, metavar="DIR",
-        help="a run folder; its newest checkpoint unless named (torchrun takes --run for its own: there --run-dir)",
-    )  # fmt: skip
-    parse.add_argument(
-        "--checkpoint", action="append", metavar="NAME|PATH", default=[],
-        help="such as epoch_000010, `all`, or a path DIR/checkpoints/NAME; may be repeated",
-    )  # fmt: skip
-    parse.add_argument("--base", action="store_true", help="the untrained model alone")
+    add_run_dir(parse)
+    add_checkpoints(parse)
+    parse.add_argument("--untrained", action="store_true", help="the untrained model alone")
     add_prompt_files(parse, required=False)
     parse.add_argument(
         "--count", type=int, help="the first N prompts; default: all of --prompts, evaluation.count else"
@@ -66,13 +69,13 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("--confidence", type=float, default=0.95, help="of the intervals; default 0.95")
     parse.add_argument("--pictures", type=int, default=16, metavar="N", help="prompts shown side by side; default 16")
     parse.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; default: RUN/evaluation")
-    parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add_overwrite(parse)
     parse.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and writes."""
-    run_dir, names = _checkpoints(arguments)
+    run_dir = arguments.run_dir
     out = arguments.out or run_dir / "evaluation"
     _check(arguments, out)
     from fdfo_engine.evaluation.compare import Request, summarize
@@ -81,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.runtime.run_folder import run_config
 
     config = run_config(run_dir)
+    refuse_absent_average(arguments, config)
+    names = _checkpoints(arguments)
     prompts = _prompts(arguments, config)
     device = setup_distributed(_device())
     options = {"clip": arguments.clip} if arguments.clip else {}
@@ -104,24 +109,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoints(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
-    """The run folder and the names of the checkpoints to evaluate, oldest first."""
-    paths = [Path(name) for name in arguments.checkpoint if len(Path(name).parts) > 1]
-    folders = {path.parent.parent for path in paths} | ({arguments.run} if arguments.run else set())
-    if len(folders) != 1:
-        raise UsageError("takes --run DIR, or --checkpoint DIR/checkpoints/NAME, of one run")
-    (run_dir,) = folders
+def _checkpoints(arguments: argparse.Namespace) -> list[str]:
+    """The names of the checkpoints to evaluate, oldest first."""
+    if arguments.untrained:
+        return []
     from fdfo_engine.runtime.run_folder import checkpoint_store
 
-    found = checkpoint_store(run_dir).names()
-    if arguments.base:
-        return run_dir, []
-    if not found:
-        raise CheckpointError(f"{run_dir}: no checkpoint there; --base takes the untrained model")
-    wanted = {Path(name).name for name in arguments.checkpoint} or {found[-1]}
-    if missing := wanted - {*found, "all"}:
-        raise CheckpointError(f"{run_dir}: no checkpoint {', '.join(sorted(missing))}; found: {', '.join(found)}")
-    return run_dir, found if "all" in wanted else sorted(wanted)
+    chosen = chosen_checkpoints(arguments.run_dir, arguments.checkpoint)
+    return sorted(chosen) or checkpoint_store(arguments.run_dir).names()[-1:]
 
 
 def _check(arguments: argparse.Namespace, out: Path) -> None:
@@ -129,9 +124,8 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
         "steps": (1, 10_000), "count": (1, 10**9), "seed": (0, 2**64 - 1), "guidance_scale": (0, 1e6),
         "images_per_prompt": (1, 1000), "larger": (1, 8), "confidence": (0.01, 0.9999), "pictures": (0, 1000),
     }  # fmt: skip
-    for name, (least, most) in bounds.items():
-        refuse_outside(arguments, name, least, most)
-    refuse_filled(out, arguments.overwrite)
+    refuse_outside(arguments, bounds)
+    refuse_filled_out(out, arguments)
 
 
 def _entries(texts: list[str]) -> list[MetricConfig]:

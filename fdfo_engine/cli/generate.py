@@ -8,16 +8,25 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.export import add_weights, refuse_outside
-from fdfo_engine.runtime.durable import refuse_filled
-from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.cli.options import (
+    SHAPES_COUNT,
+    add_checkpoints,
+    add_overwrite,
+    add_prompt_files,
+    add_weights,
+    chosen_checkpoints,
+    load_prompt_list,
+    refuse_absent_average,
+    refuse_filled_out,
+    refuse_outside,
+)
+from fdfo_engine.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fdfo_engine.config import Config
 
-_SHAPES_COUNT = 16
 _COLUMNS = 4
 
 
@@ -33,19 +42,16 @@ def add_parser(verbs: Any) -> None:
     add_prompt_files(parse, required=True).add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated"
     )
-    parse.add_argument("--count", type=int, help=f"the first N prompts; default all, {_SHAPES_COUNT} of shapes")
+    parse.add_argument("--count", type=int, help=f"the first N prompts; default all, {SHAPES_COUNT} of shapes")
     parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parse.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add_overwrite(parse)
     parse.add_argument("--seed", type=int, default=0, help="key of the noise; default 0")
     parse.add_argument("--steps", type=int, help="solver steps; default: the run's")
     parse.add_argument("--guidance-scale", type=float, help="default: the run's")
-    parse.add_argument(
-        "--checkpoint", action="append", default=[], metavar="NAME",
-        help="such as epoch_000010, or `all`; may be repeated: the grid has a column for each; default: the newest",
-    )  # fmt: skip
+    add_checkpoints(parse, ": the grid has a column for each")
     add_weights(parse)
     which = parse.add_mutually_exclusive_group()
-    which.add_argument("--base", action="store_true", help="the untrained model")
+    which.add_argument("--untrained", action="store_true", help="the untrained model")
     which.add_argument("--compare", action="store_true", help="both; the grid shows untrained left, trained right")
     parse.add_argument(
         "--film", choices=("gif", "apng"), help="also a film of the grid: the untrained model, then each checkpoint"
@@ -54,37 +60,13 @@ def add_parser(verbs: Any) -> None:
     parse.set_defaults(verb=run)
 
 
-def add_prompt_files(parse: argparse.ArgumentParser, *, required: bool) -> Any:
-    """`--prompts` with its options; returns the exclusive group, to which a verb may add."""
-    group = parse.add_mutually_exclusive_group(required=required)
-    group.add_argument(
-        "--prompts", metavar="FILE|SET",
-        help="text, .jsonl, .json, .csv, .tsv or .parquet file; drawbench, parti, hpdv2, pickscore or "
-        "hub:OWNER/NAME/FILE; or `shapes`: its held-out captions",
-    )  # fmt: skip
-    parse.add_argument("--column", help="column of the prompt in a file that has several; default: the run's")
-    parse.add_argument("--allow-download", action="store_true", help="let a prompt set or a metric's model be fetched")
-    return group
-
-
-def load_prompt_list(arguments: argparse.Namespace, config: Config) -> list[str]:
-    """The prompts of `--prompts`, the first `--count` of them."""
-    from fdfo_engine.rollout.prompts import load_prompts
-
-    count = arguments.count or (_SHAPES_COUNT if arguments.prompts == "shapes" else None)
-    changes: dict[str, Any] = {"source": arguments.prompts, "allow_download": arguments.allow_download}
-    changes |= {"count": count} if count else {}
-    changes |= {"column": arguments.column} if arguments.column else {}
-    settings = config.prompts.model_copy(update=changes)
-    return load_prompts(settings, config.evaluation.seed, split="heldout").prompts[:count]
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Generates and writes."""
     _check(arguments)
     config = _config(arguments.source)
+    refuse_absent_average(arguments, config)
     prompts = _prompts(arguments, config)
-    checkpoints = [] if arguments.base else _checkpoints(config, arguments.checkpoint)
+    checkpoints = _checkpoints(arguments, config)
     sets = _images(arguments, config, prompts, checkpoints)
     _write(arguments.out, prompts, sets)
     if arguments.film:
@@ -100,17 +82,22 @@ def _check(arguments: argparse.Namespace) -> None:
         "steps": (1, 10_000), "count": (1, 10**9), "seed": (0, 2**64 - 1), "guidance_scale": (0, 1e6),
         "frame_ms": (20, 60_000),
     }  # fmt: skip
-    for name, (least, most) in bounds.items():
-        refuse_outside(arguments, name, least, most)
-    refuse_filled(arguments.out, arguments.overwrite)
+    refuse_outside(arguments, bounds)
+    refuse_filled_out(arguments.out, arguments)
 
 
 def _config(source: str) -> Config:
     """The settings of a run folder, or of a config file."""
-    from fdfo_engine.config import load_config
-    from fdfo_engine.runtime.run_folder import run_config
+    from fdfo_engine.config import bundled_configs, load_config
+    from fdfo_engine.runtime.run_folder import run_config, runs_beside
 
-    return run_config(source) if Path(source).is_dir() else load_config(source)
+    if Path(source).is_dir():
+        return run_config(source)
+    if Path(source).is_file() or Path(source).suffix in (".yaml", ".yml") or source in bundled_configs():
+        return load_config(source)
+    raise UsageError(
+        f"{source}: no such run folder{runs_beside(source)}; no config either (bundled: {', '.join(bundled_configs())})"
+    )
 
 
 def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -119,16 +106,11 @@ def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
     return load_prompt_list(arguments, config)
 
 
-def _checkpoints(config: Config, wanted: list[str]) -> list[str | None]:
+def _checkpoints(arguments: argparse.Namespace, config: Config) -> list[str | None]:
     """Names of the checkpoints to show; None is the newest whole one."""
-    from fdfo_engine.runtime.run_folder import checkpoint_store
-
-    found = checkpoint_store(config.run.dir).names()
-    if not found:
-        raise CheckpointError(f"{config.run.dir}: no checkpoint there; --base takes the untrained model")
-    if "all" in wanted:
-        return list(found)
-    return list(dict.fromkeys(wanted)) if wanted else [None]
+    if arguments.untrained:
+        return []
+    return [*chosen_checkpoints(config.run.dir, arguments.checkpoint)] or [None]
 
 
 def _images(
@@ -140,7 +122,7 @@ def _images(
     engine = Engine(config, trains=False)
     options = {"seed": arguments.seed, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sets = {}
-    if arguments.base or arguments.compare or arguments.film:
+    if arguments.untrained or arguments.compare or arguments.film:
         sets["untrained"] = engine.generate(prompts, weights="raw", **options)
     for name in checkpoints:
         engine.load(name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from fdfo_engine import __version__
 from fdfo_engine.cli import bench, doctor, evaluate, export, generate, plan, pretrain_shapes, report, status, train
-from fdfo_engine.runtime.errors import report_and_exit_code
+from fdfo_engine.runtime.errors import UsageError, report_and_exit_code
 from fdfo_engine.runtime.process import end_process
 
 Verb = Callable[[argparse.Namespace], int]
@@ -26,9 +28,11 @@ def parser() -> argparse.ArgumentParser:
         "5 reward, 6 numerics, 7 checkpoint or storage, 8 distributed, 75 stopped and resumable, 1 a bug.",
     )
     parse.add_argument("--version", action="version", version=f"fdfo-engine {__version__}")
-    verbs = parse.add_subparsers(dest="verb_name", metavar="VERB", required=True)
+    verbs = parse.add_subparsers(dest="verb_name", metavar="VERB")
     for module in _VERBS:
         module.add_parser(verbs)
+    for verb in verbs.choices.values():
+        verb.set_defaults(verb_parser=verb)
     return parse
 
 
@@ -39,7 +43,11 @@ def command() -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
-    arguments = _parsed(parser(), argv)
+    parse = parser()
+    arguments = _parsed(parse, argv)
+    if arguments.verb_name is None:
+        parse.print_help()
+        return UsageError.exit_code
     verb: Verb = arguments.verb
     code = 0
     try:
@@ -62,10 +70,19 @@ def _parsed(parse: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     """The arguments; settings may stand before and after options, which argparse alone does not allow in a verb."""
     arguments, rest = parse.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parse.error(f"unrecognized arguments: {' '.join(rest)}")
+        used = getattr(arguments, "verb_parser", parse)
+        used.error(f"unrecognized arguments: {' '.join(rest)}{_nearest_option(used, rest)}")
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _nearest_option(parse: argparse.ArgumentParser, words: list[str]) -> str:
+    """`; did you mean --dry-run?` where one of `words` is nearly an option of `parse`."""
+    options = re.findall(r"--([a-z][a-z-]*)", parse.format_usage())
+    given = [word.lstrip("-").split("=")[0] for word in words]
+    near = [option for name in given for option in difflib.get_close_matches(name, options, n=1)]
+    return f"; did you mean --{near[0]}?" if near else ""
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from fdfo_engine.cli.options import add_config, config_words
 from fdfo_engine.runtime.errors import UsageError
 
 
@@ -18,8 +19,7 @@ def add_parser(verbs: Any) -> None:
         "a GPU's memory. Counts the real architecture from its configs, on diffusers' own blocks (fused ones keep "
         "less); reads no weights and needs no GPU. Exit code 2 when it does not fit.",
     )
-    parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
-    parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    add_config(parse)
     parse.add_argument(
         "--gpu-gb", type=float, default=80.0, help="memory of a GPU that is free, in the units of its name; default 80"
     )
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name} {value:g}: takes more than 0")
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(*config_words(arguments))
     plan = BatchPlan.from_config(config, arguments.ranks)
     free = int(arguments.gpu_gb * GIB)
     counted, scorers = blank_footprint(config), reward_bytes(config)

@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from fdfo_engine.cli.options import add_overwrite, refuse_filled_out, refuse_outside
+from fdfo_engine.runtime.durable import open_to_readers
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
 
@@ -24,19 +26,15 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("--autoencoder-steps", type=int, help="steps of the first stage; default likewise")
     parse.add_argument("--continue-from", type=Path, metavar="FOLDER", help="train this base further instead")
     parse.add_argument("--threads", type=int, default=2, help="part of what makes weights equal; default 2")
-    parse.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    add_overwrite(parse)
     parse.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Pretrains; prints each line of its log."""
-    from fdfo_engine.cli.export import refuse_outside
-    from fdfo_engine.runtime.durable import refuse_filled
-
-    refuse_filled(arguments.out, arguments.overwrite)
+    refuse_filled_out(arguments.out, arguments)
     bounds = {"steps": (1, 10**9), "autoencoder_steps": (1, 10**9), "threads": (1, 1024), "seed": (0, 2**63 - 1)}
-    for name, (least, most) in bounds.items():
-        refuse_outside(arguments, name, least, most)
+    refuse_outside(arguments, bounds)
     if arguments.continue_from is not None and not (arguments.continue_from / "model_index.json").is_file():
         raise EnvironmentProblem(f"--continue-from {arguments.continue_from}: no diffusers pipeline folder")
     import torch
@@ -46,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         _from_nothing(arguments)
     else:
         _further(arguments)
+    open_to_readers(arguments.out)
     return 0
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fdfo_engine.cli.options import add_run_dir
+
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
@@ -15,7 +17,7 @@ def add_parser(verbs: Any) -> None:
         description="Writes one HTML page about a run, running or done; it opens offline. Prints the evaluations' "
         "first and last figures.",
     )
-    parse.add_argument("run_dir", type=Path, help="a run folder")
+    add_run_dir(parse)
     parse.add_argument("--out", type=Path, help="the file to write; default: RUN_DIR/report.html")
     parse.set_defaults(verb=run)
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fdfo_engine.cli.options import add_run_dir
 from fdfo_engine.runtime.console import say, visible
 from fdfo_engine.runtime.errors import CheckpointError, GuardStop, UsageError
 
@@ -27,13 +28,14 @@ def add_parser(verbs: Any) -> None:
         help="say how a run is doing",
         description="Prints status.json of a run folder in words. Exit code 0 whatever the run's state is.",
     )
-    parse.add_argument("run_dir", type=Path, help="a run folder")
+    add_run_dir(parse)
     parse.add_argument("--json", action="store_true", help="the record as it is")
     parse.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the status."""
+    from fdfo_engine.runtime.run_folder import runs_beside
     from fdfo_engine.runtime.run_status import read_status
 
     try:
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{arguments.run_dir}: its status.json cannot be read: {error}") from error
     if status is None:
-        raise UsageError(f"{arguments.run_dir}: no run folder; it has no status.json")
+        raise UsageError(f"{arguments.run_dir}: no run folder; it has no status.json{runs_beside(arguments.run_dir)}")
     for line in [json.dumps(status, indent=1)] if arguments.json else describe(arguments.run_dir, status):
         say(line)
     return 0

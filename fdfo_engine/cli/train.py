@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fdfo_engine.cli.options import add_config, config_words
 from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError
 
 STOP_TIMEOUT_S = 120.0  # ranks finish what they are in and save
@@ -30,8 +31,7 @@ def add_parser(verbs: Any) -> None:
         add_help=False,
     )
     parse.add_argument("-h", "--help", action=_HelpWithKeys, nargs=0, help="show this message and every setting")
-    parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
-    parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    add_config(parse)
     parse.add_argument("--ranks", type=int, help="processes; default: one a GPU, one on a machine without")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic; stop")
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
@@ -56,13 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = _default_ranks() if arguments.ranks is None else arguments.ranks
     if ranks < 1:
         raise UsageError(f"--ranks {ranks}: takes 1 or more")
+    name, overrides = config_words(arguments)
     flags = [flag for flag in ("--dry-run", "--resume") if getattr(arguments, flag[2:].replace("-", "_"))]
-    command = ["--config", arguments.config, *flags, *arguments.overrides]
+    command = ["--config", name, *flags, *overrides]
     if ranks == 1:
         from fdfo_engine.train import main
 
         return main(command)
-    config = load_config(arguments.config, arguments.overrides)  # a mistake is told here, before the launcher starts
+    config = load_config(name, overrides)  # a mistake is told here, before the launcher starts
     started = time.time()
     status = _launch(command, ranks)
     return status if arguments.dry_run else _true_status(Path(config.run.dir), started, status)

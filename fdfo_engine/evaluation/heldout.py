@@ -56,17 +56,22 @@ def evaluation_prompts(config: Config) -> list[str]:
 
 def metric_rewards(config: Config) -> WeightedRewards:
     """The run's rewards and then `evaluation.metrics`, each scored once."""
-    return WeightedRewards.from_labelled(scored(config))
+    parts = asked(config)
+    return WeightedRewards.from_labelled(labelled(list(parts.values())), keys=list(parts))
 
 
-def scored(config: Config) -> dict[str, RewardConfig]:
-    """What an evaluation scores, by the name of its column: the run's rewards first, under the names they have there.
+def asked(config: Config) -> dict[str, RewardConfig]:
+    """What an evaluation scores, by the setting that names it: the run's rewards first.
 
     A metric that is nothing but the name of a reward of the run is that reward.
     """
     own = {part.name for part in config.rewards}
-    extra = [part for part in config.evaluation.metrics if part.name not in own or part.model_extra]
-    return labelled([*config.rewards, *extra])
+    rewards = {f"rewards.{i}.name": part for i, part in enumerate(config.rewards)}
+    return rewards | {
+        f"evaluation.metrics.{i}.name": part
+        for i, part in enumerate(config.evaluation.metrics)
+        if part.name not in own or part.model_extra
+    }
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config, RewardConfig
-from fdfo_engine.evaluation.heldout import scored
+from fdfo_engine.evaluation.heldout import asked
 from fdfo_engine.metrics import DIVERSITY, HEALTH, DiversityMeasure, measure_health
 from fdfo_engine.metrics.embeddings import DEFAULT_CLIP, clip_diversity, dreamsim_diversity
 from fdfo_engine.rewards import WeightedRewards, labelled
+from fdfo_engine.rewards import names as reward_names
 from fdfo_engine.runtime.errors import UsageError
 
 Kind = Literal["reward", "health", "diversity"]
@@ -68,23 +70,37 @@ def build_measures(
         UsageError: no such reward; diversity of one image a prompt.
         EnvironmentProblem: a measure's package or model is not here.
     """
-    known = labelled([*scored(config).values(), *more])
+    of_run = asked(config)
+    known = labelled([*of_run.values(), *more])
+    _refuse_unknown(names, known)
     asked_for = [*names, *list(known)[len(known) - len(more) :]] if names else [*known, "diversity", "health"]
     wanted = list(dict.fromkeys(n for name in asked_for for n in GROUPS.get(name, (name,))))
     diverse = [n for n in wanted if n in DIVERSITY or n in MODEL_DIVERSITY]
     if images_per_prompt < 2:
-        if asked := [n for n in diverse if names]:
-            raise UsageError(f"--metrics {asked[0]}: needs two or more images a prompt; set --images-per-prompt")
+        if names and diverse:
+            raise UsageError(f"--metrics {diverse[0]}: needs two or more images a prompt; set --images-per-prompt")
         diverse = []
-    rewards = WeightedRewards.from_labelled(
-        {label: part for n in wanted if n not in (*HEALTH, *diverse, *DIVERSITY) for label, part in _named(known, n)}
-    )
+    parts = dict(named for n in wanted if n not in (*HEALTH, *diverse, *DIVERSITY) for named in _named(known, n))
+    keys = dict(zip(known, [*of_run, *["--metric"] * len(more)], strict=True))
+    rewards = WeightedRewards.from_labelled(parts, keys=[keys.get(label, "--metrics") for label in parts])
     if not allow_download:
         rewards.forbid_downloads()
     special = {"clip_diversity": lambda: clip_diversity(clip, device, allow_download=allow_download),
                "dreamsim_diversity": lambda: dreamsim_diversity(device, allow_download=allow_download)}  # fmt: skip
     diversity = {n: DIVERSITY[n] if n in DIVERSITY else special[n]() for n in diverse}
     return Measures(rewards, tuple(n for n in wanted if n in HEALTH), diversity)
+
+
+def _refuse_unknown(names: Sequence[str], known: Mapping[str, RewardConfig]) -> None:
+    """A misspelt name of `--metrics` is told with what it was near to."""
+    takes = {*GROUPS, *HEALTH, *DIVERSITY, *MODEL_DIVERSITY, *reward_names(), *known, *(p.name for p in known.values())}
+    for name in names:
+        if name not in takes and ":" not in name:
+            near = difflib.get_close_matches(name, sorted(takes), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(
+                f"--metrics {name}: no such metric. {hint}Takes {', '.join(sorted(takes))}; your own: module:attribute"
+            )
 
 
 def _named(known: Mapping[str, RewardConfig], name: str) -> list[tuple[str, RewardConfig]]:

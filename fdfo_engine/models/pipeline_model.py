@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.export_checks import require_adapter, require_weights
+from fdfo_engine.models.export_checks import refuse_style, require_adapter, require_weights
 from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Network
 from fdfo_engine.models.fused.choice import choose_blocks, refuse_unfit
 from fdfo_engine.models.fused.fuse import own_forwards
@@ -36,6 +36,7 @@ from fdfo_engine.models.native_lora import NativeLayers, add_native, layers_with
 from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
 from fdfo_engine.models.quantized import unpack
 from fdfo_engine.runtime.console import say
+from fdfo_engine.runtime.durable import open_to_readers
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 EXPORT_TOLERANCE = 1e-6
@@ -270,13 +271,7 @@ class PipelineModel:
                 run on quantised weights.
             CheckpointError: what was written does not give the same velocity when loaded back.
         """
-        if style != "diffusers" and self._lora_scale is None:
-            raise UsageError(f"export: style {style} is a LoRA's, and this run trains every weight; takes diffusers")
-        if style == "merged" and self.settings.quantize:
-            raise UsageError(
-                f"export: style merged: the LoRA was trained on weights in {self.settings.quantize}, to which nothing "
-                "can be added exactly; takes diffusers or comfyui"
-            )
+        refuse_style(style, self.settings)
         whole = self._lora_scale is None or style == "merged"
         if whole and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
             raise UsageError(f"export: {folder} is the base model itself; choose another folder")
@@ -290,6 +285,7 @@ class PipelineModel:
                 folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, self._lora_scale)
                 write = {"diffusers": self._export_lora, "comfyui": self._export_native, "merged": self._export_merged}
                 exported = write[style](aside, folded)
+            open_to_readers(aside)
             self._verify(exported, weights, folder)
             if folder.is_dir() and any(folder.iterdir()):
                 shutil.copytree(aside, folder, dirs_exist_ok=True)

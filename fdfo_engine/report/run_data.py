@@ -14,7 +14,14 @@ import yaml
 from PIL import Image
 
 from fdfo_engine.runtime.errors import UsageError
-from fdfo_engine.runtime.run_folder import ENVIRONMENT_NAME, EVALUATIONS_NAME, METRICS_NAME, read_log, stored_config
+from fdfo_engine.runtime.run_folder import (
+    ENVIRONMENT_NAME,
+    EVALUATIONS_NAME,
+    METRICS_NAME,
+    read_log,
+    runs_beside,
+    stored_config,
+)
 from fdfo_engine.runtime.run_log import IMAGES_NAME
 from fdfo_engine.runtime.run_status import read_status
 
@@ -59,7 +66,9 @@ def read_run(path: Path) -> RunData:
     data.evaluations = [r for r in _records(path / EVALUATIONS_NAME) if isinstance(r.get("metrics"), dict)]
     data.status = _status(path)
     if data.config_text is None and data.status is None and not data.metrics:
-        raise UsageError(f"{path}: no run folder; it has no config.yaml, status.json or metrics.jsonl")
+        raise UsageError(
+            f"{path}: no run folder; it has no config.yaml, status.json or metrics.jsonl{runs_beside(path)}"
+        )
     data.settings = _settings(data.config_text)
     data.environment = _json_object(path / ENVIRONMENT_NAME)
     data.galleries = [g for file in _gallery_files(path) if (g := _gallery(file)) is not None]

@@ -64,7 +64,7 @@ def build(name: str, options: dict[str, Any], where: str) -> Reward:
     """The reward `name` (registered, `module:attribute`, or the URL of a reward server) with its `options`.
 
     Raises:
-        UsageError: no such reward, or it takes no such option; `where` is the config key the message names.
+        UsageError: no such reward, or it takes no such option; `where` is the setting or option that the message names.
     """
     if name.startswith(("http://", "https://")):
         return build("http", {"url": name, **options}, where)
@@ -87,9 +87,14 @@ def _find(name: str, where: str) -> Callable[..., Any]:
     near = difflib.get_close_matches(name, names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UsageError(
-        f"{where} = {name!r}: no such reward. {hint}Registered: {', '.join(names())}; your own: module:attribute, "
+        f"{_named(where, name)}: no such reward. {hint}Registered: {', '.join(names())}; your own: module:attribute, "
         "http(s)://server, or @fdfo_engine.rewards.register"
     )
+
+
+def _named(where: str, name: str) -> str:
+    """A setting with its value, or an option of the command line with what was given."""
+    return f"{where} {name}" if where.startswith("--") else f"{where} = {name!r}"
 
 
 def _import(name: str, where: str) -> Callable[..., Any]:
@@ -97,9 +102,9 @@ def _import(name: str, where: str) -> Callable[..., Any]:
     try:
         target: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"{where} = {name!r}: {error}") from error
+        raise UsageError(f"{_named(where, name)}: {error}") from error
     if not callable(target):
-        raise UsageError(f"{where} = {name!r}: is a {type(target).__name__}, takes something to call")
+        raise UsageError(f"{_named(where, name)}: is a {type(target).__name__}, takes something to call")
     return target
 
 

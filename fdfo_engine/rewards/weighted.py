@@ -52,10 +52,16 @@ class WeightedRewards:
         return cls.from_labelled(labelled(settings), log_folder)
 
     @classmethod
-    def from_labelled(cls, parts: Mapping[str, RewardConfig], log_folder: Path | None = None) -> WeightedRewards:
-        """Builds every reward of `parts`, under the name it has there."""
+    def from_labelled(
+        cls, parts: Mapping[str, RewardConfig], log_folder: Path | None = None, keys: Sequence[str] = ()
+    ) -> WeightedRewards:
+        """Builds every reward of `parts`, under the name it has there.
+
+        `keys` are the settings or options that named them, for messages; `rewards.0.name` and so on by default.
+        """
+        keys = keys or [f"rewards.{i}.name" for i in range(len(parts))]
         rewards = {
-            label: (part.weight, _built(part, f"rewards.{i}.name")) for i, (label, part) in enumerate(parts.items())
+            label: (part.weight, _built(part, key)) for (label, part), key in zip(parts.items(), keys, strict=True)
         }
         return cls(rewards, log_folder, {label: part.normalize for label, part in parts.items()})
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import (
+    open_to_readers,
     plain_json,
     require_room,
     sha256_of,
@@ -215,6 +216,7 @@ def _write_contents(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
             path = folder / f"{stem}{number}.safetensors"
             save_file({name: group[name].detach().cpu().contiguous() for name in names}, path)
             sync_file(path)
+    open_to_readers(folder)
     write_synced(folder / _STATE, json.dumps(plain_json(state), indent=1).encode())
     manifest = {
         "schema_version": SCHEMA_VERSION,

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             raise storage_error(path, error) from error
 
 
+def open_to_readers(folder: Path) -> None:
+    """Gives the safetensors files under `folder` the permissions of any new file there (0666 without the umask).
+
+    safetensors itself leaves them to their owner alone, whatever the umask.
+    """
+    probe = folder / f".mode-{os.getpid()}"
+    probe.touch(exist_ok=False)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*.safetensors"):
+        if stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
+
+
 def plain_json(value: Any) -> Any:
     """`value` with NaN and infinities as None, and mapping keys as text, so that every JSON reader takes it."""
     if isinstance(value, float):
@@ -124,9 +139,9 @@ def _megabytes(num_bytes: int) -> str:
     return f"{math.ceil(num_bytes / 1e5) / 10:g} MB"
 
 
-def refuse_filled(folder: Path, overwrite: bool) -> None:
-    """A folder that holds something is only written to when asked."""
+def refuse_filled(folder: Path, overwrite: bool, how: str = "overwrite=True") -> None:
+    """A folder that holds something is only written to when asked; `how` to ask is what the message says."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; takes a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UsageError(f"{folder}: is not empty; choose another folder or pass --overwrite (overwrite=True)")
+        raise UsageError(f"{folder}: is not empty; choose another folder or pass {how}")

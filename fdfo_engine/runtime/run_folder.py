@@ -26,6 +26,7 @@ EVALUATIONS_NAME = "evaluations.jsonl"
 ENVIRONMENT_NAME = "environment.json"
 PROMPTS_NAME = "prompts.sha256"
 _CHECKPOINTS_NAME = "checkpoints"
+_RUNS_SHOWN = 12
 _TRACES = (METRICS_NAME, _CHECKPOINTS_NAME)
 
 
@@ -132,9 +133,17 @@ def run_config(path: Path | str) -> Config:
     """
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
-        raise CheckpointError(f"{path}: no run there (no {CONFIG_NAME})")
+        raise CheckpointError(f"{path}: no run there (no {CONFIG_NAME}){runs_beside(path)}")
     config = load_config(file)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
+
+
+def runs_beside(path: Path | str) -> str:
+    """The end of a message that `path` is no run folder: the runs that lie where it should; empty where none do."""
+    parent = Path(path).parent
+    runs = sorted(file.parent.name for file in parent.glob(f"*/{CONFIG_NAME}"))
+    shown = ", ".join(runs[:_RUNS_SHOWN]) + (f" and {more} more" if (more := len(runs) - _RUNS_SHOWN) > 0 else "")
+    return f"; runs in {parent}: {shown}" if runs else ""
 
 
 def record_config(path: Path, given: str, *, may_change: Iterable[str] = ()) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdfo_engine.ops import replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
+from fdfo_engine.runtime.durable import open_to_readers
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 _ON_DEVICE = ("images", "velocities", "direction")
@@ -98,6 +99,7 @@ class Rollout:
         folder, stem = Path(folder), f"rollout_{rank():05d}"
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: getattr(self, name).cpu().contiguous() for name in _TENSORS}, folder / f"{stem}.safetensors")
+        open_to_readers(folder)
         fields = {k: v for k, v in vars(self).items() if k not in _TENSORS} | {"world_size": world_size()}
         (folder / f"{stem}.json").write_text(json.dumps(fields, indent=1))
 

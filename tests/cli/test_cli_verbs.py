@@ -92,7 +92,7 @@ def test_doctor_reports_a_broken_storage_with_code_3(tmp_path, capsys):
 @pytest.mark.filterwarnings("default")
 def test_generate_base_writes_pictures(tmp_path):
     out = tmp_path / "out"
-    words = ["--prompt", "a red circle", "--prompt", "../..", "--out", str(out), "--base", "--steps", "2"]
+    words = ["--prompt", "a red circle", "--prompt", "../..", "--out", str(out), "--untrained", "--steps", "2"]
     assert main(["generate", "shapes", *words]) == 0
     names = sorted(path.name for path in out.iterdir())
     assert names == ["0000_a_red_circle.png", "0001_prompt.png", "grid.png", "images.jsonl"]

@@ -52,7 +52,7 @@ def metrics(tmp_path):
         ("model.height=40", 2, ["model.height = 40", "multiple of 4 up to 32"]),
         ("prompts.source=/no/such/file.txt", 4, ["prompts.source", "no such file"]),
         ("evaluation.prompts=/no/such/file.txt", 4, ["no such file"]),
-        ("evaluation.metrics=[brightnes]", 2, ["did you mean 'brightness'"]),
+        ("evaluation.metrics=[brightnes]", 2, ["evaluation.metrics.0.name = 'brightnes'", "did you mean 'brightness'"]),
         ("rewards.0.name=brightnes", 2, ["rewards.0.name", "did you mean 'brightness'"]),
         ("rewards.0.gamma=2", 2, ["gamma"]),
         ("lora.targets=[attention.q]", 2, ["lora.targets", "attention.q"]),

@@ -1,5 +1,6 @@
 """`export_run`, behind `fdfo export`: a checkpoint's weights without an engine."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
+from fdfo_engine.cli.main import main
+from fdfo_engine.config import dump_config
 from fdfo_engine.exporting import export_run
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
@@ -38,6 +41,39 @@ def test_it_writes_what_the_engine_does(engine, tmp_path, weights):
     (name,) = tensors(tmp_path / "out")
     one, another = (tensors(tmp_path / folder)[name] for folder in ("out", "other"))
     assert any((one[key] != another[key]).any() for key in one)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_are_readable_as_any_new_file(engine, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        engine.save()
+        engine.rollout(PROMPTS).save(tmp_path / "rollout")
+        for style in ("diffusers", "comfyui", "merged"):
+            export_run(tmp_path / "run", tmp_path / style, style=style)
+    finally:
+        os.umask(before)
+    for folder in ("run/checkpoints", "rollout", "diffusers", "comfyui", "merged"):
+        files = [path for path in (tmp_path / folder).rglob("*") if path.is_file()]
+        assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}, folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "says"),
+    [
+        ({"train": "full"}, ["--merge"], "--merge is a LoRA's, and this run trains every weight"),
+        ({"train": "full"}, ["--style", "comfyui"], "--style comfyui is a LoRA's"),
+        ({"quantize": "nf4"}, ["--merge"], "--merge: the LoRA was trained on weights in nf4"),
+        ({}, ["--ema"], "--ema: the run keeps no average"),
+    ],
+)
+def test_the_command_refuses_before_anything_is_loaded(tmp_path, capsys, changes, words, says):
+    (tmp_path / "run").mkdir()
+    config = tiny_config(tmp_path, tmp_path / "run", model=changes)  # not even a model is there
+    (tmp_path / "run/config.yaml").write_text(dump_config(config))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

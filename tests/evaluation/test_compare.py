@@ -45,7 +45,7 @@ def trained(tiny_sd3, tmp_path_factory):
 
 def evaluate(trained, out, *words, run="run"):
     common = ["--prompts", str(trained / "list.txt"), "--images-per-prompt", str(SEEDS), "--metrics", METRICS]
-    code = main(["evaluate", "--run", str(trained / run), "--out", str(out), *common, *words])
+    code = main(["evaluate", str(trained / run), "--out", str(out), *common, *words])
     assert code == 0
     return json.loads((out / "evaluation.json").read_text())
 
@@ -101,7 +101,7 @@ def test_scores_do_not_depend_on_the_batch_size(trained, result):
 @pytest.mark.slow
 def test_two_ranks_score_the_same_bits(trained, result):
     done = launch(
-        ROOT / "fdfo_engine/cli/main.py", "evaluate", "--run-dir", trained / "run", "--out", trained / "out_ranks",
+        ROOT / "fdfo_engine/cli/main.py", "evaluate", trained / "run", "--out", trained / "out_ranks",
         "--checkpoint", "all", "--seed", 5, "--prompts", trained / "list.txt", "--images-per-prompt", SEEDS,
         "--metrics", METRICS, "--larger", 1, by="torchrun", ranks=2,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_larger_size_is_measured_where_the_model_allows_it(trained, result):
     assert [s["name"] for s in result["larger"]["sets"]] == ["base", "epoch_000002"]
     assert {m["kind"] for m in result["larger"]["metrics"]} == {"health"}
     assert np.isfinite(result["larger"]["summary"]["base"]["sharpness"]["mean"])
-    beyond = evaluate(trained, trained / "out_beyond", "--base", "--larger", "3", "--count", "2")
+    beyond = evaluate(trained, trained / "out_beyond", "--untrained", "--larger", "3", "--count", "2")
     assert "multiple of 4 up to 32" in beyond["larger"]["note"]
 
 
@@ -135,24 +135,14 @@ def test_count_is_of_the_list_and_not_of_the_runs_evaluation(tiny_sd3, tmp_path,
     assert _prompts(Namespace(prompts=None, count=count), config) == list(PROMPTS[:found])
 
 
-def test_base_alone_and_a_checkpoint_by_its_path(trained):
-    alone = evaluate(trained, trained / "out_base", "--base", "--larger", "1")
+def test_the_untrained_model_alone_and_one_checkpoint(trained):
+    alone = evaluate(trained, trained / "out_base", "--untrained", "--larger", "1")
     assert [s["name"] for s in alone["sets"]] == ["base"]
     assert alone["differences"] == {}
-    path = trained / "run/checkpoints/epoch_000001"
-    words = [
-        "--prompts",
-        str(trained / "list.txt"),
-        "--count",
-        "2",
-        "--larger",
-        "1",
-        "--images-per-prompt",
-        "1",
-        "--raw",
-    ]
-    assert main(["evaluate", "--checkpoint", str(path), "--out", str(trained / "out_path"), *words]) == 0
-    found = json.loads((trained / "out_path/evaluation.json").read_text())
+    words = ["--checkpoint", "epoch_000001", "--count", "2", "--larger", "1", "--raw"]
+    words += ["--prompts", str(trained / "list.txt"), "--images-per-prompt", "1"]
+    assert main(["evaluate", str(trained / "run"), "--out", str(trained / "out_one"), *words]) == 0
+    found = json.loads((trained / "out_one/evaluation.json").read_text())
     assert [(s["name"], s["weights"]) for s in found["sets"]] == [("base", "raw"), ("epoch_000001", "raw")]
     assert "pixel_diversity" not in found["scores"]["base"], "one image has no diversity"
 
@@ -216,7 +206,11 @@ def test_a_metric_of_a_run_may_have_options(tiny_sd3, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["--metrics", "brightnes"], 2, "did you mean 'brightness'"),
+        (["--metrics", "brightnes"], 2, "--metrics brightnes: no such metric. did you mean 'brightness'"),
+        (["--metrics", "sharpnes"], 2, "--metrics sharpnes: no such metric. did you mean 'sharpness'"),
+        (["--metrics", "divresity"], 2, "did you mean 'diversity'"),
+        (["--metrics", "no_such_module:reward"], 2, "--metrics no_such_module:reward: No module named"),
+        (["--metric", "brightnes"], 2, "--metric brightnes: no such reward. did you mean 'brightness'"),
         (["--metrics", "diversity", "--images-per-prompt", "1"], 2, "--images-per-prompt"),
         (["--metrics", "clip_diversity", "--clip", "nobody/none"], 3, "--allow-download"),
         (["--metrics", "dreamsim_diversity"], 3, "--allow-download"),
@@ -227,7 +221,7 @@ def test_a_metric_of_a_run_may_have_options(tiny_sd3, tmp_path):
         (["--metric", "{name"], 2, "--metric"),
         (["--metric", "{name: geneval, metadata: M}"], 5, "no requirements for the prompt"),
         (["--checkpoint", "epoch_000009"], 7, "no checkpoint epoch_000009; found: epoch_000001, epoch_000002"),
-        (["--checkpoint", "/elsewhere/checkpoints/epoch_000001"], 2, "of one run"),
+        (["--ema", "--checkpoint", "/elsewhere/checkpoints/epoch_000001"], 7, "no checkpoint /elsewhere"),
         (["--prompts", "drawbench"], 4, "nothing is fetched unasked"),
         (["--confidence", "1"], 2, "--confidence"),
         (["--out", "FULL"], 2, "--overwrite"),
@@ -238,6 +232,6 @@ def test_refusals(trained, words, code, says, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(trained / "empty"))
     (trained / "m.jsonl").write_text('{"prompt": "a cat", "include": [{"class": "cat"}]}')
     words = [str(trained / "out") if word == "FULL" else word.replace("M}", f"{trained}/m.jsonl}}") for word in words]
-    assert main(["evaluate", "--run", str(trained / "run"), "--larger", "1", *words]) == code
+    assert main(["evaluate", str(trained / "run"), "--larger", "1", *words]) == code
     assert says in capsys.readouterr().err
     assert not (trained / "run/evaluation").exists()

@@ -230,7 +230,7 @@ def test_export_leaves_foreign_files_alone(config, tmp_path, monkeypatch):
     engine = Engine(config)
     moved(engine)
     monkeypatch.setattr("fdfo_engine.models.pipeline_model.fold_alpha", lambda weights, scale: weights)
-    with pytest.raises(UsageError, match="is not empty; choose another folder or pass --overwrite"):
+    with pytest.raises(UsageError, match="is not empty; choose another folder or pass overwrite=True"):
         engine.export(tmp_path / "out")
     with pytest.raises(CheckpointError, match="loaded back"):
         engine.export(tmp_path / "out", overwrite=True)
