@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
+from fdfo_engine.config import BatchPlan, Config, dump_config
 from fdfo_engine.exporting import Weights, refuse_foreign, takes_average, write_export
 from fdfo_engine.models.export_checks import refuse_style
 from fdfo_engine.models.flow_model import ExportStyle
@@ -20,23 +19,26 @@ from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
 from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory
+from fdfo_engine.rollout.blocks import JoinedBlocks, distance, in_step, share
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
-from fdfo_engine.runtime.checkpoint import CheckpointStore
+from fdfo_engine.runtime import events
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
-    max_over_ranks,
     on_main,
-    rank,
     setup_distributed,
     together,
     world_size,
 )
 from fdfo_engine.runtime.durable import refuse_filled
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
-from fdfo_engine.runtime.run_folder import checkpoint_store, record_config, run_config
+from fdfo_engine.runtime.errors import Cancelled, CheckpointError, UsageError
+from fdfo_engine.runtime.events import Listener
+from fdfo_engine.runtime.progress import Progress
+from fdfo_engine.runtime.run_checkpoints import RunCheckpoints
+from fdfo_engine.runtime.run_folder import run_config
 from fdfo_engine.trajectory import Rollout
+from fdfo_engine.update.average import move_average
 from fdfo_engine.update.networks import networks
 from fdfo_engine.update.primitives import Primitives
 from fdfo_engine.update.updater import Updater
@@ -51,20 +53,22 @@ class Engine:
     Attributes:
         config: the resolved settings. model: the loaded `FlowModel`. trainer: its weights under ZeRO.
         backend: what runs the pair ops, by name of `ops.backends`.
-        epoch: updates done. next_pair: the global index of the next pair; it never restarts within a run.
+        next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
         memory: what an epoch is predicted to take of a GPU; None on a CPU.
-        pinned: name of a checkpoint that `save` keeps however many newer ones there are, or None.
+        checkpoints: those of `run.dir`.
         primitives: the update in pieces, for a training loop of one's own.
-        poll: called between blocks and micro-batches, equally often on every rank; may raise to stop.
+        progress: tells what is being done, as events.
     """
 
-    def __init__(self, config: Config, *, trains: bool = True) -> None:
+    def __init__(self, config: Config, *, trains: bool = True, on_event: Listener | None = None) -> None:
         """Joins the ranks, loads the model and hands it to DeepSpeed; nothing is read from `run.dir`.
 
         Args:
             config: the settings.
             trains: false plans no memory for an update, for an engine that only generates.
+            on_event: called on rank 0 with each `Event`, by the thread that called the method which tells it. What it
+                raises ends that method at that point and reaches its caller.
 
         Raises:
             ConfigError, UsageError: settings that don't fit the model or the ranks.
@@ -73,6 +77,7 @@ class Engine:
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
         self.config = config
+        self.progress = Progress(on_event)
         self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
         all_agree_hash(dump_config(config), "the settings")
         self.backend = pair_backend(config, self.device)
@@ -83,34 +88,39 @@ class Engine:
         reference = kl_reference(config, self.model)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
-        self._rollout_network, micro_batches = networks(
-            config, self.trainer, [p for _, p in parameters], self.device
-        )  # fmt: skip
+        self._rollout_network, micro_batches = networks(config, self.trainer, [p for _, p in parameters], self.device)
         self._updater = Updater(
             self.model, self.trainer, micro_batches, reference, config, self.sampler.conditioning, self.backend
         )
         if self.memory is not None:
             self._updater.micro_batch = self.memory.micro_batch
-        self.primitives = Primitives(self._updater, self.trainer, config.update.optimizer_steps)
+        self.primitives = Primitives(self._updater, self.trainer, config.update.optimizer_steps, self.progress)
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
-        self.epoch = 0
         self.next_pair = 0
         self._epoch_version = 0
-        self.pinned: str | None = None
-        self._owns_checkpoints = False
+        self.checkpoints = RunCheckpoints(config)
         self.ema: dict[str, Tensor] | None = None
         if config.update.ema is not None:
             self.ema = self.trainer.weights()
         self.trainer.train(False)
 
     @property
+    def epoch(self) -> int:
+        """Updates done."""
+        return self.progress.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.progress.epoch = epoch
+
+    @property
     def poll(self) -> Callable[[], None]:
-        """See the class."""
-        return self._updater.poll
+        """Called between blocks, micro-batches and batches, equally often on every rank; may raise to stop."""
+        return self.progress.poll
 
     @poll.setter
     def poll(self, poll: Callable[[], None]) -> None:
-        self._updater.poll = poll
+        self.progress.poll = poll
 
     @property
     def micro_batch(self) -> int:
@@ -121,6 +131,19 @@ class Engine:
     def weights_version(self) -> int:
         """Optimiser steps applied so far."""
         return self.trainer.step_count
+
+    @property
+    def is_amid_epoch(self) -> bool:
+        """Whether optimiser steps were taken since the last epoch's end: such weights are not saved."""
+        return self.weights_version != self._epoch_version
+
+    def cancel(self, reason: str = "cancel was called") -> None:
+        """Ends the call in progress, on every rank, with `Cancelled`; from any thread.
+
+        `rollout`, `update`, `generate` and `forward_backward` end before their next block, micro-batch or batch; if
+        none of them is in progress nothing happens. The engine stays usable. What an `update` leaves is said there.
+        """
+        self.progress.cancel(reason)
 
     def rollout(self, prompts: Sequence[str], on_block: OnBlock | None = None) -> Rollout:
         """Samples one pair a prompt, with the next global pair indices.
@@ -133,31 +156,33 @@ class Engine:
         Raises:
             UsageError: no prompts, or fewer blocks than ranks.
             NumericsError: a velocity was not finite.
+            Cancelled: `cancel` was called.
         """
         refuse_text(prompts)
         first, count = self.next_pair, len(prompts)
-        own = _share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
+        own = share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
         together(lambda: self.sampler.warm([prompts[i] for i in local]))
-        kept: dict[str, Tensor] = {}
-        with self._gathered():
-            for i, number in enumerate(self._in_step(own)):
+        kept = JoinedBlocks(len(own))
+        with self._gathered(), self.progress.phase("rollout", total=2 * count) as phase:
+            for i, number in enumerate(in_step(own)):
+                phase.reach(2 * min(i * world_size() * self._block_pairs, count))
                 block = together(partial(self._block, prompts, number))
                 if i < len(own):
-                    _keep(kept, block, i, len(own))
+                    kept.put(block, i)
                     if on_block is not None:
                         texts = prompts[number * self._block_pairs : (number + 1) * self._block_pairs]
                         on_block(texts, block.images[: len(texts)])
         self.next_pair += count
-        grid, joined = self.sampler.grid, {name: rows[: len(local)] for name, rows in kept.items()}
+        grid, joined = self.sampler.grid, kept.first(len(local))
         return Rollout(
-            images=joined["images"],
+            images=joined.images,
             prompts=[prompts[i] for i in local],
             pair_ids=[first + i for i in local],
-            velocities=joined["velocities"],
-            direction=pair_direction(joined["latents"], backend=self.backend),
-            distance=_distance(joined["latents"]),
-            gammas=joined["gammas"],
+            velocities=joined.velocities,
+            direction=pair_direction(joined.latents, backend=self.backend),
+            distance=distance(joined.latents),
+            gammas=joined.gammas,
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
             seed=self.config.run.seed,
@@ -180,6 +205,8 @@ class Engine:
         Raises:
             UsageError: rewards of another shape; a rollout that was used, or that older weights sampled.
             NumericsError: ten optimiser steps in a row had a gradient that is not finite.
+            Cancelled: `cancel` was called. Says how many optimiser steps were taken: after none the weights are as
+                they were; after some they are of no epoch (`is_amid_epoch`), and `load` goes back.
         """
         rewards = torch.as_tensor(rewards, dtype=torch.float64).detach().cpu()
         if rewards.shape != (rollout.num_pairs, 2):
@@ -187,9 +214,14 @@ class Engine:
         if not allow_stale:
             rollout.require_fresh(self.weights_version)
         self.primitives.discard()
-        metrics = self._updater.update(rollout, rewards[rollout.local_rows])
+        try:
+            with self.progress.phase("update", unit="micro-batches") as phase:
+                metrics = self._updater.update(rollout, rewards[rollout.local_rows], phase.reach)
+        except Cancelled as error:
+            raise Cancelled(f"{error}, {self._state_of_weights()}") from None
         rollout.used = True
         self.end_epoch()
+        self.progress.tell(events.Metrics(epoch=self.epoch, kind="update", values=metrics))
         return metrics
 
     def end_epoch(self) -> None:
@@ -200,8 +232,8 @@ class Engine:
         self.primitives.discard()
         self.epoch += 1
         self._epoch_version = self.weights_version
-        if self.ema is not None:
-            self._average_weights()
+        if self.ema is not None and self.config.update.ema is not None:
+            move_average(self.ema, self.trainer.weights(), self.config.update.ema)
 
     def generate(
         self,
@@ -221,15 +253,17 @@ class Engine:
 
         Raises:
             UsageError: no prompts, or `weights="ema"` in a run without `update.ema`.
+            Cancelled: `cancel` was called.
         """
         refuse_text(prompts)
         grid = self.sampler.grid if steps is None else self.model.grid(steps)
         guidance = self.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
         size, count = self.config.evaluation.batch, len(prompts)
-        own = _share(-(-count // size), "batches", may_idle=True)
+        own = share(-(-count // size), "batches", may_idle=True)
         images = []
-        with self._using(weights), self._gathered():
-            for number in self._in_step(own):
+        with self._using(weights), self._gathered(), self.progress.phase("generation", total=count) as phase:
+            for i, number in enumerate(in_step(own)):
+                phase.reach(min(i * world_size() * size, count))
                 indices = [min(i, count - 1) for i in range(number * size, (number + 1) * size)]
                 batch = [prompts[i] for i in indices]
                 images.append(
@@ -252,7 +286,7 @@ class Engine:
             CheckpointError: it holds checkpoints that this engine neither loaded nor saved; no room; the storage
                 refuses. Earlier checkpoints are untouched.
         """
-        if self.weights_version != self._epoch_version:
+        if self.is_amid_epoch:
             raise UsageError("save: optimiser steps were taken since the last epoch's end; end_epoch comes first")
         tensors = {"weights": self.trainer.weights(only_main=True), "optimizer": self.trainer.state(only_main=True)}
         if self.ema is not None:
@@ -262,12 +296,12 @@ class Engine:
             "next_pair": self.next_pair,
             "world_size": world_size(),
             "micro_batch": self.micro_batch,
-            "settings": dump_config(self.config),
         }
         name = f"epoch_{self.epoch:06d}"
-        on_main(lambda: self._commit(name, tensors, state))
-        self._owns_checkpoints = True
-        return self._store().folder / name
+        on_main(lambda: self.checkpoints.save(name, tensors, state))
+        self.checkpoints.are_ours = True
+        self.progress.tell(events.Checkpoint(epoch=self.epoch, name=name))
+        return self.checkpoints.folder / name
 
     def load(self, name: str | None = None, *, strict: bool = False) -> bool:
         """Continues from checkpoint `name` of `run.dir`, or from the newest whole one; False if there is none.
@@ -275,7 +309,7 @@ class Engine:
         Raises:
             CheckpointError: damaged or foreign; a foreign one names what differs before anything is changed.
         """
-        checkpoint = together(lambda: self._store().load(name, strict=strict))
+        checkpoint = together(lambda: self.checkpoints.load(name, strict=strict))
         all_agree_hash(checkpoint.name if checkpoint else "none", "the newest checkpoint")
         if checkpoint is None:
             return False
@@ -289,7 +323,7 @@ class Engine:
         self._updater.micro_batch = int(checkpoint.state.get("micro_batch", self.micro_batch))
         if self.ema is not None:
             self.ema = checkpoint.tensors["ema"]
-        self._owns_checkpoints = True
+        self.checkpoints.are_ours = True
         return True
 
     @classmethod
@@ -302,7 +336,7 @@ class Engine:
         """
         engine = cls(run_config(run_dir), trains=trains)
         if not engine.load(name):
-            raise CheckpointError(f"{run_dir}: no checkpoint in {engine._store().folder}")
+            raise CheckpointError(f"{run_dir}: no checkpoint in {engine.checkpoints.folder}")
         return engine
 
     def export(
@@ -337,13 +371,13 @@ class Engine:
         size, last = self._block_pairs, len(prompts) - 1
         rows = range(number * size, (number + 1) * size)
         ids = [self.next_pair + row for row in rows]
-        self.poll()
         return self.sampler.sample_block(self._rollout_network, [prompts[min(row, last)] for row in rows], ids)
 
-    def _in_step(self, own: range) -> list[int]:
-        """`own`, repeated at its end to the longest share of a rank: at ZeRO-3 all call the network together."""
-        spare = own[-1] if own else 0
-        return list(own) + [spare] * (max_over_ranks(len(own)) - len(own))
+    def _state_of_weights(self) -> str:
+        steps = self.weights_version - self._epoch_version
+        if not steps:
+            return "the weights are as they were"
+        return f"after {steps} optimiser steps of epoch {self.epoch + 1}: Engine.load goes back to a checkpoint"
 
     def _averages(self, weights: Weights) -> bool:
         return takes_average(weights, keeps=self.ema is not None)
@@ -357,52 +391,7 @@ class Engine:
             return self.trainer.weights_swapped(self.ema)
         return nullcontext()
 
-    def _average_weights(self) -> None:
-        assert self.ema is not None
-        assert self.config.update.ema is not None
-        for name, weight in self.trainer.weights().items():
-            self.ema[name].lerp_(weight, 1 - self.config.update.ema)
-
     @property
     def checkpoint_bytes(self) -> int:
         """What one checkpoint takes: weights, both moments and the average, all float32."""
-        count = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in self.model.trained_parameters())
-        return 4 * count * (3 if self.ema is None else 4)
-
-    def _commit(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        store, folder = self._store(), Path(self.config.run.dir)
-        if not self._owns_checkpoints and store.names():
-            raise CheckpointError(
-                f"run.dir = {folder}: holds {store.names()[-1]}, which this engine neither loaded nor saved; "
-                "take Engine.resume, or another folder"
-            )
-        record_config(folder, dump_config(self.config), may_change=resumable_keys(self.config))
-        store.save(name, tensors, state)
-
-    def _store(self) -> CheckpointStore:
-        return checkpoint_store(self.config.run.dir, self.config.checkpoint.keep, self.pinned)
-
-
-def _keep(kept: dict[str, Tensor], block: SampledBlock, number: int, count: int) -> None:
-    """Copies block `number` of `count` to its rows: joining at the end would hold every trajectory twice."""
-    for name, part in vars(block).items():
-        size = len(part)
-        if name not in kept:
-            kept[name] = part.new_empty(count * size, *part.shape[1:])
-        kept[name][number * size : (number + 1) * size] = part
-
-
-def _distance(latents: Tensor) -> Tensor:
-    """Root mean square of half the difference of the branches, of `[P, 2, *shape]`: float32 `[P]` on the CPU."""
-    half = (latents[:, 0] - latents[:, 1]) / 2
-    return half.square().flatten(1).mean(1).sqrt().cpu()
-
-
-def _share(count: int, what: str, *, may_idle: bool = False) -> range:
-    """This rank's contiguous share of `count` units."""
-    ranks = world_size()
-    if count == 0:
-        raise UsageError("prompts: an empty list; takes at least one prompt")
-    if count < ranks and not may_idle:
-        raise UsageError(f"prompts: {count} {what} for {ranks} ranks; takes at least one a rank")
-    return range(rank() * count // ranks, (rank() + 1) * count // ranks)
+        return 4 * self.trainer.num_values * (3 if self.ema is None else 4)

@@ -11,12 +11,24 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from fdfo_engine import __version__
-from fdfo_engine.cli import bench, doctor, evaluate, export, generate, plan, pretrain_shapes, report, status, train
+from fdfo_engine.cli import (
+    bench,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    plan,
+    pretrain_shapes,
+    report,
+    schema,
+    status,
+    train,
+)
 from fdfo_engine.runtime.errors import UsageError, report_and_exit_code
 from fdfo_engine.runtime.process import end_process
 
 Verb = Callable[[argparse.Namespace], int]
-_VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, pretrain_shapes)
+_VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, schema, pretrain_shapes)
 
 
 def parser() -> argparse.ArgumentParser:

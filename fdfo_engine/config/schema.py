@@ -9,10 +9,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from fdfo_engine.config.churn import ChurnConfig, RawChurn
 from fdfo_engine.config.cross_checks import broken_rules
@@ -141,6 +143,10 @@ class MetricConfig(RewardConfig):
     @classmethod
     def _is_a_name_at_least(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(core)]}
 
     @model_serializer
     def _without_what_is_not_used(self) -> dict[str, Any]:

@@ -58,13 +58,13 @@ class GuardWatch:
         number = max_over_ranks(-1 if epoch is None else epoch)
         name = f"epoch_{number:06d}"
         is_there = any_rank(name in checkpoint_store(self._folder).names())
-        self._engine.pinned = name if is_there or number == self._engine.epoch else None
+        self._engine.checkpoints.pinned = name if is_there or number == self._engine.epoch else None
         if not is_there and number == self._engine.epoch:
             self._save(again=True)  # epoch 0 is kept for nothing else
 
     def _stop(self, evaluations: list[dict[str, Any]]) -> None:
         self._save()
-        end, pinned = f"the run stops after epoch {self._engine.epoch}", self._engine.pinned
+        end, pinned = f"the run stops after epoch {self._engine.epoch}", self._engine.checkpoints.pinned
         if self._settings.action == "rollback" and pinned is not None:
             self._engine.load(pinned)
             self._save(again=True)  # drops what came after it

@@ -79,6 +79,10 @@ class Stopped(FdfoError):  # noqa: N818 - a request that was followed, not an er
     exit_code = 75
 
 
+class Cancelled(Stopped):
+    """`Engine.cancel` ended the call that raises it."""
+
+
 def of_exit_code(code: int, message: str) -> FdfoError:
     """An error that another process told of: of the class that has `code`."""
     classes: dict[int, type[FdfoError]] = {c.exit_code: c for c in FdfoError.__subclasses__()}

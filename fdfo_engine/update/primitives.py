@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fdfo_engine.runtime.distributed import all_gather_rows, all_sum
 from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.progress import Progress
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.advantage import Advantage, advantage, given_advantage
 from fdfo_engine.update.objective import Objective
@@ -38,9 +39,9 @@ class Primitives:
     rewards and `optim_step` over `parts = update.optimizer_steps` gives the bits of `Engine.update`.
     """
 
-    def __init__(self, updater: Updater, trainer: ZeroTrainer, parts: int) -> None:
+    def __init__(self, updater: Updater, trainer: ZeroTrainer, parts: int, progress: Progress) -> None:
         """`parts` is what a rollout is cut into unless a call says otherwise."""
-        self._updater, self._trainer, self._parts = updater, trainer, parts
+        self._updater, self._trainer, self._parts, self._progress = updater, trainer, parts, progress
 
     def forward(self, rollout: Rollout, *, part: int = 0, parts: int | None = None) -> LogRatios:
         """The log-ratios of part `part` of `parts`, at the present weights, without a gradient.
@@ -82,6 +83,7 @@ class Primitives:
 
         Raises:
             UsageError: an argument does not fit; the rollout is stale; `optim_step` is due.
+            Cancelled: `Engine.cancel` was called; what this optimiser step had gathered is dropped.
         """
         if not allow_stale:
             rollout.require_fresh(self._trainer.step_count)
@@ -99,7 +101,8 @@ class Primitives:
             signed = _advantage(rollout, rewards, advantages)
             objective = self._updater.surrogate(rollout, signed, count, clip_range)
         totals = Totals.zero(self._updater.device)
-        self._updater.accumulate(rollout, objective, share, totals, more=more)
+        with self._progress.phase("update", unit="micro-batches") as phase:
+            self._updater.accumulate(rollout, objective, share, totals, phase.reach, more=more)
         return _answer(rollout, objective, totals)
 
     def optim_step(self, lr: float | None = None) -> StepResult:

@@ -29,6 +29,7 @@ class Totals:
         sums: loss, log-ratios, clipped items, divergence, items; float64 `[5]` on the device.
         largest: the largest magnitude of a log-ratio, float64 `[1]` on the device.
         floor: mean magnitude of the log-ratios of the first micro-batch: 0 where training computes as sampling did.
+        micro_batches: how many were computed, padding too.
     """
 
     sums: Tensor
@@ -37,6 +38,7 @@ class Totals:
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
     left_out: int = 0
+    micro_batches: int = 0
 
     @classmethod
     def zero(cls, device: torch.device) -> Totals:

@@ -28,6 +28,7 @@ from fdfo_engine.update.zero import ZeroTrainer
 MAX_SKIPPED_IN_A_ROW = 10
 
 Conditioner = Callable[..., tuple[Conditioning, Conditioning | None]]
+Reach = Callable[[int, int], None]
 
 
 @dataclass
@@ -81,10 +82,12 @@ class Updater:
         self._backend = backend
         self._skipped_in_a_row = 0
         self._accumulation = _Accumulation()
-        self.poll: Callable[[], None] = lambda: None
 
-    def update(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
+    def update(self, rollout: Rollout, rewards: Tensor, reach: Reach) -> dict[str, float]:
         """Trains on `rollout` with `rewards` `[P, 2]` of this rank's pairs; returns metrics over all ranks.
+
+        `reach` is called before each micro-batch, on all ranks alike, with how many are done and there are. What it
+        raises ends the update: optimiser steps that were taken stay, gradients of an unfinished one are dropped.
 
         Raises:
             NumericsError: ten optimiser steps in a row had a gradient that was not finite.
@@ -95,7 +98,7 @@ class Updater:
         shares = self.deal(rollout)
         objective = self.surrogate(rollout, adv, len(shares))
         for share in shares:
-            self.accumulate(rollout, objective, share, totals)
+            self.accumulate(rollout, objective, share, totals, reach, parts=len(shares))
             totals.count_step(self.step())
         return update_metrics(totals, adv, len(shares), time.perf_counter() - started)
 
@@ -135,11 +138,20 @@ class Updater:
         return self._model.device
 
     def accumulate(
-        self, rollout: Rollout, objective: Objective, share: Tensor, totals: Totals, *, more: bool = False
+        self,
+        rollout: Rollout,
+        objective: Objective,
+        share: Tensor,
+        totals: Totals,
+        reach: Reach,
+        *,
+        parts: int = 1,
+        more: bool = False,
     ) -> None:
         """Adds the gradient of the items `share` `[P, 2, S]`; `more` leaves the optimiser step open for further ones.
 
-        An error, such as a stop that `poll` raises, drops what the optimiser step had gathered.
+        `reach` is as of `update`, for a caller who accumulates `parts` shares of the same size into `totals`. An error,
+        such as one that `reach` raises, drops what the optimiser step had gathered.
 
         Raises:
             UsageError: the gradient is complete and waits for `step`.
@@ -151,10 +163,11 @@ class Updater:
             micro_batches = [Items.padding()]  # only a backward pass can close the step
         with self._training():
             for i, items in enumerate(micro_batches):
-                self.poll()
+                reach(totals.micro_batches, parts * len(micro_batches))
                 self._accumulation.has_gradient = True
                 loss = self._loss(rollout, objective, items, totals)
                 self._trainer.backward(loss * items.weight, last=not more and i == len(micro_batches) - 1)
+                totals.micro_batches += 1
         self._accumulation.rollouts.append(rollout)
         self._accumulation.is_complete = not more
 

@@ -170,6 +170,11 @@ class ZeroTrainer:
                     parameter.ds_active_sub_modules.discard(_KEPT)
 
     @property
+    def num_values(self) -> int:
+        """Trained values, over all ranks."""
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self._parameters.values())
+
+    @property
     def weight_bytes(self) -> int:
         """What whole weights take on a rank, frozen ones too."""
         parameters: Iterable[Any] = self.engine.module.parameters()
