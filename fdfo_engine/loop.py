@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.engine import Engine
-from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_list, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch
 from fdfo_engine.resources import memory_record
 from fdfo_engine.rewards import WeightedRewards
@@ -84,6 +84,8 @@ def run(config: Config, *, resume: bool = False) -> None:
     _require_resumable(config, resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
+    if config.evaluation.every and config.evaluation.prompts:
+        say(f"evaluation: {describe_prompts(evaluation_list(config))}")
     folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))

@@ -153,11 +153,15 @@ def _reason(error: Any) -> str:
 def _prompts(arguments: argparse.Namespace, config: Config) -> list[str]:
     if arguments.prompts:
         return load_prompt_list(arguments, config)
-    from fdfo_engine.evaluation import evaluation_prompts
+    from fdfo_engine.evaluation import evaluation_list
+    from fdfo_engine.rollout.prompts import describe_prompts
+    from fdfo_engine.runtime.console import say
 
     count = arguments.count or config.evaluation.count
     evaluation = config.evaluation.model_copy(update={"count": count})
-    return evaluation_prompts(config.model_copy(update={"evaluation": evaluation}))
+    prompts = evaluation_list(config.model_copy(update={"evaluation": evaluation}))
+    say(describe_prompts(prompts))
+    return prompts.prompts[:count]
 
 
 def _device() -> str:

@@ -83,15 +83,18 @@ def add_prompt_files(parse: argparse.ArgumentParser, *, required: bool) -> Any:
 
 
 def load_prompt_list(arguments: argparse.Namespace, config: Config) -> list[str]:
-    """The prompts of `--prompts`, the first `--count` of them."""
-    from fdfo_engine.rollout.prompts import load_prompts
+    """The prompts of `--prompts`, the first `--count` of them; says how many there are and what was left out."""
+    from fdfo_engine.rollout.prompts import describe_prompts, load_prompts
+    from fdfo_engine.runtime.console import say
 
     count = arguments.count or (SHAPES_COUNT if arguments.prompts == "shapes" else None)
     changes: dict[str, Any] = {"source": arguments.prompts, "allow_download": arguments.allow_download}
     changes |= {"count": count} if count else {}
     changes |= {"column": arguments.column} if arguments.column else {}
     settings = config.prompts.model_copy(update=changes)
-    return load_prompts(settings, config.evaluation.seed, split="heldout").prompts[:count]
+    prompts = load_prompts(settings, config.evaluation.seed, split="heldout")
+    say(describe_prompts(prompts))
+    return prompts.prompts[:count]
 
 
 def add_weights(parse: argparse.ArgumentParser) -> None:

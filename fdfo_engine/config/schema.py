@@ -62,6 +62,9 @@ class PromptsConfig(Section):
     allow_download: bool = False
     """Lets a prompt set be fetched from the hub; otherwise only what is on this machine is taken."""
 
+    comments: bool = False
+    """Leaves out the lines of a text file that begin with #; otherwise they are prompts as others are."""
+
     dedup: bool = False
     """Drops repeated prompts; otherwise they count as weights."""
 

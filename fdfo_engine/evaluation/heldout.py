@@ -14,7 +14,7 @@ from fdfo_engine.engine import Engine
 from fdfo_engine.exporting import Weights
 from fdfo_engine.metrics import measure_health
 from fdfo_engine.rewards import WeightedRewards, labelled
-from fdfo_engine.rollout.prompts import load_prompts
+from fdfo_engine.rollout.prompts import PromptList, load_prompts
 from fdfo_engine.runtime.distributed import all_gather_rows, rank, together_patiently, world_size
 
 
@@ -46,12 +46,17 @@ class Evaluation:
 
 
 def evaluation_prompts(config: Config) -> list[str]:
+    """The first `evaluation.count` of `evaluation_list`."""
+    return evaluation_list(config).prompts[: config.evaluation.count]
+
+
+def evaluation_list(config: Config) -> PromptList:
     """`evaluation.prompts`, or the run's own source; of the shapes generator the held-out captions."""
     settings = config.evaluation
     source = config.prompts.model_copy(update={"source": settings.prompts} if settings.prompts else {})
     if source.source == "shapes":
         source = source.model_copy(update={"count": settings.count})
-    return load_prompts(source, settings.seed, split="heldout").prompts[: settings.count]
+    return load_prompts(source, settings.seed, split="heldout")
 
 
 def metric_rewards(config: Config) -> WeightedRewards:

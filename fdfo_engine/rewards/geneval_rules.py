@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fdfo_engine.runtime.errors import PromptError
+from fdfo_engine.runtime.text_file import lines_of, read_text
 
 Color = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 COLORS: tuple[Color, ...] = get_args(Color)
@@ -83,7 +84,7 @@ def read_requirements(path: Path) -> dict[str, Requirements]:
     if not path.is_file():
         raise PromptError(f"metadata = {str(path)!r}: no such file ({path.resolve()})")
     found: dict[str, Requirements] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if line.strip():
             one = _parsed(line, f"{path}:{number}")
             if found.setdefault(one.prompt.strip(), one) != one:

@@ -1,18 +1,19 @@
-"""Well-known prompt sets by name, any dataset of the hub, and the file formats that they come in."""
+"""Well-known prompt sets by name, and any dataset of the hub: which files hold their prompts, and in which column."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from fdfo_engine.runtime.errors import EnvironmentProblem, PromptError
+from fdfo_engine.runtime.errors import PromptError
 
 HUB = "hub:"
 _HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
+_WILDCARD = re.compile(r"[*?\[]")
+_PART = re.compile(r"(.*)-\d+-of-(\d+)(\.[^/]*)")
 _ANY_TABLE = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.parquet")
 
 
@@ -23,6 +24,10 @@ class PromptSet:
     repo: str
     files: tuple[str, ...]
     column: str = "prompt"
+
+    def has(self, name: str) -> bool:
+        """Whether the file of that path in the dataset is one of them."""
+        return any(fnmatchcase(name, pattern) for pattern in self.files)
 
 
 PROMPT_SETS = {
@@ -75,30 +80,26 @@ def local_files(found: PromptSet, *, allow_download: bool) -> list[Path]:
         if not allow_download:
             raise PromptError(_would_fetch(what)) from error
         raise PromptError(f"could not fetch {what}: {str(error).splitlines()[0]}") from error
-    files = sorted({path for pattern in found.files for path in folder.glob(pattern) if path.is_file()})
-    if not files:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if found.has(name)]
+    if missing := _missing(found, names):
         raise PromptError(
-            f"the dataset {found.repo} has no {', '.join(found.files)}" if allow_download else _would_fetch(what)
+            f"the dataset {found.repo} has no {', '.join(missing)}" if allow_download else _would_fetch(what)
         )
-    return files
+    return [folder / name for name in names]
 
 
-def read_table(path: Path, column: str) -> list[str]:
-    """The texts of `column` in a .json (a list of texts or of objects), .csv, .tsv or .parquet file, as they stand.
+def _missing(found: PromptSet, names: Sequence[str]) -> list[str]:
+    """What is not among `names`: everything, a file named in full, or some of the numbered parts of a table.
 
-    Raises:
-        PromptError: not of that format, or without the column; lists those present.
-        EnvironmentProblem: a .parquet file without pyarrow.
+    A fetch that was interrupted leaves a part of a set, which would otherwise pass for the whole.
     """
-    rows = READERS[path.suffix](path)
-    texts = []
-    for number, row in enumerate(rows, 1):
-        text = row if isinstance(row, str) else row.get(column) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            present = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise PromptError(f"{path}, row {number}: no text under prompts.column = {column!r}; it has {present}")
-        texts.append(text)
-    return texts
+    if not names:
+        return list(found.files)
+    expected = {name for name in found.files if not _WILDCARD.search(name)}
+    for before, count, after in {part.groups() for part in map(_PART.fullmatch, names) if part}:
+        expected |= {f"{before}-{number:0{len(count)}}-of-{count}{after}" for number in range(int(count))}
+    return sorted(name for name in expected - set(names) if found.has(name))
 
 
 def _would_fetch(what: str) -> str:
@@ -106,42 +107,3 @@ def _would_fetch(what: str) -> str:
         f"prompts.source: this would fetch {what}; nothing is fetched unasked: "
         "allow it with prompts.allow_download=true (--allow-download), or name a local file"
     )
-
-
-def _read_json(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise PromptError(f"{path}: not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise PromptError(f"{path}: a {type(rows).__name__}; takes a list of texts or of objects")
-    return rows
-
-
-def _read_separated(path: Path, separator: str) -> Iterable[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter=separator))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: {error}") from error
-
-
-def _read_parquet(path: Path) -> list[Any]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise EnvironmentProblem(f'{path}: {error}; pip install "fdfo-engine[parquet]"') from error
-    try:
-        rows: list[Any] = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise PromptError(f"{path}: {str(error).splitlines()[0]}") from error
-    return rows
-
-
-READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
-    ".json": _read_json,
-    ".csv": lambda path: _read_separated(path, ","),
-    ".tsv": lambda path: _read_separated(path, "\t"),
-    ".parquet": _read_parquet,
-}
-"""Of the formats that are not read line by line, by suffix."""

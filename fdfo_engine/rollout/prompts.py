@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,18 +13,55 @@ import torch
 
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
-from fdfo_engine.rollout.prompt_sets import READERS, local_files, named_set, read_table
+from fdfo_engine.rollout.prompt_files import PLAIN_TEXT, Entry, Format, format_of
+from fdfo_engine.rollout.prompt_sets import local_files, named_set
 from fdfo_engine.runtime.errors import PromptError, UsageError
 from fdfo_engine.shapes.scene import Split, captions
 
 MAX_PROMPT_BYTES = 16 * 1024
+_COMMENT = "#"
+_UNSEEN = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+"""Unicode categories of characters that show nothing: control and format characters, separators."""
+
+
+@dataclass
+class Reading:
+    """What became of the lines and rows of a source on their way to prompts."""
+
+    entries: int = 0
+    """All lines or rows."""
+
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many are no prompts, by reason."""
+
+    trimmed: int = 0
+    """Prompts that had white space around them, which is dropped."""
+
+    hashes: int = 0
+    """Prompts from lines of text that begin with #."""
+
+    def notes(self) -> list[str]:
+        """What there is to tell, a sentence each."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()) if count)
+        notes = [f"left out: {reasons}"] if reasons else []
+        if self.trimmed:
+            notes.append(f"white space around {self.trimmed} of them dropped")
+        if self.hashes:
+            notes.append(f"{self.hashes} begin with {_COMMENT}; prompts.comments=true leaves such lines out")
+        return notes
 
 
 class PromptList:
-    """N prompts, and a fresh permutation of them for each pass, keyed by (seed, pass)."""
+    """N prompts, and a fresh permutation of them for each pass, keyed by (seed, pass).
 
-    def __init__(self, prompts: Sequence[str], seed: int) -> None:
+    Attributes:
+        prompts: in the source's order.
+        reading: what was left out of the source, or changed.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int, reading: Reading | None = None) -> None:
         self.prompts = list(prompts)
+        self.reading = reading or Reading()
         self._seed = seed
         self._order = lru_cache(maxsize=2)(self._permutation)
 
@@ -47,89 +86,98 @@ class PromptList:
 def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") -> PromptList:
     """Reads `prompts.source`: a file, a prompt set by its name or from the hub, or the shapes generator (its `split`).
 
+    A prompt is the text that stands in the file, without white space around it. Lines and rows without a visible
+    character, or with null, are no prompts and are counted, as are comments if `prompts.comments` says that there are.
+
     Raises:
-        PromptError: the file is missing, holds no usable prompt, an oversized line or not the column; or the set is not
-            on this machine and `prompts.allow_download` is not set.
+        PromptError: the file is missing or not of its format, holds no usable prompt, an oversized line, a row that
+            does not fit its header, or not the column; or the set is not on this machine and `prompts.allow_download`
+            is not set.
+        EnvironmentProblem: a .parquet file without pyarrow.
     """
     if settings.source == "shapes":
         return PromptList(captions(split, settings.count, seed), seed)
-    known = named_set(settings.source, settings.column)
-    if known is None:
-        prompts = _read(Path(settings.source).expanduser(), settings.source, settings.column)
-    else:
-        files = local_files(known, allow_download=settings.allow_download)
-        prompts = [prompt for file in files for prompt in _read(file, str(file), known.column)]
-    return PromptList(list(dict.fromkeys(prompts)) if settings.dedup else prompts, seed)
+    reading = Reading()
+    prompts = _read(settings, reading)
+    if settings.dedup:
+        read = len(prompts)
+        prompts = list(dict.fromkeys(prompts))
+        reading.left_out["repeated"] = read - len(prompts)
+    return PromptList(prompts, seed, reading)
 
 
-def describe_prompts(prompts: PromptList, pairs_per_epoch: int) -> str:
-    """One line on how many prompts there are and how often they repeat."""
-    repeated = sum(count - 1 for count in Counter(prompts.prompts).values())
+def describe_prompts(prompts: PromptList, pairs_per_epoch: int = 0) -> str:
+    """One line on how many prompts there are, what was left out, and how often they repeat."""
+    notes = prompts.reading.notes()
+    if repeated := sum(count - 1 for count in Counter(prompts.prompts).values()):
+        notes.append(f"{repeated} duplicates kept as weights; prompts.dedup=true drops them")
     line = f"{len(prompts)} prompts"
-    if repeated:
-        line += f" ({repeated} duplicates kept as weights; prompts.dedup=true drops them)"
+    if notes:
+        line += f" ({'; '.join(notes)})"
     if len(prompts) < pairs_per_epoch:
         line += f", each used about {pairs_per_epoch / len(prompts):.1f} times an epoch"
     return line
-
-
-def _read(path: Path, source: str, column: str) -> list[str]:
-    if not path.is_file():
-        raise PromptError(f"prompts.source = {source!r}: no such file ({path.resolve()}; working folder {Path.cwd()})")
-    if path.suffix in READERS:
-        rows = read_table(path, column)
-        for number, row in enumerate(rows, 1):
-            _check_length(path, number, row)
-        prompts, unit = [row.strip() for row in rows if row.strip()], "rows"
-    else:
-        rows, unit = _lines(path), "lines"
-        prompts = (_read_jsonl if path.suffix == ".jsonl" else _read_text)(path, rows, column)
-    if not prompts:
-        raise PromptError(f"prompts.source = {source!r}: 0 usable prompts in {len(rows)} {unit}")
-    return prompts
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines end at line ends only: `splitlines` would also cut a caption at U+2028 or a form feed."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def _read_text(path: Path, lines: Sequence[str], column: str) -> list[str]:
-    del column  # a text file has one
-    for number, line in enumerate(lines, 1):
-        _check_length(path, number, line)
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def _read_jsonl(path: Path, lines: Sequence[str], column: str) -> list[str]:
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        _check_length(path, number, line)
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            present = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise PromptError(f"{path}:{number}: no text under prompts.column = {column!r}; it has {present}")
-        if row[column].strip():
-            prompts.append(row[column].strip())
-    return prompts
-
-
-def _check_length(path: Path, number: int, line: str) -> None:
-    size = len(line.encode())
-    if size > MAX_PROMPT_BYTES:
-        raise PromptError(f"{path}:{number}: a line of {size} bytes; a prompt takes at most {MAX_PROMPT_BYTES}")
 
 
 def refuse_text(prompts: Sequence[str]) -> None:
     """Raises UsageError for one text where a list of them is meant: its letters would pass for prompts."""
     if isinstance(prompts, str):
         raise UsageError(f"prompts: the text {prompts!r}; takes a list of texts")
+
+
+def _read(settings: PromptsConfig, reading: Reading) -> list[str]:
+    files, column = _files_and_column(settings)
+    prompts: list[str] = []
+    for path in files:
+        form = format_of(path)
+        has_comments = settings.comments and form is PLAIN_TEXT
+        prompts += _usable(form.read(path, column), reading, form, has_comments=has_comments)
+    if not prompts:
+        amount = "".join([f"{reading.entries} {form.unit}", *(f" ({note})" for note in reading.notes())])
+        raise PromptError(f"prompts.source = {settings.source!r}: 0 usable prompts in {amount}")
+    return prompts
+
+
+def _files_and_column(settings: PromptsConfig) -> tuple[list[Path], str]:
+    known = named_set(settings.source, settings.column)
+    if known is not None:
+        return local_files(known, allow_download=settings.allow_download), known.column
+    path = Path(settings.source).expanduser()
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise PromptError(
+            f"prompts.source = {settings.source!r}: {what} ({path.resolve()}; working folder {Path.cwd()})"
+        )
+    return [path], settings.column
+
+
+def _usable(entries: Iterable[Entry], reading: Reading, form: Format, *, has_comments: bool) -> Iterator[str]:
+    for where, text in entries:
+        reading.entries += 1
+        if text is None:
+            reading.left_out["null"] += 1
+        elif not _is_visible(text):
+            reading.left_out["blank"] += 1
+        elif has_comments and text.lstrip().startswith(_COMMENT):
+            reading.left_out["comments"] += 1
+        else:
+            prompt = text.strip()
+            _check(where, prompt, "line" if form is PLAIN_TEXT else "text")
+            reading.trimmed += prompt != text
+            reading.hashes += form is PLAIN_TEXT and prompt.startswith(_COMMENT)
+            yield prompt
+
+
+def _is_visible(text: str) -> bool:
+    return any(unicodedata.category(character) not in _UNSEEN for character in text)
+
+
+def _check(where: str, prompt: str, noun: str) -> None:
+    if "\0" in prompt:
+        raise PromptError(f"{where}: holds a NUL character, as no text does; is the file UTF-16? save it as UTF-8")
+    try:
+        size = len(prompt.encode())
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{where}: holds half of a character, \\u{ord(prompt[error.start]):04x}") from error
+    if size > MAX_PROMPT_BYTES:
+        raise PromptError(f"{where}: a {noun} of {size} bytes; a prompt takes at most {MAX_PROMPT_BYTES}")

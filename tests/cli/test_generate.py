@@ -67,9 +67,10 @@ def test_a_film_begins_untrained_and_has_a_frame_for_each_checkpoint(run_dir, tm
 
 
 def test_prompts_of_a_table_and_a_wrong_checkpoint(run_dir, tmp_path, capsys):
-    (tmp_path / "p.csv").write_text('Prompts,Category\n"a, b",x\nc,y\n')
+    (tmp_path / "p.csv").write_text('Prompts,Category\n"a, b",x\n,x\nc,y\n')
     words = ["generate", str(run_dir), "--prompts", str(tmp_path / "p.csv"), "--column", "Prompts", "--steps", "1"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    assert "2 prompts (left out: 1 blank)\n" in capsys.readouterr().out
     lines = (tmp_path / "a/images.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["a, b", "c"]
     assert main([*words, "--out", str(tmp_path / "b"), "--checkpoint", "epoch_000009"]) == 7

@@ -42,7 +42,7 @@ def test_the_sum_of_logged_means_knows_no_normalisation():
     assert rewards.plain_mean({"reward_a_mean": 3.0, "reward_b_mean": 5.0, "reward_mean": 99.0}) == 1.0
 
 
-def test_an_evaluation_that_failed_is_made_on_resume(tiny_sd3, tmp_path, monkeypatch):
+def test_an_evaluation_that_failed_is_made_on_resume(tiny_sd3, tmp_path, monkeypatch, capsys):
     calls, original = [], heldout.evaluate
 
     def second_one_fails(engine, *arguments, **more):
@@ -52,9 +52,12 @@ def test_an_evaluation_that_failed_is_made_on_resume(tiny_sd3, tmp_path, monkeyp
         return original(engine, *arguments, **more)
 
     monkeypatch.setattr("fdfo_engine.loop.evaluate", second_one_fails)
-    config = tiny_config(tiny_sd3, tmp_path / "run", run={"epochs": 1}, evaluation={"every": 1, "count": 2})
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n{"prompt": "b"}\n')
+    evaluation = {"every": 1, "count": 2, "prompts": str(tmp_path / "p.jsonl")}
+    config = tiny_config(tiny_sd3, tmp_path / "run", run={"epochs": 1}, evaluation=evaluation)
     with pytest.raises(RewardError, match="the server died"):
         run(config)
+    assert "evaluation: 2 prompts (left out: 1 null)\n" in capsys.readouterr().out
     run(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]

@@ -44,11 +44,9 @@ def test_a_pair_does_not_know_where_an_epoch_began():
 
 
 def test_text_files(tmp_path):
-    assert read(tmp_path, "# notes\n a cat \n\n   \r\nein Hündchen\r\n  # more\na cat") == [
-        "a cat",
-        "ein Hündchen",
-        "a cat",
-    ]
+    text = "# notes\n a cat \n\n   \r\nein Hündchen\r\n  # more\na cat"
+    assert read(tmp_path, text) == ["# notes", "a cat", "ein Hündchen", "# more", "a cat"]
+    assert read(tmp_path, text, comments=True) == ["a cat", "ein Hündchen", "a cat"]
     assert read(tmp_path, "b\na\nb\n", dedup=True) == ["b", "a"]
 
 
@@ -72,7 +70,6 @@ def test_jsonl_files(tmp_path):
     ("name", "text", "message"),
     [
         ("p.txt", "", "0 usable prompts in 0 lines"),
-        ("p.txt", "# only\n\n# comments\n", "0 usable prompts in 3 lines"),
         ("p.txt", "short\n" + "x" * (MAX_PROMPT_BYTES + 1), r"p.txt:2: a line of 16385 bytes"),
         ("p.txt", b"fine\n\xff\xfe broken", "p.txt.*UTF-8"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2: not JSON"),
@@ -84,6 +81,11 @@ def test_jsonl_files(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path, name, text, message):
     with pytest.raises(PromptError, match=message):
         read(tmp_path, text, name)
+
+
+def test_a_file_of_comments_holds_no_prompt(tmp_path):
+    with pytest.raises(PromptError, match=r"0 usable prompts in 3 lines \(left out: 1 blank, 2 comments\)"):
+        read(tmp_path, "# only\n\n# comments\n", comments=True)
 
 
 def test_a_missing_file_is_named_with_its_folder(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def write_parti(folder):
     rows = ["Prompt\tCategory\tChallenge\tNote", "bond\tAbstract\tBasic\tBiology-inspired concepts",
             '"a ""red"" cube"\tArts\tBasic\t', "\tArts\tBasic\tempty", "ein Bär\tAnimals\tBasic\t"]  # fmt: skip
     (folder / "PartiPrompts.tsv").write_text("\n".join(rows), encoding="utf-8")
-    return ["bond", 'a "red" cube', "ein Bär"]
+    return ["bond", '"a ""red"" cube"', "ein Bär"]  # a .tsv file has no quoting
 
 
 def write_drawbench(folder):
@@ -89,6 +89,29 @@ def test_a_set_is_fetched_only_if_allowed_and_then_read_from_the_cache(name, tmp
     assert load(name, allow_download=True) == expected
     assert load(name) == expected
     assert [local for _, _, local in hub] == [True, False, True]
+
+
+def test_a_part_of_a_set_does_not_pass_for_the_whole(tmp_path, hub):
+    """As an interrupted fetch leaves it: the hub's client gives the folder without a word."""
+    write_hpdv2(tmp_path)
+    assert len(load("hpdv2", allow_download=True)) == 8
+    (tmp_path / "benchmark" / "photo.json").unlink()
+    with pytest.raises(PromptError, match="this would fetch"):
+        load("hpdv2")
+    with pytest.raises(PromptError, match=r"zhwang/HPDv2 has no benchmark/photo\.json$"):
+        load("hpdv2", allow_download=True)
+    for number in (0, 2):
+        (tmp_path / f"part-0000{number}-of-00003.jsonl").write_text('{"prompt": "a"}')
+    with pytest.raises(PromptError, match=r"has no part-00001-of-00003\.jsonl$"):
+        load("hub:some/where/part-*.jsonl", allow_download=True)
+    assert load("hub:some/where/part-0000[02]*.jsonl", allow_download=True) == ["a", "a"], "as asked"
+
+
+def test_what_the_hub_gives_in_folders_is_read(tmp_path, hub):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("prompt\na\n")
+    (tmp_path / "README.md").write_text("words")
+    assert load("hub:some/where", allow_download=True) == ["a"]
 
 
 def test_any_dataset_of_the_hub_by_id(tmp_path, hub):
