@@ -57,8 +57,8 @@ class ClipEmbedder:
     def pixels(self, images: Tensor) -> Tensor:
         """What the network is shown: `[N, 3, side, side]`, normalised, on its device."""
         images = images.to(self._device, torch.float32)
-        factor = self._side / min(images.shape[-2:])
-        size = [max(self._side, int(n * factor)) for n in images.shape[-2:]]
+        shorter = min(images.shape[-2:])
+        size = [self._side * n // shorter for n in images.shape[-2:]]
         if size != list(images.shape[-2:]):
             images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = ((n - self._side) // 2 for n in size)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fdfo_engine.rewards.clip import ClipEmbedder
+from fdfo_engine.rewards.clip_inputs import OPEN_CLIP, tell_of_crop
 from fdfo_engine.rewards.model_options import ModelOptions, ModelReward, Source, loaded
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
@@ -45,7 +46,8 @@ class AestheticOptions(ModelOptions):
 class Aesthetic(ModelReward[AestheticOptions]):
     """How much people like the looks of an image, about 1..10, as in a survey; the prompt does not matter.
 
-    LAION's predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0) on CLIP-L (MIT). One micro-batch of `batch_size`
+    LAION's predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0) on CLIP-L (MIT), which sees the middle square of an
+    image, as OpenAI's code prepares it. One micro-batch of `batch_size`
     images at a time, on `device`; the head computes in float32; loads at the first call.
     """
 
@@ -53,6 +55,7 @@ class Aesthetic(ModelReward[AestheticOptions]):
 
     @torch.no_grad()
     def _batch(self, _prompts: list[str], images: Tensor) -> Tensor:
+        tell_of_crop("aesthetic", *images.shape[-2:])
         values = self._clip.embed_images(images)
         for weight, bias in self._layers:
             values = torch.nn.functional.linear(values, weight, bias)
@@ -60,7 +63,7 @@ class Aesthetic(ModelReward[AestheticOptions]):
 
     @functools.cached_property
     def _clip(self) -> ClipEmbedder:
-        return ClipEmbedder.load(self.options, self.options.model)
+        return ClipEmbedder.load(self.options, self.options.model, OPEN_CLIP)
 
     @functools.cached_property
     def _layers(self) -> list[tuple[Tensor, Tensor]]:

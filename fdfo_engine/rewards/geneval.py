@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fdfo_engine.rewards.clip import ClipEmbedder, ClipOptions
+from fdfo_engine.rewards.clip_inputs import OPEN_CLIP
 from fdfo_engine.rewards.geneval_rules import (
     COLORS,
     Box,
@@ -146,7 +147,7 @@ class Geneval(ModelReward[GenevalOptions]):
     def _colors(self) -> Colors:
         own = self.options
         clip = ClipOptions(model=own.clip, dtype=own.dtype, device=own.device, allow_download=own.allow_download)
-        return Colors(ClipEmbedder.load(clip, own.clip))
+        return Colors(ClipEmbedder.load(clip, own.clip, OPEN_CLIP))
 
 
 def cut_out(image: Tensor, box: Box) -> Tensor:

@@ -4,12 +4,15 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz,."
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTES = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
+"""What byte-level vocabularies write for each byte of a text."""
 
 
-def build_tiny_clip(folder, *, side=32, with_processor=True, eos_in_config=1):
-    """Random weights, 24 numbers an embedding; the tokenizer knows letters, so prompts differ in length."""
-    vocab = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+def build_tiny_clip(folder, *, side=32, patch=8, with_processor=True, eos_in_config=1):
+    """Random weights, 24 numbers an embedding; the tokenizer knows bytes, so prompts differ in length."""
+    vocab = ["<|startoftext|>", "<|endoftext|>", *BYTES.values(), *(mark + "</w>" for mark in BYTES.values())]
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(side)
     model = CLIPModel(
@@ -18,7 +21,7 @@ def build_tiny_clip(folder, *, side=32, with_processor=True, eos_in_config=1):
                 **tower, "vocab_size": len(vocab), "bos_token_id": 0, "eos_token_id": eos_in_config, "pad_token_id": 1,
                 "max_position_embeddings": 40,
             },
-            vision_config={**tower, "image_size": side, "patch_size": 8},
+            vision_config={**tower, "image_size": side, "patch_size": patch},
             projection_dim=24,
         )
     )  # fmt: skip

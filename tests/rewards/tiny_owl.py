@@ -1,9 +1,10 @@
 """A tiny random OWLv2 with its processor, as a folder that transformers loads."""
 
 import torch
-from rewards.tiny_clip import LETTERS
 from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection, Owlv2Processor
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz,."
 
 
 def build_tiny_owl(folder, *, side=32):
