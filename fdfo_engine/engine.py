@@ -155,7 +155,7 @@ class Engine:
 
         Raises:
             UsageError: no prompts, or fewer blocks than ranks.
-            NumericsError: a velocity was not finite.
+            NumericsError: an embedding, a velocity or an image was not finite; names the part.
             Cancelled: `cancel` was called.
         """
         refuse_text(prompts)
@@ -253,6 +253,7 @@ class Engine:
 
         Raises:
             UsageError: no prompts, or `weights="ema"` in a run without `update.ema`.
+            NumericsError: an embedding, a velocity or an image was not finite; names the part.
             Cancelled: `cancel` was called.
         """
         refuse_text(prompts)
@@ -266,11 +267,9 @@ class Engine:
                 phase.reach(min(i * world_size() * size, count))
                 indices = [min(i, count - 1) for i in range(number * size, (number + 1) * size)]
                 batch = [prompts[i] for i in indices]
-                images.append(
-                    self.sampler.generate_batch(
-                        self.trainer, batch, [first + i for i in indices], seed=seed, grid=grid, guidance=guidance
-                    ).cpu()
-                )
+                ids = [first + i for i in indices]
+                generate = partial(self.sampler.generate_batch, self.trainer, batch, ids, seed=seed, grid=grid)
+                images.append(together(partial(generate, guidance=guidance)).cpu())
         rows = torch.cat(images)[: max(0, min(own.stop * size, count) - own.start * size)]
         return all_gather_rows(rows)
 

@@ -158,4 +158,4 @@ def _previews(images: Tensor) -> Tensor:
     if factor < 1:
         size = [max(1, round(n * factor)) for n in images.shape[-2:]]
         images = functional.interpolate(images, size, mode="bilinear", antialias=True)
-    return images.nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
+    return images.clamp(0, 1).mul(255).round().byte()

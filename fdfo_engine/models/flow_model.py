@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from fdfo_engine.runtime.errors import UsageError
 
 Network = Callable[..., tuple[Tensor, ...]]
 """The transformer, or the training engine that wraps it: called, never looked into (ZeRO-3 gathers in the call)."""
@@ -23,10 +26,24 @@ class Grid:
 
     `sigmas`: float32 `[T + 1]` on the CPU, falling from the noisiest point to 0.
     `timesteps`: float32 `[T]` on the CPU, what the network is told at each step, in the family's own unit.
+
+    Raises:
+        UsageError: they are not so: no grid for this number of steps.
     """
 
     sigmas: Tensor
     timesteps: Tensor
+
+    def __post_init__(self) -> None:
+        sigmas = self.sigmas.tolist()
+        is_finite = torch.isfinite(torch.cat([self.sigmas, self.timesteps])).all()
+        is_falling = all(before >= after for before, after in pairwise(sigmas)) and sigmas[-1] == 0
+        if not (is_finite and is_falling):
+            shown = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:3])
+            raise UsageError(
+                f"sampling.steps = {self.steps}: the model's scheduler gives the grid {shown}, ...; "
+                "takes finite numbers that fall to 0"
+            )
 
     @property
     def steps(self) -> int:
@@ -116,6 +133,10 @@ class FlowModel(Protocol):
 
     def text_weights(self) -> Iterator[Tensor]:
         """Weights of the text encoders, on `device` within `text_encoders` only."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of every part, as `vae.decoder.conv_in.weight`; read only for a message about one."""
         ...
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,7 +11,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fdfo_engine.models.finite import is_finite
 from fdfo_engine.models.lora_targets import target_layers, targets_present
+from fdfo_engine.runtime.errors import NumericsError
 
 ADAPTER = "default"
 
@@ -74,6 +76,9 @@ def merge(network: nn.Module, folded: dict[str, Tensor]) -> float:
 
     Returns:
         How far the weights' dtype lets the change go astray: rms of (realised - wanted) over rms of wanted, of all.
+
+    Raises:
+        NumericsError: a sum is not finite in the weights' dtype.
     """
     error = size = 0.0
     for name in (n.removesuffix(".lora_A.weight") for n in folded if n.endswith(".lora_A.weight")):
@@ -81,6 +86,8 @@ def merge(network: nn.Module, folded: dict[str, Tensor]) -> float:
         a, b = (folded[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB")
         before, change = weight.float().clone(), b @ a  # of a float32 weight `float` is the weight itself
         weight.copy_(before + change)
+        if not is_finite(weight):
+            raise NumericsError(f"merged, the weight {name}.weight is not finite in {str(weight.dtype)[6:]}")
         error += float((weight.float() - before - change).square().sum())
         size += float(change.square().sum())
     return math.sqrt(error / size) if size else 0.0

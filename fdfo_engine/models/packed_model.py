@@ -48,14 +48,13 @@ class PackedModel(PipelineModel):
 
     def grid(self, steps: int) -> Grid:
         """The grid of the family's pipeline: its own sigmas, shifted by the scheduler as its number of tokens asks."""
-        scheduler, (_, height, width) = self.pipeline.scheduler, self.latent_shape
-        get = scheduler.config.get
+        _, height, width = self.latent_shape
+        get = self.pipeline.scheduler.config.get
         mu = calculate_shift(
             (height // 2) * (width // 2), get("base_image_seq_len", 256), get("max_image_seq_len", 4096),
             get("base_shift", 0.5), get("max_shift", 1.15),
         )  # fmt: skip
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device="cpu", mu=mu)
-        return Grid(scheduler.sigmas.clone(), scheduler.timesteps.clone())
+        return self.scheduled(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def inputs(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the network takes besides tokens and times, for these rows."""

@@ -18,7 +18,8 @@ from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.export_checks import refuse_style, require_adapter, require_weights
-from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Network
+from fdfo_engine.models.finite import blame, first_bad, is_finite
+from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Grid, Network
 from fdfo_engine.models.fused.choice import choose_blocks, refuse_unfit
 from fdfo_engine.models.fused.fuse import own_forwards
 from fdfo_engine.models.lora import (
@@ -37,7 +38,7 @@ from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, loa
 from fdfo_engine.models.quantized import unpack
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import open_to_readers
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.errors import CheckpointError, NumericsError, UsageError
 
 EXPORT_TOLERANCE = 1e-6
 """Largest relative difference (rms) between the trained velocity and the exported one, in the model's float32."""
@@ -234,6 +235,22 @@ class PipelineModel:
         """See `FlowModel.velocity`."""
         raise NotImplementedError
 
+    def scheduled(self, steps: int, **arguments: Any) -> Grid:
+        """The scheduler's grid of `steps` steps, as `set_timesteps(**arguments)` makes it.
+
+        Raises:
+            UsageError: it has none.
+        """
+        scheduler = self.pipeline.scheduler
+        terminal = scheduler.config.get("shift_terminal")
+        if terminal and steps == 1:
+            raise UsageError(
+                f"sampling.steps = 1: this model's scheduler stretches its grid to shift_terminal = {terminal}; "
+                "takes 2 or more"
+            )
+        scheduler.set_timesteps(device="cpu", **arguments)
+        return Grid(scheduler.sigmas.clone(), scheduler.timesteps.clone())
+
     def decode(self, latents: Tensor) -> Tensor:
         """See `FlowModel.decode`: the rule of an `AutoencoderKL`."""
         vae = self.pipeline.vae
@@ -256,6 +273,12 @@ class PipelineModel:
         """See `FlowModel.text_weights`."""
         return (weight for encoder in _text_encoders(self.pipeline) for weight in encoder.parameters())
 
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `FlowModel.named_weights`."""
+        for part, module in self.pipeline.components.items():
+            if isinstance(module, nn.Module):
+                yield from ((f"{part}.{name}", weight) for name, weight in module.named_parameters())
+
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """See `FlowModel.trained_parameters`."""
         return trainable(self.network)
@@ -270,7 +293,10 @@ class PipelineModel:
             UsageError: comfyui or merged after full training; comfyui of layers that it has no names for; merged of a
                 run on quantised weights.
             CheckpointError: what was written does not give the same velocity when loaded back.
+            NumericsError: a weight, trained or merged, is not finite.
         """
+        if bad := first_bad(weights.items()):
+            raise NumericsError(f"export: the trained weight {bad} is not finite")
         refuse_style(style, self.settings)
         whole = self._lora_scale is None or style == "merged"
         if whole and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
@@ -338,6 +364,8 @@ class PipelineModel:
             conditioning = self.encode_prompt("a picture")
             trained = self.velocity(self.network, latents, timestep, conditioning).float()
             loaded = self.velocity(exported.eval(), latents, timestep, conditioning).float()
+        if not is_finite(trained):
+            raise NumericsError(f"export: the trained model's velocity is not finite{blame(self)}")
         error = ((loaded - trained).square().mean() / trained.square().mean().clamp_min(1e-30)).sqrt().item()
         limit = EXPORT_TOLERANCE if self.dtype == torch.float32 else 2e-2
         if not error <= limit:
@@ -345,8 +373,9 @@ class PipelineModel:
 
 
 def as_images(decoded: Tensor) -> Tensor:
-    """What a VAE's decoder gives, -1..1, as float32 images in 0..1."""
-    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+    """What a VAE's decoder gives, -1..1, as float32 images in 0..1; infinity, which would pass for white, as NaN."""
+    images = decoded.float() / 2 + 0.5
+    return torch.where(images.isfinite(), images.clamp(0, 1), torch.nan)
 
 
 def _diffusers_name(name: str) -> str:

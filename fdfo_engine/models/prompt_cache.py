@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fdfo_engine.models.finite import require_finite_row
 from fdfo_engine.models.flow_model import Conditioning, FlowModel
 from fdfo_engine.models.prompt_store import PromptStore
 
@@ -26,7 +27,11 @@ class PromptCache:
         self._bytes = 0
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt, on the model's device."""
+        """One row a prompt, on the model's device.
+
+        Raises:
+            NumericsError: the text encoders gave a value that is not finite.
+        """
         wanted = self._wanted(prompts)
         return Conditioning.cat([wanted[prompt] for prompt in prompts]).to(self._model.device)
 
@@ -50,6 +55,7 @@ class PromptCache:
 
     def _encoded(self, prompt: str) -> Conditioning:
         row = self._model.encode_prompt(prompt).to(torch.device("cpu"))
+        require_finite_row(self._model, prompt, row)
         if self._store is not None:
             self._store.save(prompt, row)
         return row

@@ -63,8 +63,7 @@ class SD3Model(PipelineModel):
                 tokens, get("base_image_seq_len", 256), get("max_image_seq_len", 4096),
                 get("base_shift", 0.5), get("max_shift", 1.16),
             )  # fmt: skip
-        scheduler.set_timesteps(steps, device="cpu", **kwargs)
-        return Grid(scheduler.sigmas.clone(), scheduler.timesteps.clone())
+        return self.scheduled(steps, num_inference_steps=steps, **kwargs)
 
     def encode_prompt(self, prompt: str) -> Conditioning:
         """Joint text tokens and pooled vector, as the pipeline makes them."""

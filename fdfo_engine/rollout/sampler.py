@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config
+from fdfo_engine.models.finite import blame, require_finite_images
 from fdfo_engine.models.flow_model import Conditioning, FlowModel, Grid, Network
 from fdfo_engine.models.guidance import predict
 from fdfo_engine.models.prompt_cache import PromptCache
@@ -44,7 +45,8 @@ class PairedSampler:
         """Runs both branches of every pair through the whole grid, as one batch.
 
         Raises:
-            NumericsError: a velocity was not finite; names the pair, the branch and the step.
+            NumericsError: a velocity or an image was not finite; names the pair and the branch, and of a velocity the
+                step.
         """
         model, grid, pairs, guidance = self._model, self.grid, len(pair_ids), self._sampling.guidance_scale
         gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed)
@@ -74,8 +76,9 @@ class PairedSampler:
                 pair_ids=ids,
                 backend=self._backend,
             )
-        _check_finite(x_PKCHW, velocities, pair_ids)
-        images = torch.stack(list(self._decode(x_PKCHW.flatten(0, 1)).chunk(pairs)))
+        self._check_latents(x_PKCHW, velocities, pair_ids)
+        names = [f"pair {pair}, branch {branch}" for pair in pair_ids for branch in range(2)]
+        images = torch.stack(list(self._decode(x_PKCHW.flatten(0, 1), names).chunk(pairs)))
         return SampledBlock(x_PKCHW, images, velocities, gammas)
 
     @torch.no_grad()
@@ -89,7 +92,11 @@ class PairedSampler:
         grid: Grid,
         guidance: float,
     ) -> Tensor:
-        """Images `[N, 3, height, width]` in 0..1 by plain Euler; noise is keyed by (seed, index of the image)."""
+        """Images `[N, 3, height, width]` in 0..1 by plain Euler; noise is keyed by (seed, index of the image).
+
+        Raises:
+            NumericsError: a velocity or an image was not finite; names the image.
+        """
         model = self._model
         conditioning, negative = self.conditioning(prompts, guidance=guidance)
         x_NCHW = philox_normal(
@@ -100,17 +107,25 @@ class PairedSampler:
             device=model.device,
             backend=self._backend,
         )
+        was_finite = []
         for i in range(grid.steps):
             timesteps = grid.timesteps[i].expand(len(prompts))
             v, v_uncond = predict(model, network, x_NCHW, timesteps, conditioning, negative, guidance)
             v = guided_velocity(v, v_uncond, guidance)
+            was_finite.append(torch.isfinite(v).flatten(1).all(1))
             x_NCHW = x_NCHW + (grid.sigmas[i + 1] - grid.sigmas[i]).to(x_NCHW.device) * v.float()
-        return self._decode(x_NCHW)
+        bad = (~torch.stack(was_finite)).nonzero()  # asked once, after the loop: a question waits for the GPU
+        if len(bad):
+            step, row = bad[0].tolist()
+            raise NumericsError(f"velocity is not finite first at image {indices[row]}, step {step}{blame(model)}")
+        return self._decode(x_NCHW, [f"image {index}" for index in indices])
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, names: Sequence[str]) -> Tensor:
         """A few at a time, always as many: the VAE takes more memory an image than the network."""
         starts = range(0, len(latents), DECODE_IMAGES)
-        return torch.cat([self._model.decode(latents[start : start + DECODE_IMAGES]) for start in starts])
+        images = torch.cat([self._model.decode(latents[start : start + DECODE_IMAGES]) for start in starts])
+        require_finite_images(self._model, images, names)
+        return images
 
     def warm(self, prompts: Sequence[str]) -> None:
         """Encodes `prompts` ahead of `sample_block`, all in one go."""
@@ -126,13 +141,13 @@ class PairedSampler:
             return positive, None
         return positive, self._prompts.encode([self._negative_prompt]).rows(torch.zeros_like(rows))
 
-
-def _check_finite(latents: Tensor, velocities: Tensor, pair_ids: Sequence[int]) -> None:
-    if torch.isfinite(latents).all():
-        return
-    bad = ~torch.isfinite(velocities.flatten(3)).all(-1)
-    where = bad.nonzero()
-    if len(where) == 0:
-        raise NumericsError("a latent overflowed though every velocity was finite; check sampling.churn")
-    pair, branch, step = where[where[:, 2].argmin()].tolist()
-    raise NumericsError(f"velocity is not finite first at pair {pair_ids[pair]}, branch {branch}, step {step}")
+    def _check_latents(self, latents: Tensor, velocities: Tensor, pair_ids: Sequence[int]) -> None:
+        if torch.isfinite(latents).all():
+            return
+        where = (~torch.isfinite(velocities.flatten(3)).all(-1)).nonzero()
+        if len(where) == 0:
+            raise NumericsError("a latent overflowed though every velocity was finite; check sampling.churn")
+        pair, branch, step = where[where[:, 2].argmin()].tolist()
+        raise NumericsError(
+            f"velocity is not finite first at pair {pair_ids[pair]}, branch {branch}, step {step}{blame(self._model)}"
+        )

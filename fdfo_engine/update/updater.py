@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config
+from fdfo_engine.models.finite import blame
 from fdfo_engine.models.flow_model import Conditioning, FlowModel, Network
 from fdfo_engine.models.guidance import predict
 from fdfo_engine.ops import guided_velocity, log_ratio
@@ -281,4 +282,7 @@ class Updater:
             return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NumericsError(f"{self._skipped_in_a_row} optimiser steps in a row had a gradient that is not finite")
+            raise NumericsError(
+                f"{self._skipped_in_a_row} optimiser steps in a row had a gradient that is not finite"
+                f"{blame(self._model)}"
+            )
