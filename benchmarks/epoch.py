@@ -22,7 +22,7 @@ from torch import Tensor
 import fdfo_engine.engine as engine_module
 import fdfo_engine.rollout.sampler as sampler_module
 import fdfo_engine.trajectory.rollout as rollout_module
-import fdfo_engine.update.updater as updater_module
+import fdfo_engine.update.objective as objective_module
 from benchmarks.results_file import RESULTS, ROOT, header, machine, write
 from fdfo_engine import Engine, load_config
 from fdfo_engine.rewards import shapes as reward
@@ -34,7 +34,7 @@ CALLED_BY = {
     "paired_step": sampler_module,
     "pair_direction": engine_module,
     "replay": rollout_module,
-    "fdfo_loss": updater_module,
+    "fdfo_loss": objective_module,
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from fdfo_engine.rollout.blocks import JoinedBlocks, distance, in_step, share
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime import events
+from fdfo_engine.runtime.checkpoint import checkpoint_name
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
@@ -56,7 +58,7 @@ class Engine:
         next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
         memory: what an epoch is predicted to take of a GPU; None on a CPU.
-        checkpoints: those of `run.dir`.
+        checkpoints: those of `run.dir`. notes: JSON that each holds besides, for whoever drives the engine.
         primitives: the update in pieces, for a training loop of one's own.
         progress: tells what is being done, as events.
     """
@@ -97,6 +99,7 @@ class Engine:
         self.primitives = Primitives(self._updater, self.trainer, config.update.optimizer_steps, self.progress)
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.next_pair = 0
+        self.notes: dict[str, Any] = {}
         self._epoch_version = 0
         self.checkpoints = RunCheckpoints(config)
         self.ema: dict[str, Tensor] | None = None
@@ -242,14 +245,14 @@ class Engine:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        weights: Weights = "auto",
+        weights: Weights | Mapping[str, Tensor] = "auto",
         first: int = 0,
     ) -> Tensor:
         """Images `[N, 3, height, width]` in 0..1 by plain Euler without churn, the same on every rank.
 
         Image i depends on (seed, first + i, prompt, weights) only: a long list can be cut at multiples of
         `evaluation.batch` without changing a bit. `steps` and `guidance_scale` default to the sampling
-        settings; `weights` "auto" takes the average where the run keeps one.
+        settings; `weights` "auto" takes the average where the run keeps one; or they are trained weights by name.
 
         Raises:
             UsageError: no prompts, or `weights="ema"` in a run without `update.ema`.
@@ -295,8 +298,9 @@ class Engine:
             "next_pair": self.next_pair,
             "world_size": world_size(),
             "micro_batch": self.micro_batch,
+            "notes": self.notes,
         }
-        name = f"epoch_{self.epoch:06d}"
+        name = checkpoint_name(self.epoch)
         on_main(lambda: self.checkpoints.save(name, tensors, state))
         self.checkpoints.are_ours = True
         self.progress.tell(events.Checkpoint(epoch=self.epoch, name=name))
@@ -316,6 +320,7 @@ class Engine:
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])
+        self.notes = dict(checkpoint.state.get("notes") or {})
         self.primitives.discard()
         self._epoch_version = self.weights_version
         # rounding depends on its size: a resume takes what the run began with
@@ -385,7 +390,9 @@ class Engine:
         keeps = gathers_rollout(self.config, self.trainer.weight_bytes, self.device)
         return self.trainer.whole_weights() if keeps else nullcontext()
 
-    def _using(self, weights: Weights) -> AbstractContextManager[None]:
+    def _using(self, weights: Weights | Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        if isinstance(weights, Mapping):
+            return self.trainer.weights_swapped(dict(weights))
         if self._averages(weights) and self.ema is not None:
             return self.trainer.weights_swapped(self.ema)
         return nullcontext()

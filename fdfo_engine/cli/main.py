@@ -21,6 +21,7 @@ from fdfo_engine.cli import (
     pretrain_shapes,
     report,
     schema,
+    serve,
     status,
     train,
 )
@@ -28,7 +29,7 @@ from fdfo_engine.runtime.errors import UsageError, report_and_exit_code
 from fdfo_engine.runtime.process import end_process
 
 Verb = Callable[[argparse.Namespace], int]
-_VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, schema, pretrain_shapes)
+_VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, schema, serve, pretrain_shapes)
 
 
 def parser() -> argparse.ArgumentParser:

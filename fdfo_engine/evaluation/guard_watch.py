@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation.guard import findings, last_in_order, out_of_order
 from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.runtime.checkpoint import checkpoint_name
 from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.distributed import any_rank, max_over_ranks, on_main
 from fdfo_engine.runtime.errors import GuardStop
@@ -56,7 +57,7 @@ class GuardWatch:
     def _pin_last_in_order(self, evaluations: list[dict[str, Any]]) -> None:
         epoch = last_in_order(evaluations)
         number = max_over_ranks(-1 if epoch is None else epoch)
-        name = f"epoch_{number:06d}"
+        name = checkpoint_name(number)
         is_there = any_rank(name in checkpoint_store(self._folder).names())
         self._engine.checkpoints.pinned = name if is_there or number == self._engine.epoch else None
         if not is_there and number == self._engine.epoch:

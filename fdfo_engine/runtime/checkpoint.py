@@ -68,6 +68,11 @@ class Checkpoint:
     folder: Path
 
 
+def checkpoint_name(epoch: int) -> str:
+    """The name of the checkpoint after `epoch` epochs; names sort by age."""
+    return f"epoch_{epoch:06d}"
+
+
 class CheckpointStore:
     """The checkpoints of one run, newest last by name: names must sort by age (`epoch_000010`).
 

@@ -191,6 +191,21 @@ def gather_rows(tensor: Tensor) -> Tensor | None:
     return None if pieces is None else _unpadded(pieces, rows, tensor.device)
 
 
+def broadcast_text(text: str) -> str:
+    """Rank 0's `text`, on every rank; collective."""
+    if _alone():
+        return text
+    payload = text.encode() if is_main() else b""
+    size = max_over_ranks(len(payload))
+    data = torch.zeros(size, dtype=torch.uint8)
+    if payload:
+        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    data = data.to(_group_device())
+    with _readable_failure("a broadcast"):
+        dist.broadcast(data, 0)
+    return data.cpu().numpy().tobytes().decode()
+
+
 def all_agree_hash(text: str, what: str) -> None:
     """Compares `text` over the ranks by its SHA-256; collective, and meant to be the first collective of a run.
 

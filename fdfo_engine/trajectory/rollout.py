@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Rollout:
         seed: of the noise. weights_version: optimiser steps taken when it was sampled.
         first_pair, num_pairs: the global range of pairs this rollout is a part of; block_pairs: sampled together.
         backend: that sampled it; replay is bit for bit on the same one. used: whether it was trained on.
+        kept: indices of the pairs that are left of the range, ascending, on every rank the same; None means all.
         trained_version: optimiser steps taken when one last trained on it, None before the first.
     """
 
@@ -55,6 +58,7 @@ class Rollout:
     block_pairs: int
     backend: str
     used: bool = False
+    kept: list[int] | None = None
     trained_version: int | None = None
 
     @property
@@ -65,12 +69,19 @@ class Rollout:
     @property
     def local_rows(self) -> Tensor:
         """Rows of a global `[num_pairs, ...]` tensor that are this rank's, int64 `[P]`."""
-        return torch.tensor(self.pair_ids, dtype=torch.int64) - self.first_pair
+        if self.kept is None:
+            return self._places
+        return torch.searchsorted(torch.tensor(self.kept, dtype=torch.int64), torch.tensor(self.pair_ids))
 
     @property
     def blocks(self) -> Tensor:
         """The block each pair was sampled in, int64 `[P]`, ascending."""
-        return self.local_rows // self.block_pairs
+        return self._places // self.block_pairs
+
+    @property
+    def _places(self) -> Tensor:
+        """Where this rank's pairs stand in the range that was sampled, int64 `[P]`."""
+        return torch.tensor(self.pair_ids, dtype=torch.int64) - self.first_pair
 
     def latents(self, pair: Tensor, branch: Tensor, step: Tensor) -> Tensor:
         """x at `step` of each item, float32 `[B, C, H, W]`; indices are int64 `[B]`, `pair` a row of this rollout."""
@@ -89,6 +100,34 @@ class Rollout:
                 f"rollout: sampled after {self.weights_version} optimiser steps, the weights are now at "
                 f"{weights_version}; sample a new one, or pass allow_stale=True"
             )
+
+    def keep(self, pair_ids: Sequence[int]) -> Rollout:
+        """The rollout with these pairs alone: the others do not count in the update, not even as ties.
+
+        Args:
+            pair_ids: global indices of what to keep, of all ranks' pairs, the same on every rank.
+
+        Raises:
+            UsageError: none, or a pair that the rollout does not have.
+        """
+        kept = sorted(set(pair_ids))
+        before = self.kept or range(self.first_pair, self.first_pair + self.num_pairs)
+        if not kept or (foreign := sorted(set(kept) - set(before))):
+            raise UsageError(f"rollout.keep: pair_ids are {f'not of it: {foreign[:5]}' if kept else 'empty'}")
+        wanted = set(kept)
+        rows = [row for row, pair in enumerate(self.pair_ids) if pair in wanted]
+        return dataclasses.replace(
+            self,
+            images=self.images[rows],
+            prompts=[self.prompts[row] for row in rows],
+            pair_ids=[self.pair_ids[row] for row in rows],
+            velocities=self.velocities[rows],
+            direction=self.direction[rows],
+            distance=self.distance[rows],
+            gammas=self.gammas[rows],
+            num_pairs=len(kept),
+            kept=kept,
+        )
 
     def gather_images(self) -> Tensor | None:
         """Images of all pairs, `[num_pairs, 2, 3, height, width]`, on rank 0; None on the others. Collective."""

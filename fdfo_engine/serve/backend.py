@@ -1,0 +1,224 @@
+"""What the HTTP threads and the engine's thread share: the queue, the wish of the run, and a bell for who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+from fdfo_engine.config import Config
+from fdfo_engine.runtime.event_log import EVENTS_NAME
+from fdfo_engine.runtime.events import EventStream, Feedback
+from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, checkpoint_store, read_log
+from fdfo_engine.serve.commands import SERVE_FOLDER
+from fdfo_engine.serve.event_feed import EventFeed
+from fdfo_engine.serve.problems import Problem
+from fdfo_engine.serve.store import Operation, Store, StoredPair
+
+T = TypeVar("T")
+Wish = Literal["idle", "running"]
+MAX_QUEUED = 1000
+GAP_WAIT_S = 5.0
+_IMAGE_ID = re.compile("[0-9a-f]{32}")
+
+
+class Bell:
+    """Wakes coroutines of one event loop from any thread."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event = asyncio.Event()
+
+    def attach(self) -> None:
+        """Within the loop, before anybody waits."""
+        self._loop = asyncio.get_running_loop()
+
+    def ring(self) -> None:
+        """Wakes all who wait."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._swing)
+
+    def _swing(self) -> None:
+        rung, self._event = self._event, asyncio.Event()
+        rung.set()
+
+    async def until(self, look: Callable[[], T | None], seconds: float) -> T | None:
+        """What `look` (in a thread) gives, once that is not None; None when `seconds` are over."""
+        deadline = time.monotonic() + seconds
+        while True:
+            event = self._event
+            found = await run_in_threadpool(look)
+            left = deadline - time.monotonic()
+            if found is not None or left <= 0:
+                return found
+            try:
+                await asyncio.wait_for(event.wait(), left)
+            except TimeoutError:
+                continue
+
+
+class Backend:
+    """One run folder being served.
+
+    Attributes:
+        config, folder: the settings and the run folder.
+        store: what was acknowledged. feed: the events. bell: rings when either has something new.
+        token: what a request must bear.
+        is_ready: whether the engine is loaded. ranks: how many there are.
+        interrupt: ends what the engine is amid.
+        has_work: set when the engine's thread should look.
+        status: what the engine's thread last said of itself: epoch, next_pair, weights_version, phase, error.
+    """
+
+    def __init__(self, config: Config, store: Store, token: str, events: EventStream, ranks: int) -> None:
+        self.config, self.store, self.token, self.ranks = config, store, token, ranks
+        self.folder = Path(config.run.dir)
+        self.feed = EventFeed(self.folder / EVENTS_NAME)
+        self.bell = Bell()
+        self.is_ready = False
+        self.has_work = threading.Event()
+        self.status: dict[str, Any] = {
+            "epoch": 0, "next_pair": 0, "weights_version": 0, "phase": None, "error": None, "is_training": False,
+        }  # fmt: skip
+        self.interrupt: Callable[[], None] = lambda: None
+        self._events = events
+
+    # the queue
+
+    def submit(
+        self, kind: str, body: Mapping[str, Any], *, key: str | None = None, seq: int | None = None
+    ) -> Operation:
+        """Queues an operation and wakes the engine.
+
+        Raises:
+            Problem: the queue is full (429); see `Store.enqueue`.
+        """
+        if len(self.store.operations("queued")) >= MAX_QUEUED:
+            raise Problem(429, "queue_full", f"{MAX_QUEUED} operations wait", retry_after_s=5)
+        operation = self.store.enqueue(kind, body, key=key, seq=seq)
+        self.has_work.set()
+        return operation
+
+    async def submit_in_order(self, kind: str, body: Mapping[str, Any], key: str | None) -> Operation:
+        """A primitive; one that comes before its predecessor waits a little for it.
+
+        Raises:
+            Problem: the predecessor did not come (409); the run trains by itself (409).
+        """
+        if self.wish == "running":
+            raise Problem(
+                409, "running", "the run trains by itself", fix="POST /v1/run/pause, and wait until it is idle"
+            )
+        seq = int(body["seq"])
+        await self.bell.until(lambda: self.store.expected_seq >= seq or None, GAP_WAIT_S)
+        rest = {name: value for name, value in body.items() if name != "seq"}
+        operation = await run_in_threadpool(self.submit, kind, rest, key=key, seq=seq)
+        self.bell.ring()
+        return operation
+
+    async def wait_for(self, number: int, seconds: float) -> Operation:
+        """The operation once it is over, or as it is when `seconds` have passed.
+
+        Raises:
+            Problem: there is none (404).
+        """
+
+        def look() -> Operation | None:
+            operation = self.store.operation(number)
+            if operation is None:
+                raise Problem(404, "no_operation", f"operation {number}: there is none")
+            return operation if operation.is_over else None
+
+        found = await self.bell.until(look, seconds)
+        if found is None:
+            found = await run_in_threadpool(self.store.operation, number)
+        assert found is not None
+        return found
+
+    # the run
+
+    @property
+    def wish(self) -> Wish:
+        """What somebody asked the run to do; kept over restarts."""
+        return self.store.fact("wish") or "idle"
+
+    def set_wish(self, wish: Wish, *, now: bool = False) -> None:
+        """Lets the run train by itself, or stop doing so: after its epoch, or `now`, which drops that."""
+        self.store.set_fact("wish", wish)
+        if now:
+            self.interrupt()
+        self.has_work.set()
+
+    @property
+    def logs(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Lines of metrics.jsonl and of evaluations.jsonl."""
+        return read_log(self.folder / METRICS_NAME), read_log(self.folder / EVALUATIONS_NAME)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the whole ones, oldest first."""
+        return checkpoint_store(self.folder).names()
+
+    # rounds
+
+    def round(self, name: str) -> dict[str, Any]:
+        """A round of the store.
+
+        Raises:
+            Problem: there is none (404).
+        """
+        found = self.store.round(name)
+        if found is None:
+            raise Problem(404, "no_round", f"round {name!r}: there is none")
+        return found
+
+    def add_round(self, number: int, result: Mapping[str, Any]) -> None:
+        """Records what operation `number` has sampled."""
+        pairs = [
+            StoredPair(p["pair_id"], p["prompt"], p["distance"], (p["images"][0], p["images"][1]))
+            for p in result["pairs"]
+        ]
+        self.store.add_round(
+            result["round"], number, first_pair=result["first_pair"], sampled=result["sampled"],
+            weights_version=result["weights_version"], epoch=result["epoch"], pairs=pairs,
+        )  # fmt: skip
+
+    def rewards_of(self, name: str) -> dict[str, list[float]]:
+        """What a round's feedback says, by pair: the mean over raters of each branch's reward."""
+        by_pair: dict[int, list[tuple[float, float]]] = {}
+        for opinion in self.store.opinions(name):
+            first, second = opinion.rewards
+            if first is not None and second is not None:
+                by_pair.setdefault(opinion.pair, []).append((first, second))
+        return {
+            str(pair): [sum(branch) / len(given) for branch in zip(*given, strict=True)]
+            for pair, given in sorted(by_pair.items())
+        }
+
+    def shown(self, pair: StoredPair, rater: str) -> tuple[int, int]:
+        """The branches at the left and at the right for `rater`: the same at each call, and even over pairs."""
+        text = f"{self.config.run.seed}\n{pair.pair}\n{rater}\n{self.token}"
+        is_swapped = hashlib.sha256(text.encode()).digest()[0] & 1
+        return (1, 0) if is_swapped else (0, 1)
+
+    def tell_feedback(self, name: str, pair: int, rater: str, rewards: tuple[float | None, float | None]) -> None:
+        """Tells an opinion as an event."""
+        first, second = rewards
+        known = None if first is None or second is None else (first, second)
+        self._events.tell(Feedback(epoch=self.status["epoch"], pair=pair, rater=rater, rewards=known, round=name))
+
+    # files
+
+    def image_file(self, image: str) -> Path | None:
+        """The file of an image, None where there is none; an id is 32 hexadecimal digits and nothing else."""
+        if not _IMAGE_ID.fullmatch(image):
+            return None
+        candidates = [self.folder / SERVE_FOLDER / kind / f"{image}.png" for kind in ("images", "generated")]
+        return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,1 @@
+"""The faces of the server, one file each: endpoints over the one queue."""

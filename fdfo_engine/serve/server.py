@@ -1,0 +1,197 @@
+"""One served run: the HTTP thread, the engine's thread, and what both need, opened and closed in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
+from fdfo_engine.engine import Engine
+from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rollout.prompts import load_prompts
+from fdfo_engine.runtime.console import say
+from fdfo_engine.runtime.distributed import (
+    all_agree_hash,
+    broadcast_text,
+    on_main,
+    setup_distributed,
+    together,
+    world_size,
+)
+from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.runtime.event_log import EventLog
+from fdfo_engine.runtime.events import Event, EventStream
+from fdfo_engine.runtime.run_folder import RunFolder
+from fdfo_engine.runtime.stop import StopRequest
+from fdfo_engine.serve.access import LOOPBACK_HOSTS, TOKEN_NAME, token_of
+from fdfo_engine.serve.app import application
+from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.commands import Commands
+from fdfo_engine.serve.own_training import OwnTraining
+from fdfo_engine.serve.store import Store
+from fdfo_engine.serve.worker import Worker
+
+ADDRESS_NAME = "serve.json"
+DEFAULT_PORT = 8710
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the server listens, and whom it lets in.
+
+    Attributes:
+        host, port: the address; port 0 takes a free one.
+        allow_remote: whether an address that other machines reach may be taken.
+        hosts, origins: further names it answers to, and pages of other origins that may ask.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    allow_remote: bool = False
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Refuses what would open the server to strangers unasked.
+
+        Raises:
+            UsageError: an address that is not this machine's alone; an origin that means anybody.
+        """
+        if not _is_loopback(self.host) and not self.allow_remote:
+            tunnel = f"ssh -L {self.port}:127.0.0.1:{self.port} THIS_MACHINE"
+            raise UsageError(
+                f"--host {self.host}: other machines would reach it; leave it out and use `{tunnel}`, or --allow-remote"
+            )
+        if bad := [origin for origin in self.origins if origin in ("*", "null")]:
+            raise UsageError(f"--allow-origin {bad[0]}: means anybody; takes an origin such as http://localhost:3000")
+
+    @property
+    def names(self) -> list[str]:
+        """Every name it answers to."""
+        own = [] if self.host in ("0.0.0.0", "::") else [self.host]
+        return [*LOOPBACK_HOSTS, *own, *self.hosts]
+
+
+def serve(config: Config, door: Door) -> None:
+    """Serves the run of `config` until it is stopped. Collective: rank 0 has the HTTP side.
+
+    Raises:
+        Stopped: a signal asked for it; all that was acknowledged is on disk.
+        FdfoError, ConfigError: as `loop.run`.
+    """
+    door.check()
+    setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
+    BatchPlan.from_config(config, world_size())
+    prompts = load_prompts(config.prompts, config.run.seed)
+    all_agree_hash(prompts.sha256, "the prompt list")
+    rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
+    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
+    try:
+        together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
+        with StopRequest() as stop, contextlib.ExitStack() as stack:
+            talk = None if folder is None else stack.enter_context(_talk(config, folder, door))
+            relay = None if talk is None else talk.relay
+            engine = Engine(config, on_event=relay)
+            token = broadcast_text("" if talk is None else talk.backend.token)
+            commands = Commands(engine, prompts, rewards, token)
+            training = OwnTraining(engine, prompts, rewards)
+            worker = Worker(engine, commands, training, None if talk is None else talk.backend, stop)
+            if talk is not None:
+                talk.worker = worker
+            worker.serve()
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+@dataclass
+class _Talk:
+    """Rank 0's side: what clients see."""
+
+    backend: Backend
+    events: EventStream
+    worker: Worker | None = None
+
+    def relay(self, event: Event) -> None:
+        """What the engine tells, but for what is only repeated after a kill."""
+        if self.worker is not None and self.worker.is_repeating:
+            return
+        if event.type == "phase":
+            phase = event.data.model_dump(mode="json")
+            self.backend.status["phase"] = None if phase["done"] == phase["total"] else phase
+        self.events.relay(event)
+        self.backend.bell.ring()
+
+
+@contextmanager
+def _talk(config: Config, folder: RunFolder, door: Door) -> Iterator[_Talk]:
+    """Opens the store and the event log, and listens."""
+    token = token_of(folder.path)
+    store = Store(folder.path)
+    log = EventLog(folder.path)
+    events = EventStream([log], last_seq=log.last_seq)
+    backend = Backend(config, store, token, events, world_size())
+    try:
+        with _listening(backend, door, folder.path):
+            yield _Talk(backend, events)
+    finally:
+        store.close()
+        log.close()
+
+
+@contextmanager
+def _listening(backend: Backend, door: Door, folder: Path) -> Iterator[None]:
+    listener = _bound(door)
+    port = listener.getsockname()[1]
+    url = f"http://{'127.0.0.1' if not _is_loopback(door.host) else door.host}:{port}"
+    app = application(backend, hosts=door.names, origins=door.origins)
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        limit_concurrency=512,
+    )
+    http = uvicorn.Server(settings)
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+    thread.start()
+    replace_file(folder / ADDRESS_NAME, json.dumps({"url": url, "pid": os.getpid()}).encode())
+    say(f"serving {url}; the token is in {folder / TOKEN_NAME}")
+    if not _is_loopback(door.host):
+        say(f"reachable from other machines; from there rather: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        (folder / ADDRESS_NAME).unlink(missing_ok=True)
+        http.should_exit = True
+        thread.join(5.0)
+
+
+def _bound(door: Door) -> socket.socket:
+    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((door.host, door.port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        hint = "choose another --port, or 0 for a free one"
+        raise EnvironmentProblem(f"cannot listen at {door.host}:{door.port}: {error.strerror}; {hint}") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
