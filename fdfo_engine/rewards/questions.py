@@ -15,7 +15,8 @@ ALIGNMENT = 'Does this image match the caption "{prompt}"? Answer Yes or No.'
 QUALITY = "Does this image look like the work of a professional? Answer Yes or No."
 PHOTOREALISM = "Does this image look like a real photograph? Answer Yes or No."
 
-_SIDE_STEP = 28  # pixels that Qwen-VL makes one token of: a multiple is not resized again
+SIDE_STEP = 28
+"""Pixels that Qwen-VL makes one token of: a side that is a multiple is not resized again."""
 
 
 class QuestionOptions(Section):
@@ -30,7 +31,7 @@ class QuestionOptions(Section):
     contrast: str = Field(default="No", min_length=1)
     """The answer it is weighed against; one token."""
 
-    image_size: int | None = Field(default=504, ge=_SIDE_STEP)
+    image_size: int | None = Field(default=504, ge=SIDE_STEP)
     """Side of a square with as many pixels as the image is resized to (sides: multiples of 28); null keeps its own."""
 
     @field_validator("contrast")
@@ -53,7 +54,7 @@ def seen(images: Tensor, image_size: int | None) -> Tensor:
         return pixels
     height, width = pixels.shape[-2:]
     scale = image_size / math.sqrt(height * width)
-    return resize_bicubic(pixels, *(max(1, round(side * scale / _SIDE_STEP)) * _SIDE_STEP for side in (height, width)))
+    return resize_bicubic(pixels, *(max(1, round(side * scale / SIDE_STEP)) * SIDE_STEP for side in (height, width)))
 
 
 def score_of(target_minus_contrast: Tensor) -> Tensor:

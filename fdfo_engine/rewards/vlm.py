@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional
 
+from fdfo_engine.config.section import refuse
 from fdfo_engine.rewards.model_options import (
     ModelOptions,
     ModelReward,
@@ -20,7 +22,7 @@ from fdfo_engine.rewards.model_options import (
     ready_network,
 )
 from fdfo_engine.rewards.pixels import to_pil
-from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, QuestionOptions, asked, score_of, seen
+from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, SIDE_STEP, QuestionOptions, asked, score_of, seen
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.runtime.errors import RewardError
 
@@ -36,6 +38,17 @@ class VlmOptions(QuestionOptions, ModelOptions):
 
     batch_size: int = Field(default=8, ge=1)
     """Images asked about together."""
+
+    preprocess: Literal["processor", "paper"] = "processor"
+    """processor: 8 bits, bicubic, the aspect kept, then as the model's own processor does it. paper: as the paper's
+    authors do it, a float square of `image_size` pixels a side, bilinear without antialiasing, the aspect not kept."""
+
+    @model_validator(mode="after")
+    def _fits_the_paper(self) -> Self:
+        is_square = self.image_size is not None and self.image_size % SIDE_STEP == 0
+        wrong = self.preprocess == "paper" and not is_square
+        refuse([("image_size", f"with preprocess: paper it takes a multiple of {SIDE_STEP}")] if wrong else [])
+        return self
 
 
 class QualityOptions(VlmOptions):
@@ -67,9 +80,13 @@ class VlmReward(ModelReward[VlmOptions]):
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], images: Tensor) -> Tensor:
-        chat = self._chat
-        pictures = [to_pil(image) for image in seen(images, self.options.image_size)]
-        inputs = chat.inputs([asked(self.options.question, prompt) for prompt in prompts], pictures)
+        chat, options = self._chat, self.options
+        questions = [asked(options.question, prompt) for prompt in prompts]
+        if options.preprocess == "paper":
+            assert options.image_size is not None
+            inputs = chat.inputs_of_squares(questions, float_squares(images, options.image_size))
+        else:
+            inputs = chat.inputs(questions, [to_pil(image) for image in seen(images, options.image_size)])
         logits = chat.network(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
         return score_of(logits[:, chat.target] - logits[:, chat.contrast]).cpu()
 
@@ -103,20 +120,46 @@ class _Chat:
     target: int
     contrast: int
 
-    def inputs(self, questions: list[str], pictures: list[Any]) -> Any:
-        """What the network takes, one row a question."""
+    def inputs(self, questions: list[str], pictures: list[Any], **image_settings: bool) -> Any:
+        """What the network takes, one row a question; `image_settings` overrule the image processor's own."""
         texts = [self._templated(question, picture) for question, picture in zip(questions, pictures, strict=True)]
         # a template writes its own special tokens: adding them here would double the first
         inputs = self.processor(
-            text=texts, images=[[p] for p in pictures], padding=True, add_special_tokens=False, return_tensors="pt"
-        )
+            text=texts, images=[[p] for p in pictures], images_kwargs=image_settings, padding=True,
+            add_special_tokens=False, return_tensors="pt",
+        )  # fmt: skip
         return inputs.to(self.network.device, dtype=self.network.dtype)
+
+    def inputs_of_squares(self, questions: list[str], squares: Tensor) -> Any:
+        """The same of float images `[N, 3, side, side]` in 0..1, which the processor only normalises and cuts up.
+
+        Raises:
+            RewardError: the model takes no images of that size.
+        """
+        images = self.processor.image_processor
+        if "image_grid_thw" not in images.model_input_names:
+            raise RewardError("preprocess: paper takes a model that sees images of any size, such as Qwen2.5-VL")
+        step, side = images.patch_size * images.merge_size, squares.shape[-1]
+        if side % step:
+            raise RewardError(f"preprocess: paper: image_size = {side}: of this model it takes a multiple of {step}")
+        return self.inputs(questions, list(squares.cpu().numpy()), do_resize=False, do_rescale=False)
 
     def _templated(self, question: str, picture: Any) -> str:
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         text: str = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return text
+
+
+def float_squares(images: Tensor, side: int) -> Tensor:
+    """Images `[N, 3, H, W]` in 0..1 as `[N, 3, side, side]`, bilinear, without antialiasing, never rounded.
+
+    Raises:
+        ValueError: a pixel is NaN.
+    """
+    if torch.isnan(images).any():
+        raise ValueError("images hold NaN")
+    return functional.interpolate(images.float().clamp(0, 1), (side, side), mode="bilinear", align_corners=False)
 
 
 @functools.cache

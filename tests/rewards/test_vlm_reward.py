@@ -1,12 +1,14 @@
 """The VLM reward against one-token generation by transformers, one image at a time, on tiny random chat models."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rewards.tiny_vlm import WORDS, build_tiny_llava, build_tiny_qwen
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
-from fdfo_engine.rewards import build
+from fdfo_engine.config import load_config
+from fdfo_engine.rewards import WeightedRewards, build
 from fdfo_engine.rewards.questions import asked, seen
 from fdfo_engine.runtime.errors import RewardError, UsageError
 
@@ -100,6 +102,78 @@ def test_images_get_the_papers_size():
     assert seen(torch.rand(1, 3, 512, 512), 504).shape == (1, 3, 504, 504)
     assert seen(torch.rand(1, 3, 256, 512), 504).shape == (1, 3, 364, 700)  # the same shape and number of pixels
     assert seen(torch.rand(1, 3, 30, 41), None).shape == (1, 3, 30, 41)
+
+
+def bilinear(image, side):
+    """Each new pixel from the four old ones round its centre, in float64: no antialiasing, edges repeated."""
+    found = image.double().numpy()
+    for axis in (1, 2):
+        size = found.shape[axis]
+        place = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, None)
+        first = place.astype(int)
+        share = (place - first).reshape([-1 if i == axis else 1 for i in range(3)])
+        second = np.minimum(first + 1, size - 1)
+        found = found.take(first, axis) * (1 - share) + found.take(second, axis) * share
+    return found
+
+
+def by_the_paper(folder, processor, prompts, images, side):
+    """The float square goes to the model as it is, but for the colours' normalisation; one image at a time."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = np.array([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    scores = []
+    for prompt, image in zip(prompts, images, strict=True):
+        pixels = ((bilinear(image, side) - mean) / std).astype(np.float32)
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION.replace("{prompt}", prompt)}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        as_given = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+        inputs = processor(
+            text=text, images=pixels, images_kwargs=as_given, add_special_tokens=False, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1].double()
+        scores.append(100 * torch.sigmoid(logits[WORDS.index("Yes")] - logits[WORDS.index("No")]))
+    return torch.stack(scores).float()
+
+
+@pytest.mark.parametrize("size", [(56, 56), (40, 96), (201, 133), (7, 9)])
+def test_the_papers_rule_is_a_float_square(qwen, monkeypatch, size):
+    folder, processor = qwen
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(5))
+    scores = reward(folder, preprocess="paper", batch_size=2)(PROMPTS[:3], images)
+    assert (scores - by_the_paper(folder, processor, PROMPTS[:3], images, 56)).abs().max() < 1e-3
+    if size != (56, 56):
+        assert (scores - reward(folder)(PROMPTS[:3], images)).abs().max() > 0.05  # the other rule is another
+
+
+def test_the_papers_rule_sees_less_than_a_grey_level(qwen, monkeypatch):
+    folder, processor = qwen
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    images = pictures(1).clamp(0.1, 0.9)
+    shifted = images + 0.3 / 255
+    exact = reward(folder, preprocess="paper")
+    assert (exact(["red"], images) - exact(["red"], shifted)).abs() > 1e-4
+    coarse = reward(folder)
+    assert torch.equal(coarse(["red"], images), coarse(["red"], shifted))
+    with pytest.raises(ValueError, match="NaN"):
+        exact(["red"], torch.full((1, 3, 8, 8), torch.nan))
+
+
+def test_what_cannot_follow_the_papers_rule_is_refused(llava):
+    for size in (None, 500):
+        with pytest.raises(UsageError, match="multiple of 28"):
+            build("vlm_alignment", {"preprocess": "paper", "image_size": size}, "rewards.0.name")
+    with pytest.raises(RewardError, match="paper takes a model that sees images of any size"):
+        reward(llava[0], preprocess="paper")(["red"], pictures(1))
+
+
+@pytest.mark.parametrize("config", ["sd35m_combined", "sd35m_vlm"])
+def test_the_papers_runs_follow_the_papers_rule(config):
+    ((_, vlm),) = [value for name, value in WeightedRewards.from_config(load_config(config).rewards).rewards.items()
+                   if name == "vlm_alignment"]  # fmt: skip
+    assert (vlm.options.preprocess, vlm.options.image_size) == ("paper", 504)
 
 
 def test_a_prompt_is_text():
