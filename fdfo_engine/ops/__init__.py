@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend, choose
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.feed_forward import feed_forward
@@ -40,6 +41,8 @@ from fdfo_engine.ops.replay import replay
 __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
+    "MAX_HEAD_SIZE",
+    "NORM_EPS",
     "PROMPT_ORDER_STREAM",
     "QKV",
     "SCALAR_STREAM",

@@ -14,6 +14,14 @@ LATENT_DTYPES = (torch.float32,)
 REAL_DTYPES = (torch.float32, torch.float64)
 MAX_STEPS = 2**28
 MAX_LATENT = 2**34
+MAX_STREAMS = 2
+"""Kinds of tokens, such as image and text, that one call of a block's op takes."""
+
+MAX_HEAD_SIZE = 256
+"""Elements of one attention head. `kMaxHeadSize` of csrc."""
+
+NORM_EPS = 1e-6
+"""Of a norm where none is given; diffusers' blocks have it too."""
 
 
 def refuse(op: str, name: str, got: object, takes: str) -> NoReturn:
@@ -62,6 +70,18 @@ def tokens(op: str, name: str, value: Any) -> None:
 def per_sample(op: str, name: str, value: Any, x: Tensor) -> None:
     """Refuses `value` unless it is `[B, D]` of the tokens `x`, of its dtype and on its device."""
     tensor(op, name, value, (x.dtype,), shape=(x.shape[0], x.shape[2]), device=x.device)
+
+
+def head_size(op: str, value: Any) -> None:
+    """Refuses `value` unless it is the size of an attention head that the kernels take."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_HEAD_SIZE:
+        refuse(op, "head_size", repr(value), f"an int in 1..{MAX_HEAD_SIZE}")
+
+
+def stream_count(op: str, streams: Sequence[Any]) -> None:
+    """Refuses more streams of tokens than one call takes, or none."""
+    if not 1 <= len(streams) <= MAX_STREAMS:
+        refuse(op, "streams", f"of length {len(streams)}", f"one to {MAX_STREAMS} streams")
 
 
 def latent_shape(op: str, shape: Any) -> tuple[int, ...]:

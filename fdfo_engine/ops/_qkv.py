@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fdfo_engine.ops import _checks
 
-MAX_HEAD_SIZE = 256
-MAX_STREAMS = 2
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -30,14 +28,9 @@ class QKV(NamedTuple):
 
 def check_sizes(op: str, streams: Sequence[QKV], head_size: int, eps: float) -> float:
     """`eps` as a float; refuses it and other sizes out of range."""
-    if not 1 <= len(streams) <= MAX_STREAMS:
-        _checks.refuse(op, "streams", f"of length {len(streams)}", f"one to {MAX_STREAMS} streams")
-    if isinstance(head_size, bool) or not isinstance(head_size, int) or not 1 <= head_size <= MAX_HEAD_SIZE:
-        _checks.refuse(op, "head_size", repr(head_size), f"an int in 1..{MAX_HEAD_SIZE}")
-    number = _checks.number(op, "eps", eps)
-    if number < 0:
-        _checks.refuse(op, "eps", number, "a number of at least 0")
-    return number
+    _checks.stream_count(op, streams)
+    _checks.head_size(op, head_size)
+    return _checks.not_negative(op, "eps", eps)
 
 
 def check_streams(op: str, streams: Sequence[QKV], head_size: int) -> None:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
+from fdfo_engine.ops._checks import NORM_EPS
 from fdfo_engine.ops.gated_residual import check_residual
 from fdfo_engine.ops.layer_norm_modulate import (
-    EPS,
     OFFERED,
     layer_norm_modulate_reference,
     modulated_norms,
@@ -18,8 +18,6 @@ from fdfo_engine.ops.layer_norm_modulate import (
 )
 
 __all__ = ["OFFERED", "NormStream", "gated_residual_norm", "gated_residual_norms"]
-
-MAX_STREAMS = 2
 
 
 class NormStream(NamedTuple):
@@ -45,7 +43,7 @@ def gated_residual_norm(
     *,
     scale2: Tensor | None = None,
     shift2: Tensor | None = None,
-    eps: float = EPS,
+    eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """`x_new = x + gate * y`, rounded to the dtype of `x`, and `layer_norm_modulate(x_new, scale, shift, ...)`.
@@ -71,7 +69,7 @@ def gated_residual_norm(
 
 
 def gated_residual_norms(
-    streams: Sequence[NormStream], *, eps: float = EPS, backend: str | None = None
+    streams: Sequence[NormStream], *, eps: float = NORM_EPS, backend: str | None = None
 ) -> list[tuple[Tensor, ...]]:
     """`gated_residual_norm` of one or two kinds of tokens at once, image and text: one launch on backend triton.
 
@@ -85,8 +83,7 @@ def gated_residual_norms(
         Of each stream `(x_new, n)`, or `(x_new, n, n2)`; x itself in the place of x_new where there is no gate.
     """
     op = "gated_residual_norms"
-    if not 1 <= len(streams) <= MAX_STREAMS:
-        _checks.refuse(op, "streams", f"of length {len(streams)}", f"one to {MAX_STREAMS} streams")
+    _checks.stream_count(op, streams)
     for i, s in enumerate(streams):
         if (s.y is None) != (s.gate is None):
             _checks.refuse(op, f"streams[{i}].{'y' if s.y is None else 'gate'}", None, "both y and gate, or neither")

@@ -11,21 +11,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm
 
 from fdfo_engine.ops import _checks, _compiled, _dispatch
+from fdfo_engine.ops._checks import NORM_EPS
 
 OFFERED = ("triton", "cpp", "torch")
-EPS = 1e-6
 TOKENS = 32  # tokens of a partial sum of a Triton program; not tuned on a GPU yet
 
 
 @overload
 def layer_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = EPS, backend: str | None = None
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = NORM_EPS, backend: str | None = None
 ) -> Tensor: ...
 
 
 @overload
 def layer_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, *, scale2: Tensor, shift2: Tensor, eps: float = EPS,
+    x: Tensor, scale: Tensor, shift: Tensor, *, scale2: Tensor, shift2: Tensor, eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -37,7 +37,7 @@ def layer_norm_modulate(
     *,
     scale2: Tensor | None = None,
     shift2: Tensor | None = None,
-    eps: float = EPS,
+    eps: float = NORM_EPS,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """`(x - mean) / sqrt(var + eps) * (1 + scale) + shift`, mean and variance of each token over its D elements.

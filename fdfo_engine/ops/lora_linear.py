@@ -23,7 +23,6 @@ from fdfo_engine.ops._lora_torch import Linear, Streams, Wants
 
 OFFERED = ("triton", "cpp", "torch")
 MASTER_DTYPES = (torch.float32,)
-MAX_STREAMS = 2
 T = TypeVar("T")
 Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -273,8 +272,10 @@ def check_streams(
 ) -> None:
     """Refuses what `lora_linear_streams` does not take."""
     counts = [len(layers) for layers in linears]
-    if not 1 <= len(counts) <= MAX_STREAMS or not all(counts):
-        _checks.refuse(op, "linears", f"of lengths {counts}", f"one to {MAX_STREAMS} streams of at least one layer")
+    if not 1 <= len(counts) <= _checks.MAX_STREAMS or not all(counts):
+        _checks.refuse(
+            op, "linears", f"of lengths {counts}", f"one to {_checks.MAX_STREAMS} streams of at least one layer"
+        )
     if len(xs) != (len(linears) if tokens is None else 1):
         _checks.refuse(op, "x", f"{len(xs)} tensors", f"{len(linears)}, one a stream; one alone with tokens")
     for i, x in enumerate(xs):

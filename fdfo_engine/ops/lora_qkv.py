@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _checks, _dispatch, _lora_triton
+from fdfo_engine.ops._checks import NORM_EPS
 from fdfo_engine.ops._lora_torch import Linear
-from fdfo_engine.ops._qkv import MAX_HEAD_SIZE, QKV
+from fdfo_engine.ops._qkv import QKV
 from fdfo_engine.ops.lora_linear import Parts, check_streams, lora_linear_streams
 from fdfo_engine.ops.qk_rms_norm import qk_rms_norm
 
@@ -27,7 +28,7 @@ def lora_qkv(
     scaling: float,
     *,
     head_size: int,
-    eps: float = 1e-6,
+    eps: float = NORM_EPS,
     invertible: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +150,7 @@ def _check_heads(
     op: str, x: Sequence[Tensor], linears: Sequence[Sequence[Parts]], weights: Sequence[tuple[Tensor, Tensor]],
     head_size: int,
 ) -> None:  # fmt: skip
-    if isinstance(head_size, bool) or not isinstance(head_size, int) or not 1 <= head_size <= MAX_HEAD_SIZE:
-        _checks.refuse(op, "head_size", repr(head_size), f"an int in 1..{MAX_HEAD_SIZE}")
+    _checks.head_size(op, head_size)
     sizes = [len(parts[0]) for layers in linears for parts in layers]
     if any(len(layers) != 3 for layers in linears) or len(set(sizes)) > 1 or sizes[0] % head_size:
         _checks.refuse(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _compiled, _dispatch
-from fdfo_engine.ops._qkv import MAX_STREAMS, QKV, Rotary, check_rotary, check_sizes, check_streams
+from fdfo_engine.ops._checks import MAX_STREAMS, NORM_EPS
+from fdfo_engine.ops._qkv import QKV, Rotary, check_rotary, check_sizes, check_streams
 
 __all__ = ["OFFERED", "QKV", "is_invertible", "qk_rms_norm"]
 
@@ -24,7 +25,7 @@ def qk_rms_norm(
     *,
     head_size: int,
     rotary: Rotary | None = None,
-    eps: float = 1e-6,
+    eps: float = NORM_EPS,
     invertible: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -19,8 +19,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-EPS = 1e-6
-MAX_HEAD_SIZE = 256
+from fdfo_engine.ops import MAX_HEAD_SIZE, NORM_EPS
+
 _PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor)
 _BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 
@@ -69,8 +69,8 @@ def _attention_refusals(attention: Any) -> Iterator[str]:
     for norm in (norm for norm in norms if norm is not None):
         if not isinstance(norm, RMSNorm | nn.RMSNorm) or norm.weight is None or getattr(norm, "bias", None) is not None:
             yield f"a norm of queries or keys is {norm}, not an RMSNorm with a weight"
-        elif norm.eps != EPS:
-            yield f"a norm of queries or keys has eps = {norm.eps}, not {EPS}"
+        elif norm.eps != NORM_EPS:
+            yield f"a norm of queries or keys has eps = {norm.eps}, not {NORM_EPS}"
 
 
 def _feed_forward_refusals(module: Any) -> Iterator[str]:
@@ -83,8 +83,8 @@ def _layer_refusals(part: nn.Module) -> Iterator[str]:
     for module in part.modules():
         if hasattr(module, "_hf_hook"):
             yield "accelerate's hooks offload parts of it"
-        if isinstance(module, nn.LayerNorm) and (module.elementwise_affine or module.eps != EPS):
-            yield f"a norm of tokens is {module}, not without weights and with eps = {EPS}"
+        if isinstance(module, nn.LayerNorm) and (module.elementwise_affine or module.eps != NORM_EPS):
+            yield f"a norm of tokens is {module}, not without weights and with eps = {NORM_EPS}"
         if isinstance(module, nn.Dropout) and module.p > 0:
             yield f"dropout is {module.p}"
         if isinstance(module, BaseTunerLayer):

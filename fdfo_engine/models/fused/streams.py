@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from fdfo_engine.models.fused.attention import attention
 from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.linear import base_of, goes_on_inside, project_normed, project_streams
-from fdfo_engine.ops import QKV, is_invertible, qk_rms_norm
+from fdfo_engine.ops import NORM_EPS, QKV, is_invertible, qk_rms_norm
 
 IMAGE = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-EPS = 1e-6
 
 
 class Settings(NamedTuple):
@@ -74,13 +73,13 @@ class StreamAttention:
         pairs = [(q, k) for q, k in weights if q is not None and k is not None]
         every = [layer for of_stream in layers for layer in of_stream]
         if rotary is None and len(pairs) == len(weights) and goes_on_inside(every, tokens[0].device):
-            return project_normed(layers, tokens, pairs, self.head_size, EPS, invertible=self.invertible)
+            return project_normed(layers, tokens, pairs, self.head_size, NORM_EPS, invertible=self.invertible)
         made, packed_v = project_streams(layers, [stream.joint for stream in self.streams], tokens)
         streams = [
             QKV(*qkv, *([] if packed_v is None else [None]), *pair) for qkv, pair in zip(made, weights, strict=True)
         ]
         q, k, v = qk_rms_norm(
-            streams, head_size=self.head_size, rotary=rotary, eps=EPS, invertible=self.invertible
+            streams, head_size=self.head_size, rotary=rotary, eps=NORM_EPS, invertible=self.invertible
         )  # fmt: skip
         v = packed_v.unflatten(2, q.shape[2:]) if v is None and packed_v is not None else v
         assert v is not None
