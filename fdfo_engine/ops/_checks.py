@@ -60,6 +60,19 @@ def paired(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype], *, ext
     _latent_fits(op, name, value.shape[3 if extra else 2 :])
 
 
+def written(op: str, name: str, value: Tensor) -> None:
+    """Refuses `value` as an output if some of its elements share memory, as those of an expanded tensor do.
+
+    Each place would hold one of the values written to it, and the tensor would not be what was computed.
+    """
+    reach = 0  # of the axes looked at so far: the distance from the first element to the last
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= reach and value.numel() > 0:
+            got = f"of shape {list(value.shape)} with strides {list(value.stride())}, so that elements share memory"
+            refuse(op, name, got, "a tensor with memory for each element, such as a contiguous one")
+        reach += max(0, size - 1) * stride
+
+
 def tokens(op: str, name: str, value: Any) -> None:
     """Refuses `value` unless it is `[B, S, D]` of a model's dtype, with at least one element a token."""
     tensor(op, name, value, MODEL_DTYPES)

@@ -38,20 +38,20 @@ def fdfo_loss(
     and gradient are not finite, and the step is for the caller to skip.
 
     Args:
-        v: velocity of the policy, guided and rounded as in sampling, `[B, *shape]`, finite; float32, bfloat16 or
-            float16.
+        v: velocity of the policy, guided and rounded as in sampling, `[B, *shape]`, in latent units a unit of t,
+            finite; float32, bfloat16 or float16.
         v_old: velocity of the rollout, as `v`; the dtype may differ.
-        u: `pair_direction`, float32 `[P, *shape]`.
-        advantage: A, signed for its branch, finite; float32 or float64 `[B]`.
-        clip_range: c > 0.
+        u: `pair_direction`, float32 `[P, *shape]`, in units of 1 / latent, taken for a velocity's.
+        advantage: A, in units of the reward, signed for its branch, finite; float32 or float64 `[B]`.
+        clip_range: c > 0, in units of rho.
         pair, branch: rows of `u`, and where to negate it (branch 1): sequences of ints or int64 `[B]` on any device.
             Without them B = 2P: both branches of every pair, in order.
         normalizer: replaces B: the items of the whole optimiser step; > 0.
         backend: None takes the fastest that runs on `v`'s device; a name of `ops.backends` forces one.
 
     Returns:
-        The loss, float32 scalar, and the log-ratio l of each row, float32 `[B]`, detached. Sums are in float64, in a
-        fixed order: two calls agree bit for bit.
+        The loss, float32 scalar, in units of A, and the log-ratio l of each row, float32 `[B]`, in nats, detached.
+        Sums are in float64, in a fixed order: two calls agree bit for bit.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; B = 0 without a normalizer;
@@ -233,6 +233,9 @@ def _partial_sums(batch: Batch, block: int) -> Tensor:
 def _ticket(like: Tensor) -> Tensor:
     """The counter by which a kernel knows its last program; 0 between calls, so one for each stream is enough.
 
+    The least recently used ones are let go. A kernel that still runs may hold one: its memory is only given out again
+    to what comes later on the same stream.
+
     Not where a graph is captured: it may be replayed on any stream, so it gets a counter of its own.
     """
     if not like.is_cuda or torch.cuda.is_current_stream_capturing():
@@ -240,7 +243,7 @@ def _ticket(like: Tensor) -> Tensor:
     return _stream_ticket(like.device, torch.cuda.current_stream(like.device).cuda_stream)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _stream_ticket(device: torch.device, _stream: int) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 

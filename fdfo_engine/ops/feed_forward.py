@@ -54,6 +54,8 @@ def feed_forward(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device.
         BackendUnavailableError: `backend` can't run on `x`'s device.
+
+    Source: Vaswani et al. 2017; GELU is Hendrycks and Gimpel 2016; `beside` is FLUX's single block.
     """
     op = "feed_forward"
     _check_tensors(op, x, w1, b1, w2, b2, beside)

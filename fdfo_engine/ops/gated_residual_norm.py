@@ -62,6 +62,8 @@ def gated_residual_norm(
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; one of scale2 and shift2.
         BackendUnavailableError: `backend` can't run on `x`'s device.
+
+    Source: Peebles and Xie 2023 (adaLN-Zero).
     """
     check_residual("gated_residual_norm", x, y, gate)
     stream = NormStream(x, scale, shift, y, gate, scale2, shift2)
@@ -76,11 +78,19 @@ def gated_residual_norms(
     Where a stream has no y and gate it is `layer_norm_modulate`.
 
     Args:
-        streams: of one batch and width; else as in `gated_residual_norm`, which this raises the errors of.
-        eps, backend: as there.
+        streams: one or two, of one batch, width and dtype; each tensor as in `gated_residual_norm`.
+        eps, backend: as in `layer_norm_modulate`.
 
     Returns:
-        Of each stream `(x_new, n)`, or `(x_new, n, n2)`; x itself in the place of x_new where there is no gate.
+        Of each stream `(x_new, n)`, or `(x_new, n, n2)`; x itself in the place of x_new where there is no gate. Two
+        calls agree bit for bit.
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape, dtype or device; one of y and gate, or one of
+            scale2 and shift2; no stream, or more than two; streams that differ in batch, width or dtype.
+        BackendUnavailableError: `backend` can't run on the tensors' device.
+
+    Source: Peebles and Xie 2023 (adaLN-Zero); two kinds of tokens are SD3's (Esser et al. 2024).
     """
     op = "gated_residual_norms"
     _checks.stream_count(op, streams)

@@ -13,9 +13,10 @@ def guided_velocity(v: Tensor, v_uncond: Tensor | None, guidance_scale: float, *
     The rounding is straight-through: gradients pass it unchanged (but for their own rounding to the inputs' dtype).
 
     Args:
-        v: velocity with the prompt, any shape; float32, bfloat16 or float16.
+        v: velocity with the prompt, any shape, in latent units a unit of t; float32, bfloat16 or float16.
         v_uncond: like `v`, velocity with the negative prompt; None for none.
-        guidance_scale: w, finite. With w = 1 or without `v_uncond` the result is `v` itself, not a copy.
+        guidance_scale: w, without a unit, finite. With w = 1 or without `v_uncond` the result is `v` itself, not a
+            copy.
         backend: None or "torch".
 
     Returns:

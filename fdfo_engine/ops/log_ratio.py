@@ -33,7 +33,7 @@ def log_ratio(
         v, v_old, u, pair, branch, backend: as of `fdfo_loss`.
 
     Returns:
-        l of each row, float32 `[B]`. Sums are in float64, in a fixed order: two calls agree bit for bit.
+        l of each row, float32 `[B]`, in nats. Sums are in float64, in a fixed order: two calls agree bit for bit.
 
     Raises:
         ValueError: an argument is of the wrong shape, dtype or device; one of pair and branch without the other.

@@ -16,7 +16,7 @@ def pair_direction(x: Tensor, *, inplace: bool = False, backend: str | None = No
     """u of branch 0, `d / (mean(d^2) + 1e-6)` with `d = (x_0 - x_1) / 2`; branch 1 has -u. Equal branches give 0.
 
     Args:
-        x: final latents, float32 `[P, 2, *shape]`; the mean is over one latent.
+        x: final latents, float32 `[P, 2, *shape]`, in latent units; the mean is over one latent.
         inplace: write u over branch 0 of `x` and return that view, `x[:, 0]`.
         backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
 
@@ -25,13 +25,15 @@ def pair_direction(x: Tensor, *, inplace: bool = False, backend: str | None = No
         finite gives a u that is not.
 
     Raises:
-        ValueError: `x` is not float32 `[P, 2, *shape]`.
+        ValueError: `x` is not float32 `[P, 2, *shape]`, or its elements share memory and it is written in place.
         BackendUnavailableError: `backend` can't run on `x`'s device.
 
     Source: METHOD, 'Update'.
     """
     op = "pair_direction"
     _checks.paired(op, "x", x, _checks.LATENT_DTYPES)
+    if inplace:
+        _checks.written(op, "x", x)
     run = _RUNS[_dispatch.choose(op, OFFERED, x.device, forced=backend)]
     inner = _compiled.inner_contiguous(x, 2)
     out = inner[:, 0] if inplace else torch.empty(len(x), *x.shape[2:], device=x.device)

@@ -29,13 +29,14 @@ def paired_noise(
         pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]`.
         shape: of one latent, at least one axis.
         seed: the run's seed, int in 0..2^64-1.
-        gamma: churn at grid point 0, finite and >= 0: one number, or float32 or float64 `[P]` on any device. A pair
-            with 0 gets n itself, the same bits in both branches.
+        gamma: churn at grid point 0, without a unit, finite and >= 0: one number, or float32 or float64 `[P]` on any
+            device. A pair with 0 gets n itself, the same bits in both branches.
         device: where the latents go.
         backend: None takes the fastest that runs on `device`; a name of `ops.backends` forces one.
 
     Returns:
-        float32 `[P, 2, *shape]`. Repeats bit for bit; a pair never depends on the others.
+        float32 `[P, 2, *shape]`, in latent units: those in which noise has variance 1. Repeats bit for bit; a pair
+        never depends on the others.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape or type.

@@ -41,25 +41,30 @@ def paired_step(
     With g = 0 it is Euler, `x + (s - t) * v`, to the bit, and no noise is drawn.
 
     Args:
-        x: latents, float32 `[P, 2, *shape]`.
-        v: velocity of the model, `[P, 2, *shape]`, float32, bfloat16 or float16: noise - data, a unit of t.
-        sigma: t, where `x` is; finite.
+        x: latents, float32 `[P, 2, *shape]`, in latent units: those of the model, in which noise has variance 1.
+        v: velocity of the model, `[P, 2, *shape]`, float32, bfloat16 or float16, in latent units a unit of t:
+            noise - data.
+        sigma: t, where `x` is; finite; 0 is data and 1 noise.
         sigma_next: s, in 0..1 and below `sigma`.
-        gamma: churn of this step (gamma_{i+1}), finite and >= 0: one number, or float32 or float64 `[P]`.
+        gamma: churn of this step (gamma_{i+1}), without a unit, finite and >= 0: one number, or float32 or float64
+            `[P]`.
         seed: the run's seed, int in 0..2^64-1.
         pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]`.
         step: i >= 0, the index of this step on the grid; addresses its noise.
         v_uncond: like `v`, of the negative prompt, or None.
         guidance_scale: w of `guided_velocity`.
-        v_out: like `v`, contiguous or not; receives the velocity that was used: guided and rounded.
+        v_out: like `v`, contiguous or not; receives the velocity that was used: guided and rounded. It may be `v`
+            itself, and shares no memory with other arguments.
         inplace: write the result into `x` and return `x`.
         backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
 
     Returns:
-        float32 `[P, 2, *shape]`. Not differentiable. Repeats bit for bit; a pair never depends on the others.
+        float32 `[P, 2, *shape]`, in latent units. Not differentiable. Repeats bit for bit; a pair never depends on the
+        others.
 
     Raises:
-        ValueError: an argument is out of range or of the wrong shape, dtype or device.
+        ValueError: an argument is out of range or of the wrong shape, dtype or device; an output, `v_out` or `x` in
+            place, whose elements share memory.
         BackendUnavailableError: `backend` can't run on `x`'s device.
 
     Source: METHOD, 'Paired sampling' 3 to 5.
@@ -70,6 +75,10 @@ def paired_step(
     for name, like_v in (("v_uncond", v_uncond), ("v_out", v_out)):
         if like_v is not None:
             _checks.tensor(op, name, like_v, (v.dtype,), shape=x.shape, device=x.device)
+    if v_out is not None:
+        _checks.written(op, "v_out", v_out)
+    if inplace:
+        _checks.written(op, "x", x)
     t, s = _checks.descent(op, sigma, sigma_next)
     pairs = _checks.pair_ids(op, pair_ids, length=len(x))
     gamma_P = _checks.churn(op, "gamma", gamma, (len(x),))

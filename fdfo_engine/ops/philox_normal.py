@@ -36,7 +36,8 @@ def philox_normal(
         backend: None takes the fastest that runs on `device`; a name of `ops.backends` forces one.
 
     Returns:
-        float32 `[P, *shape]`, contiguous. Repeats bit for bit on one backend; backends agree to 4e-6 absolute.
+        float32 `[P, *shape]`, of variance 1, contiguous. Repeats bit for bit on one backend; backends agree to 4e-6
+        absolute.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape or type.
@@ -57,10 +58,21 @@ def philox_normal(
 
 
 def pair_scalar_normal(pair_ids: Sequence[int] | Tensor, *, seed: int) -> Tensor:
-    """The N(0, 1) behind each pair's churn schedule: element 0 of SCALAR_STREAM, float32 values in a float64 `[P]`.
+    """The N(0, 1) behind each pair's churn schedule: element 0 of SCALAR_STREAM.
 
-    Always the torch backend on the CPU, so that every rank and device derives the same churn from it. Arguments and
-    errors as in `philox_normal`.
+    Always the torch backend on the CPU, so that every rank and device derives the same churn from it.
+
+    Args:
+        pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]` on any device.
+        seed: the run's seed, int in 0..2^64-1.
+
+    Returns:
+        float32 values in a float64 `[P]` on the CPU, of variance 1 over pairs. Repeats bit for bit.
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape or type.
+
+    Source: METHOD, 'Noise is a function, not a state'.
     """
     noise = philox_normal((1,), seed=seed, pair_ids=pair_ids, stream=SCALAR_STREAM, device="cpu", backend="torch")
     return noise[:, 0].double()

@@ -56,6 +56,8 @@ def qk_rms_norm(
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; more than two streams.
         BackendUnavailableError: `backend` can't run on the tensors' device.
+
+    Source: Zhang and Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary embedding); joint attention is SD3's and FLUX's.
     """
     op = "qk_rms_norm"
     eps = check_sizes(op, streams, head_size, eps)

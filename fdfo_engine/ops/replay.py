@@ -34,21 +34,22 @@ def replay(
     Each (pair, branch) among the items is walked once, to the largest step asked of it; the others are left alone.
 
     Args:
-        velocities: `[P, 2, T, *shape]`, what `paired_step` wrote to `v_out`; float32, bfloat16 or float16.
+        velocities: `[P, 2, T, *shape]`, what `paired_step` wrote to `v_out`, in latent units a unit of t; float32,
+            bfloat16 or float16.
         pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]`.
         pair, branch, step: of each item, sequences of ints or int64 `[B]`, in 0..P-1, 0..1 and 0..T; step T is the
             final latent. Best on the CPU: what is to be walked is decided there.
-        sigmas: the grid, T + 1 numbers that fall and stay in 0..1 from the second on: a sequence, or float32 or
-            float64 `[T + 1]`.
-        gammas: churn at every grid point, finite and >= 0: one number, or float32 or float64 `[T + 1]` or
-            `[P, T + 1]`, the numbers that sampling used.
+        sigmas: the grid, in units of t: T + 1 numbers that fall and stay in 0..1 from the second on; a sequence, or
+            float32 or float64 `[T + 1]`.
+        gammas: churn at every grid point, without a unit, finite and >= 0: one number, or float32 or float64 `[T + 1]`
+            or `[P, T + 1]`, the numbers that sampling used.
         seed: the run's seed, int in 0..2^64-1.
         backend: None takes the fastest that runs on the velocities' device; a name of `ops.backends` forces one. To
             be what sampling computed, it must be the one that sampled.
 
     Returns:
-        float32 `[B, *shape]` on the velocities' device: bit for bit the latents of the sampling run, on the backend
-        and device that sampled it.
+        float32 `[B, *shape]` on the velocities' device, in latent units: bit for bit the latents of the sampling run,
+        on the backend and device that sampled it.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device.

@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +230,14 @@ def test_refuses(bad, message):
     arguments = {"v": ONE, "v_old": ONE, "u": ONE[:2], "advantage": A4, "clip_range": CLIP} | bad
     with pytest.raises(ValueError, match=f"fdfo_loss: {message}"):
         ops.fdfo_loss(**arguments)
+
+
+def test_one_counter_a_stream_and_not_one_for_every_stream_that_ever_was():
+    counter = importlib.import_module("fdfo_engine.ops.fdfo_loss")._stream_ticket
+    device = torch.device("cpu")
+    assert counter(device, 1) is counter(device, 1)
+    assert counter(device, 1) is not counter(device, 2)
+    for stream in range(1000):
+        assert counter(device, stream).tolist() == [0]
+    assert counter.cache_info().currsize <= 100
+    counter.cache_clear()

@@ -79,3 +79,12 @@ def test_refuses(x, message):
         ops.pair_direction(x)
     with pytest.raises(ValueError, match="pair_direction: backend is 'fast'"):
         ops.pair_direction(torch.zeros(1, 2, 3), backend="fast")
+
+
+def test_refuses_to_write_where_pairs_share_memory(pair_direction, device):
+    shared = draw(1, 2, 4, 5, device=device).expand(3, 2, 4, 5)
+    assert torch.equal(pair_direction(shared)[0], pair_direction(shared)[2])
+    with pytest.raises(
+        ValueError, match=r"x is of shape \[3, 2, 4, 5\] with strides \[0, 20, 5, 1\], so that elements"
+    ):
+        pair_direction(shared, inplace=True)
