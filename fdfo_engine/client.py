@@ -93,6 +93,11 @@ class _Verbs:
         """What the server is: model, size, steps, ranks, parts, rewards."""
         return (yield from self._get("/v1/capabilities"))
 
+    @_verb
+    def ready(self) -> _Steps:
+        """Returns once the engine is loaded."""
+        return (yield from self._get("/readyz"))
+
     # the run
 
     @_verb

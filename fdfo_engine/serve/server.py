@@ -83,8 +83,13 @@ class Door:
         return [*LOOPBACK_HOSTS, *own, *self.hosts]
 
 
-def serve(config: Config, door: Door) -> None:
+def serve(config: Config, door: Door, stop: StopRequest | None = None) -> None:
     """Serves the run of `config` until it is stopped. Collective: rank 0 has the HTTP side.
+
+    Args:
+        config: the settings.
+        door: where to listen.
+        stop: what asks it to stop, from any thread; by default a signal.
 
     Raises:
         Stopped: a signal asked for it; all that was acknowledged is on disk.
@@ -99,7 +104,7 @@ def serve(config: Config, door: Door) -> None:
     folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
-        with StopRequest() as stop, contextlib.ExitStack() as stack:
+        with stop or StopRequest() as stop, contextlib.ExitStack() as stack:
             talk = None if folder is None else stack.enter_context(_talk(config, folder, door))
             relay = None if talk is None else talk.relay
             engine = Engine(config, on_event=relay)
