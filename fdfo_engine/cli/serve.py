@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import time
+from pathlib import Path
 from typing import Any
 
+from fdfo_engine.cli.launcher import launch, ranks_of, true_status
+from fdfo_engine.cli.options import add_config, config_words
 from fdfo_engine.runtime.errors import EnvironmentProblem
 
 
@@ -17,14 +22,13 @@ def add_parser(verbs: Any) -> None:
         description="Serves one run folder: its queue, rounds, primitives, events and images (docs/BACKEND.md). "
         "The same command again goes on where it was, also after a kill. Needs pip install 'fdfo-engine[serve]'.",
     )
-    parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
-    parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    add_config(parse)
+    parse.add_argument("--ranks", type=int, help="processes; default: one a GPU, one on a machine without")
     parse.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1")
     parse.add_argument("--port", type=int, default=8710, help="default 8710; 0 takes a free one")
     parse.add_argument("--allow-remote", action="store_true", help="listen at an address that other machines reach")
     parse.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name it answers to")
     parse.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="a page that may ask")
-    parse.add_argument("--local_rank", help=argparse.SUPPRESS)  # a launcher passes it; the environment wins
     parse.set_defaults(verb=run)
 
 
@@ -35,7 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(f"{' and '.join(missing)} missing: pip install 'fdfo-engine[serve]'")
-    config = load_config(arguments.config, arguments.overrides)
+    name, overrides = config_words(arguments)
+    config = load_config(name, overrides)
+    is_rank = "RANK" in os.environ
+    ranks = 1 if is_rank else ranks_of(arguments.ranks)
+    if ranks > 1:
+        started = time.time()
+        job = ["--no_local_rank", "--module", "fdfo_engine.cli.main", "serve", "--config", name, *overrides]
+        status = launch([*job, *_door_words(arguments)], ranks)
+        return true_status(Path(config.run.dir), started, status)
     from fdfo_engine.serve.server import Door, serve
 
     door = Door(
@@ -43,3 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     serve(config, door)
     return 0
+
+
+def _door_words(arguments: argparse.Namespace) -> list[str]:
+    """The options about the door, as words for each rank."""
+    words = ["--host", arguments.host, "--port", str(arguments.port)]
+    words += ["--allow-remote"] if arguments.allow_remote else []
+    for name in arguments.allow_host:
+        words += ["--allow-host", name]
+    for origin in arguments.allow_origin:
+        words += ["--allow-origin", origin]
+    return words

@@ -18,7 +18,7 @@ from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.endpoints import Endpoint
 from fdfo_engine.serve.faces import about, events, images, primitives, rounds, run
 from fdfo_engine.serve.openapi import description
-from fdfo_engine.serve.problems import Problem, answer_problem
+from fdfo_engine.serve.problems import Problem
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *about.ENDPOINTS,
@@ -51,7 +51,7 @@ def application(backend: Backend, *, hosts: Iterable[str], origins: Iterable[str
         routes=[*(endpoint.route(backend) for endpoint in ENDPOINTS), Route(_OPENAPI_PATH, openapi)],
         middleware=[access],
         lifespan=lifespan,
-        exception_handlers={Problem: answer_problem, HTTPException: _answer_http, Exception: _answer_bug},
+        exception_handlers={HTTPException: _answer_http, Exception: _answer_bug},
     )
 
 

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fdfo_engine.runtime.durable import plain_json
-from fdfo_engine.serve.problems import Problem, invalid
+from fdfo_engine.runtime.errors import FdfoError
+from fdfo_engine.serve.problems import Problem, invalid, problem_of
 
 if TYPE_CHECKING:
     from fdfo_engine.serve.backend import Backend
@@ -86,10 +87,9 @@ class Endpoint:
         async def respond(request: Request) -> Response:
             try:
                 return await self.handler(await self._checked(backend, request))
-            except Problem as problem:
-                if self.speaks_openai:
-                    return openai_error(problem)
-                raise
+            except (Problem, FdfoError) as error:
+                problem = problem_of(error)
+                return openai_error(problem) if self.speaks_openai else problem.response()
 
         return Route(self.path, respond, methods=[self.method], name=f"{self.method} {self.path}")
 

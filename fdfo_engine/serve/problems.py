@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fdfo_engine.runtime.durable import plain_json
@@ -139,9 +138,3 @@ def invalid(error: ValidationError, *, where: str = "") -> Problem:
 
 def _pointer(location: Sequence[str | int]) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in location)
-
-
-async def answer_problem(_request: Request, error: Exception) -> Response:
-    """Starlette's handler of `Problem`."""
-    assert isinstance(error, Problem)
-    return error.response()

@@ -29,10 +29,11 @@ from fdfo_engine.runtime.distributed import (
     world_size,
 )
 from fdfo_engine.runtime.durable import replace_file
-from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError, error_message, exit_code
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import Event, EventStream
 from fdfo_engine.runtime.run_folder import RunFolder
+from fdfo_engine.runtime.run_status import State
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.serve.access import LOOPBACK_HOSTS, TOKEN_NAME, token_of
 from fdfo_engine.serve.app import application
@@ -114,7 +115,14 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None) -> None:
             worker = Worker(engine, commands, training, None if talk is None else talk.backend, stop)
             if talk is not None:
                 talk.worker = worker
+            if folder is not None:
+                folder.status.update("running", epochs=config.run.epochs)
             worker.serve()
+    except BaseException as error:
+        if folder is not None:
+            state: State = "stopped" if isinstance(error, Stopped) else "failed"
+            folder.status.update(state, exit_code=exit_code(error), message=error_message(error))
+        raise
     finally:
         if folder is not None:
             folder.close()

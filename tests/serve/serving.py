@@ -1,12 +1,15 @@
 """A real server on the shapes model, in a thread of the test's process or in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from engine.launching import environment
 
 from fdfo_engine import load_config
 from fdfo_engine.client import Client
@@ -72,8 +75,11 @@ def start_process(folder, *more, ranks=1, log=None):
     command = [sys.executable, "-m", "fdfo_engine.cli.main", "serve", "--config", "shapes", "--port", "0"]
     if ranks > 1:
         command += ["--ranks", str(ranks)]
-    output = subprocess.DEVNULL if log is None else log.open("ab")
-    return subprocess.Popen([*command, *settings(folder, *more)], stdout=output, stderr=output)
+    output = os.devnull if log is None else log
+    with open(output, "ab") as file:
+        return subprocess.Popen(
+            [*command, *settings(folder, *more)], stdout=file, stderr=file, env=environment(FDFO_CHOSEN_PORT="")
+        )
 
 
 def lines(path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from serve.serving import served, shapes_config
+from serve.serving import served, shapes_config, start_process, waited_for
 from update.test_primitives import ppo_weights
 
 from fdfo_engine import Engine
@@ -55,16 +55,20 @@ def assert_same_checkpoints(one, other, epochs=EPOCHS):
             assert all(left[name].equal(right[name]) for name in left), (epoch, stem)
 
 
+def train_by_primitives(client):
+    for epoch in range(1, EPOCHS + 1):
+        sampled = client.sample()
+        rewards = scored(client, sampled["pairs"])
+        for part in range(client.capabilities()["parts"]):
+            answer = client.forward_backward(sampled["round"], rewards=rewards, part=part)
+            assert answer["items"] == 16
+            assert client.optim_step()["applied"]
+        assert client.snapshot()["epoch"] == epoch
+
+
 def test_primitives_over_http_give_the_bits_of_update(by_update, tmp_path):
     with served(shapes_config(tmp_path, "checkpoint.keep=3")) as client:
-        for epoch in range(1, EPOCHS + 1):
-            sampled = client.sample()
-            rewards = scored(client, sampled["pairs"])
-            for part in range(client.capabilities()["parts"]):
-                answer = client.forward_backward(sampled["round"], rewards=rewards, part=part)
-                assert answer["items"] == 16
-                assert client.optim_step()["applied"]
-            assert client.snapshot()["epoch"] == epoch
+        train_by_primitives(client)
     assert_same_checkpoints(by_update, tmp_path)
 
 
@@ -111,3 +115,26 @@ def test_a_clients_own_loss_has_the_gradient_it_has_in_process(tmp_path):
     expected = engine.primitives.forward_backward(rollout, weights=ppo_weights(own.values, advantages, clip), part=1)
     assert answer == expected
     assert step["grad_norm"] == engine.primitives.optim_step().grad_norm > 0
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_within_the_methods_bounds(by_update, tmp_path):
+    """Real processes under the launcher: latents of the first epoch to the bit, weights to 1e-3 of their change."""
+    process = start_process(tmp_path / "run", "checkpoint.keep=3", ranks=2, log=tmp_path / "log.txt")
+    try:
+        with waited_for(tmp_path / "run", lambda: process.poll() is None) as client:
+            assert client.capabilities()["ranks"] == 2
+            train_by_primitives(client)
+    finally:
+        process.terminate()
+        assert process.wait(120) == 75
+    one, two = (
+        load_file(folder / "checkpoints/epoch_000003/weights.safetensors") for folder in (by_update, tmp_path / "run")
+    )
+    start = Engine(shapes_config(tmp_path / "start")).trainer.weights()
+    change = norm(one[name] - start[name] for name in one)
+    assert norm(one[name] - two[name] for name in one) < 1e-3 * change
+
+
+def norm(tensors):
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm().item()

@@ -151,7 +151,7 @@ def _refuse_mixture(backend: Backend, name: str, opinions: list[dict[str, Any]])
     """A choice says 1 or 0; the mean of that and a score on another scale would say nothing."""
     kinds = {opinion.kind for opinion in backend.store.opinions(name)} | {opinion["kind"] for opinion in opinions}
     if len(kinds) > 1:
-        raise Problem(422, "mixed_feedback", f"round {name}: choices and scores do not mix in one round")
+        raise Problem(409, "mixed_feedback", f"round {name}: choices and scores do not mix in one round")
 
 
 async def take_back(call: Call) -> Response:
