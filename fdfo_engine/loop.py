@@ -245,6 +245,7 @@ class _Run:
             "reward_std": float(known.std()) if len(known) > 1 else 0.0,
             **parts,
             **self._rewards.disagreements(parts_PK),
+            **self._rewards.note_means(),
             **metrics,
             "lr": self._config.optimizer.lr,
             "kernel_backend": self._engine.backend,

@@ -18,6 +18,7 @@ from fdfo_engine.evaluation.guard import health_findings
 from fdfo_engine.evaluation.measures import Kind, Measures
 from fdfo_engine.exporting import Weights
 from fdfo_engine.metrics import bootstrap_interval, health_drift, t_interval
+from fdfo_engine.runtime.console import equal_warnings_counted
 from fdfo_engine.runtime.distributed import all_gather_rows, is_main, rank, together_patiently, world_size
 
 SCHEMA_VERSION = 1
@@ -58,6 +59,7 @@ class Measured:
         return self.scores[metric].double().mean(1)
 
 
+@equal_warnings_counted()
 def measure_weights(engine: Engine, request: Request, measures: Measures, *, name: str, weights: Weights) -> Measured:
     """Generates and scores every prompt with the engine's present weights; collective, the same on every rank.
 

@@ -15,6 +15,7 @@ from fdfo_engine.exporting import Weights
 from fdfo_engine.metrics import measure_health
 from fdfo_engine.rewards import WeightedRewards, labelled
 from fdfo_engine.rollout.prompts import PromptList, load_prompts
+from fdfo_engine.runtime.console import equal_warnings_counted
 from fdfo_engine.runtime.distributed import all_gather_rows, rank, together_patiently, world_size
 
 
@@ -26,6 +27,8 @@ class Evaluation:
     images: Tensor
     scores: dict[str, Tensor]
     health: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+    """Means of what rewards note beside their scores; see `WeightedRewards.note_means`."""
 
     def record(self, engine: Engine, weights: Weights, seed: int) -> dict[str, Any]:
         """The line of evaluations.jsonl: means over the images that were scored, with their standard errors.
@@ -42,6 +45,7 @@ class Evaluation:
             "reward": reward["reward"], "reward_stderr": reward_error["reward"],
             "health": {name: float(_known(values).mean()) for name, values in self.health.items()},
             "health_std": {name: _spread(values) for name, values in self.health.items()},
+            "notes": self.notes,
         }  # fmt: skip
 
 
@@ -79,13 +83,14 @@ def asked(config: Config) -> dict[str, RewardConfig]:
     }
 
 
+@equal_warnings_counted()
 def evaluate(
     engine: Engine, prompts: list[str], metrics: WeightedRewards, *, seed: int, weights: Weights = "auto"
 ) -> Evaluation:
     """Generates one image a prompt and scores it; collective, and the result is the same on every rank."""
     images = engine.generate(prompts, seed=seed, weights=weights)
     parts, health = together_patiently(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
-    return Evaluation(prompts, images, _gathered(parts), _gathered(health))
+    return Evaluation(prompts, images, _gathered(parts), _gathered(health), metrics.note_means())
 
 
 def _measured(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.rewards.weighted import WeightedRewards
+from fdfo_engine.runtime.console import equal_warnings_counted
 from fdfo_engine.runtime.distributed import use_device
 from fdfo_engine.runtime.errors import Stopped
 
@@ -42,6 +43,7 @@ class BackgroundScorer:
         self.busy_s = self.waited_s = 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = ThreadPoolExecutor(1, "scoring", use_device, (device,))
+        self._warnings = equal_warnings_counted()
 
     def submit(self, prompts: Sequence[str], images: Tensor) -> None:
         """Queues images `[N, 3, H, W]` and does not wait: `has_room` bounds the queue. A failure shows in `scores`."""
@@ -88,6 +90,7 @@ class BackgroundScorer:
         return max(0.0, self.busy_s - self.waited_s)
 
     def __enter__(self) -> BackgroundScorer:
+        self._warnings.__enter__()
         return self
 
     def __exit__(
@@ -96,7 +99,10 @@ class BackgroundScorer:
         if error is not None:
             self._has_failed = True
             self._rewards.cancel()
-        self._thread.shutdown(cancel_futures=True)
+        try:
+            self._thread.shutdown(cancel_futures=True)
+        finally:
+            self._warnings.__exit__(None, None, None)
 
     def _is_done(self, future: Future[dict[str, Tensor]]) -> bool:
         """Waits for it; false if the run stops first."""

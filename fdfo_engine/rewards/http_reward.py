@@ -14,10 +14,10 @@ from fdfo_engine.rewards.model_options import micro_batches
 from fdfo_engine.rewards.pixels import png_base64, to_bytes
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.rewards.reward import Reward
-from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.errors import RewardError
 
 _VERSION = 1
+_FIRST_SIDE = 256  # pixels of the drawn picture that is asked about before a run
 
 
 class HttpOptions(ServerOptions):
@@ -52,8 +52,9 @@ class HttpReward(Reward):
 
     Request (POST, `batch_size` images): `{"version": 1, "items": [{"id", "prompt", "image"}, ...]}`, the image a PNG
     file in base64. Reply: `{"scores": [{"id", "score"}, ...]}`, every id once, in any order; `"score": null` is no
-    opinion. At the start of a run an empty list of items is sent, to which `{"scores": []}` is the answer. A reply that
-    is not this costs its images their score; too few, too many or unknown ids stop the run.
+    opinion. Before a run begins it is asked about a drawn picture; with `ask_first: false` about none, to which
+    `{"scores": []}` is the answer. A reply that is not this costs its images their score; too few, too many or unknown
+    ids stop the run.
     `examples/reward_server.py` is such a server.
     """
 
@@ -64,15 +65,20 @@ class HttpReward(Reward):
         self._server = JsonServer(options)
 
     def require_ready(self) -> None:
-        """Asks for no scores.
+        """Asks for one score, or for none where `ask_first` is false.
 
         Raises:
             RewardError: no such server, or it does not speak the protocol.
         """
+        if self.options.ask_first:
+            prompt, images = self.self_test_case(_FIRST_SIDE)
+            request = _Request(["0"], [prompt], to_bytes(images[:1]))
+            self._server.ask_first("", _message(request), lambda reply: self._read(reply, request))
+            return
         reply = self._server.require_ready("POST", "", _message(_Request([], [], torch.empty(0))))
         try:
-            _Reply.model_validate(reply)
-        except ValidationError as error:
+            _validated(reply)
+        except BadReplyError as error:
             raise RewardError(f'{self.options.url}: no items were not answered by {{"scores": []}}') from error
 
     def cancel(self) -> None:
@@ -81,23 +87,23 @@ class HttpReward(Reward):
 
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`; NaN where the server has no opinion or no good reply."""
-        size = self.options.batch_size
+        most = self.options.batch_size
         requests = [
-            _Request([str(number * size + row) for row in range(len(texts))], texts, pixels)
-            for number, (texts, pixels) in enumerate(micro_batches(prompts, to_bytes(images), size))
+            _Request([str(number * most + row) for row in range(len(texts))], texts, pixels)
+            for number, (texts, pixels) in enumerate(micro_batches(prompts, to_bytes(images), most))
         ]
-        answers = self._server.for_all(self._scores, requests)
-        return torch.tensor([score for answer in answers for score in answer])
+        sizes = [len(request.ids) for request in requests]
+        answers = self._server.opinions(self._scores, requests, sizes)
+        scores: list[float] = []
+        for answer, size in zip(answers, sizes, strict=True):
+            scores += [torch.nan] * size if isinstance(answer, BadReplyError) else answer
+        return torch.tensor(scores)
 
     def _scores(self, request: _Request) -> list[float]:
-        message = _message(request)
-        for last in (False, True):
-            try:
-                return _in_order(_validated(self._server.ask("", message)), request.ids, self.options.url)
-            except BadReplyError as error:
-                what = f"no opinion on {len(request.ids)} images" if last else "asking once more"
-                warn(f"{self.options.url}: {error}; {what}")
-        return [torch.nan] * len(request.ids)
+        return self._read(self._server.ask("", _message(request)), request)
+
+    def _read(self, reply: Any, request: _Request) -> list[float]:
+        return _in_order(_validated(reply), request.ids, self.options.url)
 
 
 def _message(request: _Request) -> dict[str, Any]:
@@ -112,7 +118,8 @@ def _validated(reply: Any) -> _Reply:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise BadReplyError(f"reply {place}: {first['msg']}: {str(reply)[:200]!r}") from error
+        what = f"reply {place}: {first['msg']}: {str(reply)[:200]!r}"
+        raise BadReplyError("not of the protocol", what) from error
 
 
 def _in_order(reply: _Reply, ids: list[str], url: str) -> list[float]:

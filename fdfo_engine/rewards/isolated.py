@@ -38,6 +38,7 @@ class IsolatedReward(Reward):
         self._inner = build(name, options, where)
         self._name, self._given, self._where, self._kill_after_s = name, options, where, kill_after_s
         self._forbids_downloads = False
+        self._notes: dict[str, list[float]] = {}
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -58,6 +59,12 @@ class IsolatedReward(Reward):
         """As the reward it holds."""
         return self._inner.gpu_bytes()
 
+    def take_notes(self) -> dict[str, Tensor]:
+        """As the reward it holds, of the images that its processes have scored."""
+        taken, self._notes = self._notes, {}
+        names = self._inner.take_notes()
+        return {name: torch.tensor(taken.get(name, []), dtype=torch.float32) for name in names}
+
     def self_test_case(self, side: int) -> tuple[str, Tensor]:
         """As the reward it holds."""
         return self._inner.self_test_case(side)
@@ -76,6 +83,8 @@ class IsolatedReward(Reward):
             raise RuntimeError(f"its process died with exit code {code}") from error
         if "error" in answer:
             raise RuntimeError(answer["error"])
+        for note, values in answer["notes"].items():
+            self._notes.setdefault(note, []).extend(values)
         return torch.tensor(answer["scores"], dtype=torch.float32)
 
     def cancel(self) -> None:
@@ -140,6 +149,7 @@ def _serve(pipe: Connection, words: bytes, device: int | None, forbids_downloads
 def _scored(reward: Reward, prompts: list[str], images: Tensor) -> dict[str, Any]:
     try:
         with torch.no_grad():
-            return {"scores": torch.as_tensor(reward(prompts, images), dtype=torch.float32).cpu().tolist()}
+            scores = torch.as_tensor(reward(prompts, images), dtype=torch.float32).cpu().tolist()
+        return {"scores": scores, "notes": {name: values.tolist() for name, values in reward.take_notes().items()}}
     except Exception:  # noqa: BLE001 - a reward is anybody's code; the parent reports it and asks once more
         return {"error": traceback.format_exc()}

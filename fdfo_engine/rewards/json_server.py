@@ -48,6 +48,9 @@ class ServerOptions(Section):
     concurrency: int = Field(default=8, ge=1)
     """Requests under way at a time."""
 
+    ask_first: bool = True
+    """Asks about one drawn picture before the run begins, and stops it where the reply has no score."""
+
     @field_validator("url")
     @classmethod
     def _is_http(cls, url: str) -> str:
@@ -57,15 +60,31 @@ class ServerOptions(Section):
         return url.rstrip("/")
 
 
-class BadReplyError(Exception):
+class _ServerError(Exception):
+    """A request without the answer it asked for.
+
+    Attributes:
+        reason: what was wrong, the same words for all replies that are wrong in this way. shown: what may differ.
+    """
+
+    def __init__(self, reason: str, shown: str = "") -> None:
+        super().__init__(f"{reason}: {shown}" if shown else reason)
+        self.reason, self.shown = reason, shown
+
+
+class BadReplyError(_ServerError):
     """The server answered, but not with what was asked for: these images have no score."""
 
 
-class _AwayError(Exception):
+class NoOpinionError(BadReplyError):
+    """A reply of the right form that tells nothing about the image: asking again would bring the same."""
+
+
+class _AwayError(_ServerError):
     """No answer, or one that says to come back later."""
 
 
-class _BrokenError(Exception):
+class _BrokenError(_ServerError):
     """The server failed inside on this request."""
 
 
@@ -99,10 +118,10 @@ class JsonServer:
         try:
             return retrying(self._once, "POST", path, payload, self.options.timeout_s)
         except _BrokenError as error:
-            raise BadReplyError(str(error)) from error
+            raise BadReplyError(error.reason, error.shown) from error
         except _AwayError as error:
             if self._answered_since(started):
-                raise BadReplyError(str(error)) from error
+                raise BadReplyError(error.reason, error.shown) from error
             raise RewardError(self._gone(path, f"{error}, for {self.options.give_up_after_s:g} s")) from error
 
     def cancel(self) -> None:
@@ -117,8 +136,43 @@ class JsonServer:
         """
         try:
             return self._once(method, path, payload, READY_WITHIN_S)
-        except (_AwayError, _BrokenError, BadReplyError) as error:
+        except _ServerError as error:
             raise RewardError(self._gone(path, str(error))) from error
+
+    def ask_first(self, path: str, payload: Any, read: Callable[[Any], object]) -> None:
+        """Asks about one picture before a run, and reads the reply as it will be read then.
+
+        Raises:
+            RewardError: no answer within `timeout_s`, or one that `read` refuses: with a line to try by hand.
+        """
+        try:
+            read(self._once("POST", path, payload, self.options.timeout_s))
+        except _ServerError as error:
+            reason = f"asked about a drawn picture (ask_first): {error}"
+            raise RewardError(self._gone(path, reason)) from error
+
+    def opinions(self, ask: Callable[[T], R], requests: Sequence[T], sizes: Sequence[int]) -> list[R | BadReplyError]:
+        """`ask` of every request, twice where the reply is bad; the error where it still is.
+
+        `sizes` are the images in each. Those without an opinion are told: a line a reason, with their number.
+        """
+        mended: list[tuple[BadReplyError, int]] = []
+        answers = self.for_all(lambda row: _twice(ask, requests[row], sizes[row], mended), range(len(requests)))
+        lost = [
+            (answer, size) for answer, size in zip(answers, sizes, strict=True) if isinstance(answer, BadReplyError)
+        ]
+        self._tell_by_reason("no opinion on", lost)
+        self._tell_by_reason("asked once more about", mended)
+        return answers
+
+    def _tell_by_reason(self, what: str, errors: Sequence[tuple[BadReplyError, int]]) -> None:
+        for reason in dict.fromkeys(error.reason for error, _ in errors):
+            alike = [(error, size) for error, size in errors if error.reason == reason]
+            count = sum(size for _, size in alike)
+            images = "one image" if count == 1 else f"{count} images"
+            among = " (the first of them)" if len({error.shown for error, _ in alike}) > 1 else ""
+            line = f"{self.options.url}: {what} {images}: {alike[0][0]}{among}"
+            warn(line, like=f"{self.options.url}: {what}: {reason}")
 
     def for_all(self, ask: Callable[[T], R], requests: Sequence[T]) -> list[R]:
         """`ask` of every request, `concurrency` at a time, in order. The first `RewardError` ends it."""
@@ -150,18 +204,18 @@ class JsonServer:
     def _judged(self, reply: urllib3.BaseHTTPResponse, content: bytes) -> Any:
         status, shown = reply.status, visible(content[:_SHOWN_CHARACTERS].decode("utf-8", "replace"))
         if status in _PASSING:
-            raise _AwayError(f"HTTP {status}: {shown}")
+            raise _AwayError(f"HTTP {status}", shown)
         with self._lock:
             self._last_answer, self._is_away = time.monotonic(), False
         if status >= 500:
-            raise _BrokenError(f"HTTP {status}: {shown}")
+            raise _BrokenError(f"HTTP {status}", shown)
         if status in (401, 403):
             raise RewardError(f"{self.options.url}: HTTP {status}: {shown}\nput the key in env {KEY_VARIABLE}")
         if status != 200:
-            raise BadReplyError(f"HTTP {status}: {shown}")
+            raise BadReplyError(f"HTTP {status}", shown)
         kind = reply.headers.get("Content-Type", "")
         if reply.headers.get("Content-Encoding", "identity") != "identity" or "json" not in kind:
-            raise BadReplyError(f"takes plain application/json, got {kind or 'no type'}: {shown}")
+            raise BadReplyError(f"takes plain application/json, got {kind or 'no type'}", shown)
         return _parsed(content, shown)
 
     def _has_waited_enough(self, state: RetryCallState, started: float) -> bool:
@@ -186,6 +240,22 @@ class JsonServer:
 
     def _gone(self, path: str, reason: str) -> str:
         return f"no use of the reward server {self.options.url}: {reason}\ntry: curl -sSi {self.options.url}{path}"
+
+
+def _twice(ask: Callable[[T], R], request: T, size: int, mended: list[tuple[BadReplyError, int]]) -> R | BadReplyError:
+    """The answer, or the second error; an error that a second request mended goes to `mended`."""
+    try:
+        return ask(request)
+    except NoOpinionError as error:
+        return error
+    except BadReplyError as error:
+        first = error
+    try:
+        answer = ask(request)
+    except BadReplyError as error:
+        return error
+    mended.append((first, size))
+    return answer
 
 
 def _headers() -> dict[str, str]:
@@ -215,7 +285,7 @@ def _parsed(content: bytes, shown: str) -> Any:
     try:
         return json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BadReplyError(f"no JSON ({error}): {shown}") from error
+        raise BadReplyError("no JSON", f"{error}: {shown}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -31,6 +31,10 @@ class QuestionOptions(Section):
     contrast: str = Field(default="No", min_length=1)
     """The answer it is weighed against; one token."""
 
+    least_mass: float = Field(default=0.01, gt=0, le=1)
+    """Probability that both answers must hold together; where they hold less, the model answers something else, and
+    there is no opinion."""
+
     image_size: int | None = Field(default=504, ge=SIDE_STEP)
     """Side of a square with as many pixels as the image is resized to (sides: multiples of 28); null keeps its own."""
 
@@ -55,6 +59,22 @@ def seen(images: Tensor, image_size: int | None) -> Tensor:
     height, width = pixels.shape[-2:]
     scale = image_size / math.sqrt(height * width)
     return resize_bicubic(pixels, *(max(1, round(side * scale / SIDE_STEP)) * SIDE_STEP for side in (height, width)))
+
+
+class AnswerMass:
+    """The probability of both answers together, of every image since it was last taken: what a run logs."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+
+    def keep(self, mass: Tensor) -> None:
+        """Adds images' values `[n]`; NaN where the answer had no probabilities."""
+        self._values.append(mass.detach().float().cpu())
+
+    def take(self) -> dict[str, Tensor]:
+        """All that were kept, `[n]`, as `Reward.take_notes` gives them."""
+        taken, self._values = self._values, []
+        return {"answer_mass": torch.cat([torch.zeros(0), *taken])}
 
 
 def score_of(target_minus_contrast: Tensor) -> Tensor:

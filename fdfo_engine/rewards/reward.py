@@ -1,4 +1,4 @@
-"""What the engine asks of a reward: scores, and six things with defaults."""
+"""What the engine asks of a reward: scores, and seven things with defaults."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ class Reward:
 
     def cancel(self) -> None:
         """Ends its waiting for something outside: the run stops. Comes from another thread. By default none waits."""
+
+    def take_notes(self) -> dict[str, Tensor]:
+        """Numbers to log beside the scores: by name `[n]`, one an image scored since this was last called.
+
+        The names are always the same, whatever was scored. By default there are none.
+        """
+        return {}
 
     def self_test_case(self, side: int) -> tuple[str, Tensor]:
         """A prompt and two images `[2, 3, side, side]`, of which anyone would prefer the first for it.

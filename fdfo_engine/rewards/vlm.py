@@ -22,8 +22,18 @@ from fdfo_engine.rewards.model_options import (
     ready_network,
 )
 from fdfo_engine.rewards.pixels import to_pil
-from fdfo_engine.rewards.questions import PHOTOREALISM, QUALITY, SIDE_STEP, QuestionOptions, asked, score_of, seen
+from fdfo_engine.rewards.questions import (
+    PHOTOREALISM,
+    QUALITY,
+    SIDE_STEP,
+    AnswerMass,
+    QuestionOptions,
+    asked,
+    score_of,
+    seen,
+)
 from fdfo_engine.rewards.registry import register
+from fdfo_engine.runtime.console import visible, warn
 from fdfo_engine.runtime.errors import RewardError
 
 
@@ -72,11 +82,16 @@ class VlmReward(ModelReward[VlmOptions]):
 
     The question goes through the model's own chat template, the image first. Qwen2.5-VL-7B-Instruct by default
     (Apache-2.0; 17 GB in bfloat16), as in the paper. One micro-batch of `batch_size` images at a time, padded on the
-    left, on `device`, in `dtype`; only the last token's logits are computed; loads at the first call. The processors of
-    some families, Qwen-VL among them, need the package torchvision.
+    left, on `device`, in `dtype`; only the last token's logits are computed; loads at the first call. Where both
+    answers hold less than `least_mass` of the probability the model answers something else: no opinion. `answer_mass`
+    is logged. The processors of some families, Qwen-VL among them, need the package torchvision.
     """
 
     Options: type[VlmOptions] = VlmOptions
+
+    def __init__(self, options: VlmOptions) -> None:
+        super().__init__(options)
+        self._mass = AnswerMass()
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], images: Tensor) -> Tensor:
@@ -88,7 +103,30 @@ class VlmReward(ModelReward[VlmOptions]):
         else:
             inputs = chat.inputs(questions, [to_pil(image) for image in seen(images, options.image_size)])
         logits = chat.network(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-        return score_of(logits[:, chat.target] - logits[:, chat.contrast]).cpu()
+        target, contrast = logits[:, chat.target], logits[:, chat.contrast]
+        mass = (torch.logaddexp(target, contrast) - logits.logsumexp(-1)).exp()
+        self._mass.keep(mass)
+        self._tell_strayed(mass, logits)
+        return torch.where(mass >= options.least_mass, score_of(target - contrast), torch.nan).cpu()
+
+    def take_notes(self) -> dict[str, Tensor]:
+        """`answer_mass`: the probability of both answers together."""
+        return self._mass.take()
+
+    def _tell_strayed(self, mass: Tensor, logits: Tensor) -> None:
+        """Warns of images that have no opinion; a mass that is no number is below every bound."""
+        strayed = ~(mass >= self.options.least_mass)
+        if not strayed.any():
+            return
+        first = int(strayed.nonzero()[0])
+        likeliest = self._chat.processor.tokenizer.decode([int(logits[first].argmax())])
+        options = self.options
+        warn(
+            f"{options.model}: no opinion on {int(strayed.sum())} images: {options.target!r} and {options.contrast!r} "
+            f"hold less than least_mass of the first token's probability: {float(mass[first]):.1g}; the likeliest is "
+            f"{visible(repr(likeliest))}",
+            like=f"{options.model} has strayed from {options.target!r} and {options.contrast!r}",
+        )
 
     @functools.cached_property
     def _chat(self) -> _Chat:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from fdfo_engine.config import RewardConfig
 from fdfo_engine.rewards.isolated import IsolatedReward
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward, as_reward
-from fdfo_engine.runtime.console import visible
+from fdfo_engine.runtime.console import equal_warnings_counted, visible, warn
+from fdfo_engine.runtime.distributed import all_gather_rows
 from fdfo_engine.runtime.errors import FdfoError, RewardError
 
 
@@ -104,7 +104,22 @@ class WeightedRewards:
         Raises:
             RewardError: a reward returned something other than N numbers.
         """
-        return {name: self._score(name, reward, prompts, images) for name, (_, reward) in self.rewards.items()}
+        with equal_warnings_counted():
+            return {name: self._score(name, reward, prompts, images) for name, (_, reward) in self.rewards.items()}
+
+    def note_means(self) -> dict[str, float]:
+        """Means of what the rewards note beside their scores, `answer_mass_vlm` say, since this was last called.
+
+        Over the images of all ranks that have such a number; left out where none has. Collective.
+        """
+        means = {}
+        for name, (_, reward) in self.rewards.items():
+            for note, values in reward.take_notes().items():
+                known = all_gather_rows(values)
+                known = known[torch.isfinite(known)]
+                if len(known):
+                    means[f"{note}_{name}"] = float(known.double().mean())
+        return means
 
     def combined(self, parts_PK: dict[str, Tensor]) -> Tensor:
         """The reward `[P, 2]` of an epoch's scores: the weighted sum of the parts, each as its `normalize` says.
@@ -163,7 +178,7 @@ class WeightedRewards:
 
     def _report(self, name: str, error: Exception, attempt: int) -> None:
         what = "trying once more" if attempt == 1 else "no opinion on this batch"
-        print(f"warning: reward {name!r}: {type(error).__name__}: {error}; {what}", file=sys.stderr)  # noqa: T201
+        warn(f"reward {name!r}: {type(error).__name__}: {error}; {what}", everywhere=True)
         if self.log_folder is not None:
             self.log_folder.mkdir(parents=True, exist_ok=True)
             with (self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log").open("a") as file:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 
@@ -17,9 +20,66 @@ def say(line: str) -> None:
     _write(sys.stdout, line)
 
 
-def warn(line: str) -> None:
-    """Writes `warning: <line>` to stderr, on rank 0 only."""
-    _write(sys.stderr, f"warning: {line}")
+def warn(line: str, *, like: str | None = None, everywhere: bool = False) -> None:
+    """Writes `warning: <line>` to stderr, on rank 0 only, or `everywhere` with the rank's number in front.
+
+    Within `equal_warnings_counted` a warning is written if it is the first with its text, or with the same `like`.
+    """
+    if _repeats.is_first(like or line, line):
+        _warn_now(line, everywhere=everywhere)
+
+
+@contextmanager
+def equal_warnings_counted() -> Iterator[None]:
+    """Within it, in all threads, only the first of equal warnings is written; at its end, how many followed.
+
+    Entered again within, it changes nothing: the outermost one counts.
+    """
+    _repeats.enter()
+    try:
+        yield
+    finally:
+        for line, count in _repeats.leave():
+            _warn_now(f"{count} more like this: {line}", everywhere=False)
+
+
+class _Repeats:
+    """The warnings since counting began."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._first_lines: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+
+    def is_first(self, key: str, line: str) -> bool:
+        with self._lock:
+            if not self._depth:
+                return True
+            self._first_lines.setdefault(key, line)
+            self._counts[key] = self._counts.get(key, 0) + 1
+            return self._counts[key] == 1
+
+    def enter(self) -> None:
+        with self._lock:
+            self._depth += 1
+
+    def leave(self) -> list[tuple[str, int]]:
+        """First lines and how many followed, of those that had followers, where the outermost is left."""
+        with self._lock:
+            self._depth -= 1
+            if self._depth:
+                return []
+            followed = [(self._first_lines[key], count - 1) for key, count in self._counts.items() if count > 1]
+            self._first_lines, self._counts = {}, {}
+            return followed
+
+
+_repeats = _Repeats()
+
+
+def _warn_now(line: str, *, everywhere: bool) -> None:
+    complain(f"warning: {line}", everywhere=everywhere)
 
 
 def complain(block: str, *, everywhere: bool = False) -> None:

@@ -169,6 +169,7 @@ def test_a_model_a_server_and_a_question_train_together(tiny_sd3, tmp_path, caps
     assert 0 < row["reward_vlm_alignment_mean"] < 100
     assert 0 < row[f"reward_{server.url}_mean"] < 1
     assert "disagreement_pickscore_vlm_alignment" in row
+    assert 0.01 < row["answer_mass_vlm_alignment"] < 1
     assert "pull" in capsys.readouterr().out
 
 

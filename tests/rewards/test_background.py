@@ -120,3 +120,15 @@ def test_no_gradients_in_the_thread():
     seen = []
     score(lambda prompts, images: seen.append(torch.is_grad_enabled()) or mean(prompts, images), count=1)
     assert seen == [False]
+
+
+def test_equal_warnings_of_an_epoch_are_one_line_and_a_count(capsys):
+    def fails(prompts, images):
+        raise ValueError("no logprobs")
+
+    scores, _ = score(fails, count=8)
+    assert torch.isnan(scores["mine"]).all()
+    first = "warning: reward 'mine': ValueError: no logprobs; trying once more"
+    second = "warning: reward 'mine': ValueError: no logprobs; no opinion on this batch"
+    more = [line.replace("warning: ", "warning: 7 more like this: ") for line in (first, second)]
+    assert capsys.readouterr().err.splitlines() == [first, second, *more]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdfo_engine.config import RewardConfig
-from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rewards import Reward, WeightedRewards
 from fdfo_engine.runtime.errors import UsageError
 
 IMAGES = torch.linspace(0, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
@@ -85,3 +85,28 @@ def test_a_failure_is_told_and_has_no_opinion(tmp_path, capsys, function, messag
 def test_a_misspelt_name_is_refused_before_a_process_starts(tmp_path):
     with pytest.raises(UsageError, match=r"rewards\.0\.name"):
         isolated("no_such_function", tmp_path)
+
+
+class Noting(Reward):
+    def __init__(self):
+        self.noted = []
+
+    def __call__(self, prompts, images):
+        self.noted += images.mean((1, 2, 3)).tolist()
+        return images.mean((1, 2, 3))
+
+    def take_notes(self):
+        taken, self.noted = self.noted, []
+        return {"light": torch.tensor(taken)}
+
+
+def test_what_it_notes_comes_along(tmp_path):
+    rewards = isolated("Noting", tmp_path)
+    (_, reward) = next(iter(rewards.rewards.values()))
+    assert reward.take_notes()["light"].shape == (0,)
+    assert rewards.note_means() == {}
+    scores = torch.cat([scored(rewards), scored(rewards, 1 - IMAGES)])
+    means = rewards.note_means()
+    rewards.cancel()
+    assert means == {"light_rewards.test_isolated:Noting": pytest.approx(float(scores.mean()))}
+    assert rewards.note_means() == {}

@@ -98,6 +98,28 @@ def test_the_image_and_the_question_matter(chat):
     assert abs(reward(chat[0], target="No", contrast="Yes")(["red"], images[:1]) + scores[0] - 100) < 1e-3
 
 
+def test_answers_of_next_to_no_mass_are_no_opinion(llava, capsys):
+    """Against a softmax over the whole vocabulary, in float64."""
+    images = pictures(4)
+    model, processor = AutoModelForImageTextToText.from_pretrained(llava[0], dtype=torch.float32).eval(), llava[1]
+    content = [{"type": "image"}, {"type": "text", "text": "Is it red ?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    pixels = [Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()) for image in images]
+    inputs = processor(text=[text] * 4, images=pixels, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits[:, -1].double().softmax(-1)
+    mass = probabilities[:, WORDS.index("Yes")] + probabilities[:, WORDS.index("No")]
+    least = float(mass.sort().values[1:3].mean())  # two of the four are below
+    asked_about = reward(llava[0], question="Is it red ?", least_mass=least)
+    scores = asked_about(["red"] * 4, images)
+    assert torch.equal(torch.isnan(scores), mass < least)
+    assert (asked_about.take_notes()["answer_mass"] - mass).abs().max() < 1e-5
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    assert "no opinion on 2 images: 'Yes' and 'No' hold less than least_mass" in line
+    likeliest = WORDS[int(probabilities[int((mass < least).nonzero()[0])].argmax())]
+    assert line.endswith(f"the likeliest is {likeliest!r}")
+
+
 def test_images_get_the_papers_size():
     assert seen(torch.rand(1, 3, 512, 512), 504).shape == (1, 3, 504, 504)
     assert seen(torch.rand(1, 3, 256, 512), 504).shape == (1, 3, 364, 700)  # the same shape and number of pixels
