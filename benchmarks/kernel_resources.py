@@ -217,7 +217,7 @@ def _block_cases(size: int) -> list[Case]:
     """Of a transformer block of width `size`, with all that a kernel can be asked for: less takes fewer registers."""
     from fdfo_engine.kernels import gated_residual, layer_norm_modulate
 
-    ops = importlib.import_module("fdfo_engine.ops.layer_norm_modulate")
+    ops = importlib.import_module("fdfo_engine.ops._norm_streams")
     block, warps = ops.tile(size)
     f32, bf16, stride = POINTERS["float32"], POINTERS["bfloat16"], ["i32"]
     tile = {"TOKENS": ops.TOKENS, "BLOCK": block}

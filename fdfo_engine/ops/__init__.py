@@ -7,10 +7,11 @@ import torch
 
 from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend, choose
+from fdfo_engine.ops._norm_streams import NormStream
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.feed_forward import feed_forward
 from fdfo_engine.ops.gated_residual import gated_residual
-from fdfo_engine.ops.gated_residual_norm import NormStream, gated_residual_norm, gated_residual_norms
+from fdfo_engine.ops.gated_residual_norm import gated_residual_norm, gated_residual_norms
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
 from fdfo_engine.ops.log_ratio import log_ratio

@@ -89,6 +89,11 @@ def last_contiguous(tensor: T) -> T:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def address(tensor: Tensor | None) -> int:
+    """Of the first element; null for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def strided(tensor: Tensor | None) -> Strided:
     """Address and strides of the first two axes; nulls for None."""
     return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))

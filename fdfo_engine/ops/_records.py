@@ -50,6 +50,11 @@ def restore_like(records: Nested, fields: Iterable[Any]) -> Nested:
     return found
 
 
+def by_field(records: Sequence[Any]) -> Any:
+    """One record out of several of a kind: each field holds a tuple, its values in all of them."""
+    return type(records[0])(*zip(*records, strict=True))
+
+
 def blank(records: Nested) -> Nested:
     """`records` with None in the place of each field."""
     found: Nested = _filled(records, repeat(None))

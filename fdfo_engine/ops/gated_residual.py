@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _checks, _compiled, _dispatch
-from fdfo_engine.ops.layer_norm_modulate import TOKENS, tile
+from fdfo_engine.ops._norm_streams import TOKENS, tile
 
 OFFERED = ("triton", "cpp", "torch")
 

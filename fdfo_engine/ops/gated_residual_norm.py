@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
 from fdfo_engine.ops._checks import NORM_EPS
+from fdfo_engine.ops._norm_streams import NormStream, modulated_norms
 from fdfo_engine.ops.gated_residual import check_residual
-from fdfo_engine.ops.layer_norm_modulate import (
-    OFFERED,
-    layer_norm_modulate_reference,
-    modulated_norms,
-    modulations_of,
-)
+from fdfo_engine.ops.layer_norm_modulate import check_modulations, layer_norm_modulate_reference
 
-__all__ = ["OFFERED", "NormStream", "gated_residual_norm", "gated_residual_norms"]
-
-
-class NormStream(NamedTuple):
-    """Tokens of one kind with their modulation, and a second one or not; with y and gate or neither, as in
-    `gated_residual_norm`.
-    """
-
-    x: Tensor
-    scale: Tensor
-    shift: Tensor
-    y: Tensor | None = None
-    gate: Tensor | None = None
-    scale2: Tensor | None = None
-    shift2: Tensor | None = None
+OFFERED = ("triton", "cpp", "torch")
 
 
 def gated_residual_norm(
@@ -65,9 +46,11 @@ def gated_residual_norm(
 
     Source: Peebles and Xie 2023 (adaLN-Zero).
     """
-    check_residual("gated_residual_norm", x, y, gate)
+    op = "gated_residual_norm"
+    check_residual(op, x, y, gate)
     stream = NormStream(x, scale, shift, y, gate, scale2, shift2)
-    return _run("gated_residual_norm", [stream], eps, backend)[0]
+    check_modulations(op, stream)
+    return _run(op, [stream], eps, backend)[0]
 
 
 def gated_residual_norms(
@@ -94,45 +77,38 @@ def gated_residual_norms(
     """
     op = "gated_residual_norms"
     _checks.stream_count(op, streams)
-    for i, s in enumerate(streams):
-        if (s.y is None) != (s.gate is None):
-            _checks.refuse(op, f"streams[{i}].{'y' if s.y is None else 'gate'}", None, "both y and gate, or neither")
-        _checks.tokens(op, "x", s.x)
-        like = streams[0].x
-        if len(s.x) != len(like) or s.x.shape[2] != like.shape[2] or s.x.dtype != like.dtype:
-            wanted = f"[{len(like)}, any, {like.shape[2]}] of {like.dtype}, as of streams[0]"
-            _checks.refuse(op, f"streams[{i}].x", f"{list(s.x.shape)} of {s.x.dtype}", wanted)
+    for i, stream in enumerate(streams):
+        _check_stream(op, f"streams[{i}]", stream, streams[0].x)
     return _run(op, streams, eps, backend)
 
 
+def _check_stream(op: str, name: str, stream: NormStream, like: Tensor) -> None:
+    x, y, gate = stream.x, stream.y, stream.gate
+    _checks.tokens(op, f"{name}.x", x)
+    _checks.tensor(op, f"{name}.x", x, (like.dtype,), device=like.device)
+    if len(x) != len(like) or x.shape[2] != like.shape[2]:
+        _checks.refuse(op, f"{name}.x", list(x.shape), f"[{len(like)}, any, {like.shape[2]}], as of streams[0]")
+    if y is not None and gate is not None:
+        check_residual(op, x, y, gate)
+    elif y is not None or gate is not None:
+        missing = "y" if y is None else "gate"
+        _checks.refuse(op, f"{name}.{missing}", None, "both y and gate, or neither")
+    check_modulations(op, stream)
+
+
 def _run(op: str, streams: Sequence[NormStream], eps: float, backend: str | None) -> list[tuple[Tensor, ...]]:
-    given: list[tuple[Tensor | None, ...]] = []
-    for x, scale, shift, y, gate, scale2, shift2 in streams:
-        if y is None or gate is None:
-            _checks.tokens(op, "x", x)
-        else:
-            check_residual(op, x, y, gate)
-        given.append((x, y, gate, *modulations_of(op, x, scale, shift, scale2, shift2)))
     eps = _checks.not_negative(op, "eps", eps)
     implementation = _dispatch.choose(op, OFFERED, streams[0].x.device, forced=backend)
-    if implementation != "torch":
-        return modulated_norms(given, eps, implementation)
-    return [_reference(*stream, eps=eps) for stream in given]  # type: ignore[arg-type]
+    if implementation == "torch":
+        return [gated_residual_norm_reference(stream, eps) for stream in streams]
+    return modulated_norms(streams, eps, implementation)
 
 
-def _reference(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, *modulations: Tensor, eps: float
-) -> tuple[Tensor, ...]:  # fmt: skip
-    if y is None or gate is None:
-        return x, *layer_norm_modulate_reference(x.float(), modulations, eps, x.dtype)
-    return gated_residual_norm_reference(x, y, gate, modulations, eps)
-
-
-def gated_residual_norm_reference(
-    x: Tensor, y: Tensor, gate: Tensor, modulations: tuple[Tensor, ...], eps: float
-) -> tuple[Tensor, ...]:
+def gated_residual_norm_reference(s: NormStream, eps: float) -> tuple[Tensor, ...]:
     """The specification. The rounding of x_new is straight-through: its gradient is not rounded on the way to y."""
-    wide = x.float() + gate.float()[:, None] * y.float()
-    x_new = wide.to(x.dtype)
+    if s.y is None or s.gate is None:
+        return s.x, *layer_norm_modulate_reference(s.x.float(), s.modulations, eps, s.x.dtype)
+    wide = s.x.float() + s.gate.float()[:, None] * s.y.float()
+    x_new = wide.to(s.x.dtype)
     rounded = wide + (x_new.float() - wide).detach()
-    return x_new, *layer_norm_modulate_reference(rounded, modulations, eps, x.dtype)
+    return x_new, *layer_norm_modulate_reference(rounded, s.modulations, eps, s.x.dtype)

@@ -268,6 +268,7 @@ GOOD = ops.NormStream(X, ROW, ROW, X, ROW)
         ([GOOD, GOOD._replace(y=None)], r"streams\[1\].y is None"),
         ([GOOD, GOOD._replace(x=X[:1])], r"streams\[1\].x is"),
         ([GOOD, GOOD._replace(x=X.half())], r"streams\[1\].x is"),
+        ([GOOD, GOOD._replace(x=X.to("meta"))], r"streams\[1\].x is on meta; it takes tensors on one device, here cpu"),
         ([GOOD, GOOD._replace(scale=X)], "scale is"),
     ],
 )
