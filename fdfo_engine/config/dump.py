@@ -17,7 +17,7 @@ RESUMABLE_KEYS = (
 """
 
 _SERVERS = ("http", "vlm_server")
-_OF_SERVERS = ("url", "timeout_s", "give_up_after_s", "concurrency")
+_OF_SERVERS = ("url", "timeout_s", "give_up_after_s", "concurrency", "ask_first")
 
 
 def resumable_keys(config: Config) -> tuple[str, ...]:

@@ -218,6 +218,7 @@ def reopened(tiny_sd3, folder, before, after):
         (HTTP, HTTP | {"timeout_s": 5.0, "give_up_after_s": 30.0, "concurrency": 2}),
         (HTTP | {"timeout_s": 5.0}, HTTP),
         (VLM, VLM | {"url": "https://b/v1", "concurrency": 64}),
+        (VLM, VLM | {"ask_first": False}),
         (URL, URL | {"name": "http://b:9/score"}),
         (URL, URL | {"timeout_s": 5.0}),
         (OWN, OWN | {"allow_download": False}),
