@@ -137,17 +137,25 @@ class _Verbs:
 
     @_verb
     def export(self, style: str = "diffusers", weights: str = "auto") -> _Steps:
-        """Writes the trained weights beside the run; returns the server's folder and the names of the files."""
+        """Writes the trained weights beside the run: `{operation, folder, files}`."""
         return (yield from self._operation("/v1/run/export", {"style": style, "weights": weights}))
+
+    @_verb
+    def exported(self, export: Json, file: str) -> _Steps:
+        """A file of what `export` wrote, as bytes."""
+        return (yield _Request("GET", f"/v1/run/exports/{export['operation']}/{file}")).content
+
+    @_verb
+    def report(self) -> _Steps:
+        """The run's report, an HTML page, as bytes."""
+        return (yield _Request("GET", "/v1/run/report.html")).content
 
     # rounds
 
     @_verb
-    def create_round(
-        self, prompts: Sequence[str] | None = None, *, count: int | None = None, keep: Json | None = None
-    ) -> _Steps:
-        """Samples a round to be judged: `{round, pairs, ...}`."""
-        return (yield from self._operation("/v1/rounds", _given(prompts=prompts, count=count, keep=keep)))
+    def create_round(self, prompts: Sequence[str] | None = None, *, count: int | None = None, **options: Any) -> _Steps:
+        """Samples a round to be judged: `{round, pairs, ...}`. Takes copies and keep."""
+        return (yield from self._operation("/v1/rounds", _given(prompts=prompts, count=count, **options)))
 
     @_verb
     def round(self, name: str) -> _Steps:
@@ -180,11 +188,9 @@ class _Verbs:
     # primitives
 
     @_verb
-    def sample(
-        self, prompts: Sequence[str] | None = None, *, count: int | None = None, keep: Json | None = None
-    ) -> _Steps:
-        """Samples a round: `{round, pairs: [{pair_id, prompt, images, distance}], ...}`."""
-        return (yield from self._primitive("sample", _given(prompts=prompts, count=count, keep=keep)))
+    def sample(self, prompts: Sequence[str] | None = None, *, count: int | None = None, **options: Any) -> _Steps:
+        """Samples a round: `{round, pairs: [{pair_id, prompt, images, distance}], ...}`. Takes copies and keep."""
+        return (yield from self._primitive("sample", _given(prompts=prompts, count=count, **options)))
 
     @_verb
     def compute_reward(self, name: str) -> _Steps:

@@ -95,10 +95,12 @@ class Commands:
         }
 
     def _texts(self, body: Mapping[str, Any]) -> list[str]:
-        if body.get("prompts") is not None:
-            return list(body["prompts"])
-        count, first = body.get("count") or self.engine.config.sampling.pairs_per_epoch, self.engine.next_pair
-        return self._prompts.of_pairs(range(first, first + count))
+        """One a pair that the round shows."""
+        prompts = body.get("prompts")
+        if prompts is None:
+            count, first = body.get("count") or self.engine.config.sampling.pairs_per_epoch, self.engine.next_pair
+            prompts = self._prompts.of_pairs(range(first, first + count))
+        return [prompt for prompt in prompts for _ in range(body.get("copies", 1))]
 
     def _most_distant(self, rollout: Rollout, count: int, of: int) -> Rollout:
         """Of each prompt's `of` neighbouring pairs the one whose latents ended furthest apart."""
@@ -268,7 +270,7 @@ class Commands:
         folder = self.folder / "exports" / f"export_{number}"
         self.engine.export(folder, weights=body["weights"], style=body["style"], overwrite=True)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        return {"folder": str(folder.resolve()), "files": files}
+        return {"operation": number, "folder": str(folder.resolve()), "files": files}
 
     # parts
 

@@ -82,6 +82,8 @@ class Sampling(Request):
     """One pair a prompt."""
     count: Annotated[int, Field(ge=1, le=MAX_PROMPTS)] | None = None
     """The next prompts of the run's list; neither this nor prompts takes sampling.pairs_per_epoch."""
+    copies: Annotated[int, Field(ge=1, le=64)] = 1
+    """Pairs of each prompt."""
     keep: Keep | None = None
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ _TITLES = {
     503: "Unavailable",
     507: "Storage full",
 }
-_STATUS_OF_EXIT_CODE = {2: 409, 3: 503, 4: 422, 5: 409, 6: 409, 7: 507, 8: 503, 75: 503}
+_STATUS_OF_EXIT_CODE = {2: 409, 3: 503, 4: 422, 5: 409, 6: 409, 7: 409, 8: 503, 75: 503}
 RETRYABLE = (408, 429, 503)
 
 
@@ -120,6 +120,8 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, Cancelled):
         return Problem(409, "cancelled", error_message(error))
     if isinstance(error, FdfoError) or code != 1:
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            return Problem(507, "storage", error_message(error))
         name = "state" if code == 2 else type(error).__name__.removesuffix("Error").lower()
         return Problem(_STATUS_OF_EXIT_CODE.get(code, 500), name, error_message(error))
     return Problem(500, "bug", f"{type(error).__name__}; the server's log has the details")

@@ -274,9 +274,10 @@ class Store:
             return None if row is None else dict(row)
 
     def rounds(self) -> list[dict[str, Any]]:
-        """All rounds, oldest first."""
+        """All rounds, oldest first, each with the `seq` of the primitive that sampled it, or None."""
+        query = "SELECT rounds.*, seq FROM rounds JOIN operations ON operations.id = operation ORDER BY operation"
         with self._transaction() as db:
-            return [dict(row) for row in db.execute("SELECT * FROM rounds ORDER BY operation")]
+            return [dict(row) for row in db.execute(query)]
 
     def set_round_state(self, name: str, state: RoundState) -> None:
         """Moves a round on."""

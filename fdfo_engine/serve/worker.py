@@ -25,6 +25,8 @@ from fdfo_engine.serve.store import Operation
 
 CHANGES_THE_ENGINE = ("sample", "forward_backward", "optim_step", "snapshot", "load_state", "train")
 _PATIENCE_S = 1.0
+STALE_EPOCHS = 2
+"""For how long a round that was sampled by a primitive can be trained on, with `allow_stale`."""
 
 
 class OwnTraining(Protocol):
@@ -168,11 +170,19 @@ class Worker:
             self._backend.add_round(number, result)
         elif kind == "train":
             store.set_round_state(result["round"], "trained")
-            if result["checkpoint"] is not None:
-                self._commands.discard_round(result["round"])
         elif kind == "load_state":
             for row in store.rounds():
                 store.seal(row["id"])
+        if result.get("checkpoint"):
+            self._discard_rounds(result["epoch"])
+
+    def _discard_rounds(self, epoch: int) -> None:
+        """Trajectories that nobody can want any more, now that a checkpoint holds what they taught."""
+        assert self._backend is not None
+        for row in self._backend.store.rounds():
+            is_old = row["seq"] is not None and row["epoch"] < epoch - STALE_EPOCHS
+            if row["state"] == "trained" or is_old:
+                self._commands.discard_round(row["id"])
 
     def _body(self, operation: Operation) -> dict[str, Any]:
         """The body as the commands take it: training gets the rewards that its feedback says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from starlette.concurrency import run_in_threadpool
@@ -107,9 +108,14 @@ async def checkpoints(call: Call) -> Response:
 
 async def report(call: Call) -> Response:
     """The run's report, one page that needs nothing else."""
-    folder = call.backend.folder
-    path = await run_in_threadpool(write_report, folder, folder / SERVE_FOLDER / "report.html")
+    path = await run_in_threadpool(_written_report, call.backend)
     return FileResponse(path, media_type="text/html", headers={"Cache-Control": "no-store"})
+
+
+def _written_report(backend: Backend) -> Path:
+    folder = backend.folder / SERVE_FOLDER
+    folder.mkdir(exist_ok=True)
+    return write_report(backend.folder, folder / "report.html")
 
 
 ENDPOINTS = (
