@@ -51,8 +51,7 @@ def process_class():
                 raise RuntimeError("fdfo serve ended; its output above says why")
             with Client.of_run(folder) as client:
                 client.ready()
-                client.start()
-                seen, state = 0, client.run()
+                seen, state = 0, client.start()
                 row.set(total_steps=state["epochs"], info="Training")
                 while state["state"] != "idle":
                     seen = self._carry(folder / "events.jsonl", seen, row)
@@ -88,10 +87,10 @@ def process_class():
         def _end(self, client: Client, folder: Path, row: JobRow, state: dict) -> None:
             (folder / "plugin.html").write_bytes(client.report())
             self._sample(client, folder)
-            if state["epoch"] >= state["epochs"]:
-                row.set(status="completed", info="Training completed", step=state["epoch"])
-            elif row.take("stop", keep=True):
+            if row.take("stop", keep=True):
                 row.set(status="stopped", info="Job stopped")
+            elif state["epoch"] >= state["epochs"]:
+                row.set(status="completed", info="Training completed", step=state["epoch"])
             else:
                 row.set(status="error", info=state.get("error") or "the run stopped by itself")
 
@@ -121,21 +120,19 @@ class JobRow:
 
     def set(self, **values: object) -> None:
         """Writes some columns."""
-        known = {name: value for name, value in values.items() if name in self._columns}
-        if known:
-            words = ", ".join(f"{name} = ?" for name in known)
+        for name in values.keys() & self._columns:
             with sqlite3.connect(self._path, timeout=10) as db:
-                db.execute(f"UPDATE Job SET {words} WHERE id = ?", (*known.values(), self._job))
+                db.execute(f"UPDATE Job SET {name} = ? WHERE id = ?", (values[name], self._job))
 
     def take(self, name: str, *, keep: bool = False) -> bool:
         """Whether a flag is set; it is cleared unless `keep`."""
         if name not in self._columns:
             return False
         with sqlite3.connect(self._path, timeout=10) as db:
-            row = db.execute(f"SELECT {name} FROM Job WHERE id = ?", (self._job,)).fetchone()
-        if row and row[0] and not keep:
+            (flag,) = db.execute(f"SELECT {name} FROM Job WHERE id = ?", (self._job,)).fetchone()
+        if flag and not keep:
             self.set(**{name: 0})
-        return bool(row and row[0])
+        return bool(flag)
 
 
 class FdfoExtension(Extension):

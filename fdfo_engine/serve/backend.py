@@ -18,9 +18,11 @@ from fdfo_engine.runtime.event_log import EVENTS_NAME
 from fdfo_engine.runtime.events import EventStream, Feedback
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, checkpoint_store, read_log
 from fdfo_engine.serve.commands import SERVE_FOLDER
+from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.event_feed import EventFeed
 from fdfo_engine.serve.problems import Problem
-from fdfo_engine.serve.store import Operation, Store, StoredPair
+from fdfo_engine.serve.queue import Operation, Queue
+from fdfo_engine.serve.rounds import Rounds, StoredPair
 
 T = TypeVar("T")
 Wish = Literal["idle", "running"]
@@ -69,7 +71,7 @@ class Backend:
 
     Attributes:
         config, folder: the settings and the run folder.
-        store: what was acknowledged. feed: the events. bell: rings when either has something new.
+        queue, rounds: what was acknowledged. feed: the events. bell: rings when either has something new.
         token: what a request must bear.
         is_ready: whether the engine is loaded. ranks: how many there are.
         interrupt: ends what the engine is amid.
@@ -77,8 +79,9 @@ class Backend:
         status: what the engine's thread last said of itself: epoch, next_pair, weights_version, phase, error.
     """
 
-    def __init__(self, config: Config, store: Store, token: str, events: EventStream, ranks: int) -> None:
-        self.config, self.store, self.token, self.ranks = config, store, token, ranks
+    def __init__(self, config: Config, database: Database, token: str, events: EventStream, ranks: int) -> None:
+        self.config, self.token, self.ranks = config, token, ranks
+        self.queue, self.rounds = Queue(database), Rounds(database)
         self.folder = Path(config.run.dir)
         self.feed = EventFeed(self.folder / EVENTS_NAME)
         self.bell = Bell()
@@ -98,11 +101,11 @@ class Backend:
         """Queues an operation and wakes the engine.
 
         Raises:
-            Problem: the queue is full (429); see `Store.enqueue`.
+            Problem: the queue is full (429); see `Queue.enqueue`.
         """
-        if len(self.store.operations("queued")) >= MAX_QUEUED:
+        if len(self.queue.operations("queued")) >= MAX_QUEUED:
             raise Problem(429, "queue_full", f"{MAX_QUEUED} operations wait", retry_after_s=5)
-        operation = self.store.enqueue(kind, body, key=key, seq=seq)
+        operation = self.queue.enqueue(kind, body, key=key, seq=seq)
         self.has_work.set()
         return operation
 
@@ -117,7 +120,7 @@ class Backend:
                 409, "running", "the run trains by itself", fix="POST /v1/run/pause, and wait until it is idle"
             )
         seq = int(body["seq"])
-        await self.bell.until(lambda: self.store.expected_seq >= seq or None, GAP_WAIT_S)
+        await self.bell.until(lambda: self.queue.expected_seq >= seq or None, GAP_WAIT_S)
         rest = {name: value for name, value in body.items() if name != "seq"}
         operation = await run_in_threadpool(self.submit, kind, rest, key=key, seq=seq)
         self.bell.ring()
@@ -131,14 +134,14 @@ class Backend:
         """
 
         def look() -> Operation | None:
-            operation = self.store.operation(number)
+            operation = self.queue.operation(number)
             if operation is None:
                 raise Problem(404, "no_operation", f"operation {number}: there is none")
             return operation if operation.is_over else None
 
         found = await self.bell.until(look, seconds)
         if found is None:
-            found = await run_in_threadpool(self.store.operation, number)
+            found = await run_in_threadpool(self.queue.operation, number)
         assert found is not None
         return found
 
@@ -147,11 +150,11 @@ class Backend:
     @property
     def wish(self) -> Wish:
         """What somebody asked the run to do; kept over restarts."""
-        return self.store.fact("wish") or "idle"
+        return self.queue.fact("wish") or "idle"
 
     def set_wish(self, wish: Wish, *, now: bool = False) -> None:
         """Lets the run train by itself, or stop doing so: after its epoch, or `now`, which drops that."""
-        self.store.set_fact("wish", wish)
+        self.queue.set_fact("wish", wish)
         if now:
             self.interrupt()
         self.has_work.set()
@@ -169,12 +172,12 @@ class Backend:
     # rounds
 
     def round(self, name: str) -> dict[str, Any]:
-        """A round of the store.
+        """A round's row.
 
         Raises:
             Problem: there is none (404).
         """
-        found = self.store.round(name)
+        found = self.rounds.round(name)
         if found is None:
             raise Problem(404, "no_round", f"round {name!r}: there is none")
         return found
@@ -185,7 +188,7 @@ class Backend:
             StoredPair(p["pair_id"], p["prompt"], p["distance"], (p["images"][0], p["images"][1]))
             for p in result["pairs"]
         ]
-        self.store.add_round(
+        self.rounds.add_round(
             result["round"], number, first_pair=result["first_pair"], sampled=result["sampled"],
             weights_version=result["weights_version"], epoch=result["epoch"], pairs=pairs,
         )  # fmt: skip
@@ -193,7 +196,7 @@ class Backend:
     def rewards_of(self, name: str) -> dict[str, list[float]]:
         """What a round's feedback says, by pair: the mean over raters of each branch's reward."""
         by_pair: dict[int, list[tuple[float, float]]] = {}
-        for opinion in self.store.opinions(name):
+        for opinion in self.rounds.opinions(name):
             first, second = opinion.rewards
             if first is not None and second is not None:
                 by_pair.setdefault(opinion.pair, []).append((first, second))

@@ -21,7 +21,7 @@ from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.picture import save_png, to_picture
 from fdfo_engine.runtime.run_folder import checkpoint_store
 from fdfo_engine.serve.problems import Problem
-from fdfo_engine.serve.store import StoredPair
+from fdfo_engine.serve.rounds import StoredPair
 from fdfo_engine.serve.weights import weights_named
 from fdfo_engine.trajectory import Rollout
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fdfo_engine.serve.store import Operation, OperationState, RoundState
+from fdfo_engine.serve.queue import Operation, OperationState
+from fdfo_engine.serve.rounds import RoundState
 
 MAX_PROMPTS = 4096
 MAX_PROMPT_CHARACTERS = 16_384
-MAX_IMAGES = 16
 MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exact
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARACTERS, pattern=r"\S")]
@@ -56,7 +56,7 @@ class OperationBody(Answer):
 
     @classmethod
     def of(cls, operation: Operation) -> OperationBody:
-        """The answer about an operation of the store."""
+        """The answer about an operation of the queue."""
         return cls(
             id=operation.id, kind=operation.kind, state=operation.state, seq=operation.seq, result=operation.result,
             problem=operation.problem, created=operation.created, finished=operation.finished,
@@ -354,73 +354,3 @@ class Health(Answer):
     """Whether the server answers."""
 
     status: Literal["ok", "starting"]
-
-
-# images, in the shape of OpenAI's API
-
-
-class GenerateImages(BaseModel):
-    """As OpenAI's `images.generate`; fields it has and this server does not are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
-
-    prompt: Prompt
-    model: Annotated[str, StringConstraints(max_length=200)] = "run"
-    """`base`, `run`, or a checkpoint: `run@epoch_000040`."""
-    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = 1
-    response_format: Literal["b64_json", "url"] | None = "b64_json"
-    size: Annotated[str, StringConstraints(max_length=20)] | None = None
-    """`auto`, or the run's own `WIDTHxHEIGHT`."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
-    user: str | None = None
-    quality: str | None = None
-    style: str | None = None
-    background: str | None = None
-
-
-class ImageItem(Answer):
-    """One image."""
-
-    b64_json: str | None = None
-    url: str | None = None
-    revised_prompt: str | None = None
-
-
-class ImagesBody(Answer):
-    """As OpenAI's answer."""
-
-    created: int
-    data: list[ImageItem]
-
-
-class ModelItem(Answer):
-    """A state of the weights."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "fdfo_engine"
-
-
-class ModelsBody(Answer):
-    """As OpenAI's answer."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelItem]
-
-
-class OpenAIErrorDetail(Answer):
-    """As OpenAI's errors."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class OpenAIError(Answer):
-    """As OpenAI's errors."""
-
-    error: OpenAIErrorDetail

@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from fdfo_engine import __version__
 from fdfo_engine.serve.endpoints import Endpoint
-from fdfo_engine.serve.messages import OpenAIError
+from fdfo_engine.serve.openai_messages import OpenAIError
 from fdfo_engine.serve.problems import MEDIA_TYPE, ProblemBody
 
 _REF = "#/components/schemas/{model}"

@@ -39,8 +39,8 @@ from fdfo_engine.serve.access import LOOPBACK_HOSTS, TOKEN_NAME, token_of
 from fdfo_engine.serve.app import application
 from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.commands import Commands
+from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.own_training import OwnTraining
-from fdfo_engine.serve.store import Store
 from fdfo_engine.serve.worker import Worker
 
 ADDRESS_NAME = "serve.json"
@@ -149,17 +149,17 @@ class _Talk:
 
 @contextmanager
 def _talk(config: Config, folder: RunFolder, door: Door) -> Iterator[_Talk]:
-    """Opens the store and the event log, and listens."""
+    """Opens the database and the event log, and listens."""
     token = token_of(folder.path)
-    store = Store(folder.path)
+    database = Database(folder.path)
     log = EventLog(folder.path)
     events = EventStream([log], last_seq=log.last_seq)
-    backend = Backend(config, store, token, events, world_size())
+    backend = Backend(config, database, token, events, world_size())
     try:
         with _listening(backend, door, folder.path):
             yield _Talk(backend, events)
     finally:
-        store.close()
+        database.close()
         log.close()
 
 

@@ -21,7 +21,7 @@ from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.commands import Commands, Result
 from fdfo_engine.serve.problems import Problem, problem_of
-from fdfo_engine.serve.store import Operation
+from fdfo_engine.serve.queue import Operation
 
 CHANGES_THE_ENGINE = ("sample", "forward_backward", "optim_step", "snapshot", "load_state", "train")
 _PATIENCE_S = 1.0
@@ -75,7 +75,7 @@ class Worker:
         self._report()
         backend = self._backend
         backend.has_work.clear()
-        operation = backend.store.start_next()
+        operation = backend.queue.start_next()
         if operation is not None:
             return {"do": "operation", "id": operation.id, "kind": operation.kind, "body": self._body(operation)}
         if backend.wish == "running":
@@ -141,7 +141,7 @@ class Worker:
             self._finish(number, kind, None, error)
         except Stopped:
             if self._backend is not None:
-                self._backend.store.requeue(number)
+                self._backend.queue.requeue(number)
             raise
         except Exception as error:  # noqa: BLE001 - the client's to hear of; the server goes on
             self._finish(number, kind, None, error)
@@ -151,35 +151,35 @@ class Worker:
     def _finish(self, number: int, kind: str, result: Result | None, error: Exception | None = None) -> None:
         if self._backend is None:
             return
-        store = self._backend.store
+        queue = self._backend.queue
         if error is None:
             assert result is not None
             self._settle(number, kind, result)
-            store.finish(number, result)
+            queue.finish(number, result)
         else:
             _told(error)
-            store.finish(number, None, problem_of(error).record)
+            queue.finish(number, None, problem_of(error).record)
         self._report()
         self._backend.bell.ring()
 
     def _settle(self, number: int, kind: str, result: Result) -> None:
         """What follows from an operation for the rounds; the same when it is done twice."""
         assert self._backend is not None
-        store = self._backend.store
+        rounds = self._backend.rounds
         if kind == "sample":
             self._backend.add_round(number, result)
         elif kind == "train":
-            store.set_round_state(result["round"], "trained")
+            rounds.set_round_state(result["round"], "trained")
         elif kind == "load_state":
-            for row in store.rounds():
-                store.seal(row["id"])
+            for row in rounds.rounds():
+                rounds.seal(row["id"])
         if result.get("checkpoint"):
             self._discard_rounds(result["epoch"])
 
     def _discard_rounds(self, epoch: int) -> None:
         """Trajectories that nobody can want any more, now that a checkpoint holds what they taught."""
         assert self._backend is not None
-        for row in self._backend.store.rounds():
+        for row in self._backend.rounds.rounds():
             is_old = row["seq"] is not None and row["epoch"] < epoch - STALE_EPOCHS
             if row["state"] == "trained" or is_old:
                 self._commands.discard_round(row["id"])
@@ -211,14 +211,14 @@ class Worker:
         """Operations behind the checkpoint that moved the engine; those amid which the process died run anew."""
         if self._backend is None:
             return []
-        store = self._backend.store
-        for operation in store.operations("running"):
+        queue = self._backend.queue
+        for operation in queue.operations("running"):
             if operation.id == held:
                 result = self._engine.notes["result"]
                 self._settle(held, operation.kind, result)
-                store.finish(held, result)
+                queue.finish(held, result)
             else:
-                store.requeue(operation.id)
+                queue.requeue(operation.id)
         return [
             {
                 "id": op.id,
@@ -227,7 +227,7 @@ class Worker:
                 "failed": op.problem is not None,
                 "problem": op.problem,
             }
-            for op in store.operations("done", "failed", after=held)
+            for op in queue.operations("done", "failed", after=held)
             if op.kind in CHANGES_THE_ENGINE
         ]
 

@@ -12,17 +12,17 @@ from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.serve.access import COOKIE, token_of
 from fdfo_engine.serve.app import ENDPOINTS, application
 from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.server import Door
-from fdfo_engine.serve.store import Store
 
 HOST = "http://127.0.0.1:8710"
 
 
 @pytest.fixture
 def backend(tmp_path):
-    store, log = Store(tmp_path), EventLog(tmp_path)
-    yield Backend(shapes_config(tmp_path), store, token_of(tmp_path), EventStream([log]), ranks=1)
-    store.close()
+    database, log = Database(tmp_path), EventLog(tmp_path)
+    yield Backend(shapes_config(tmp_path), database, token_of(tmp_path), EventStream([log]), ranks=1)
+    database.close()
     log.close()
 
 
@@ -159,7 +159,7 @@ def test_an_origin_that_means_anybody_is_refused(origin):
 def test_bodies_that_are_refused(client, backend, raw, media, status, code):
     response = client.post("/v1/rounds", content=raw, headers={**bearer(backend), "Content-Type": media})
     assert (response.status_code, response.json()["code"]) == (status, code)
-    assert backend.store.operations("queued") == []
+    assert backend.queue.operations("queued") == []
 
 
 def test_all_wrong_fields_are_told_at_once(client, backend):

@@ -18,10 +18,10 @@ from fdfo_engine.runtime.run_folder import record_config
 from fdfo_engine.serve.access import token_of
 from fdfo_engine.serve.app import ENDPOINTS, application
 from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.openapi import description
 from fdfo_engine.serve.problems import Problem
 from fdfo_engine.serve.server import Door
-from fdfo_engine.serve.store import Store
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "schema" / "openapi.json"
 
@@ -39,9 +39,9 @@ class InstantEngine(threading.Thread):
         self.backend, self.is_over = backend, False
 
     def run(self):
-        store = self.backend.store
+        queue = self.backend.queue
         while not self.is_over:
-            operation = store.start_next()
+            operation = queue.start_next()
             if operation is None:
                 self.backend.has_work.wait(0.01)
                 self.backend.has_work.clear()
@@ -49,9 +49,9 @@ class InstantEngine(threading.Thread):
             if operation.kind == "sample":
                 self.sample(operation)
             elif operation.kind == "generate":
-                store.finish(operation.id, None, Problem(409, "state", "no engine").record)
+                queue.finish(operation.id, None, Problem(409, "state", "no engine").record)
             else:
-                store.finish(operation.id, {"round": operation.body.get("round")})
+                queue.finish(operation.id, {"round": operation.body.get("round")})
             self.backend.bell.ring()
 
     def sample(self, operation):
@@ -63,7 +63,7 @@ class InstantEngine(threading.Thread):
         ]  # fmt: skip
         result = {"round": f"r{operation.id}", "first_pair": 0, "sampled": len(texts), "epoch": 0, "weights_version": 0}
         self.backend.add_round(operation.id, result | {"pairs": pairs})
-        self.backend.store.finish(operation.id, result | {"pairs": pairs})
+        self.backend.queue.finish(operation.id, result | {"pairs": pairs})
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def api(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     config = shapes_config(folder)
     record_config(folder, dump_config(config))  # the report wants a run
-    store, log = Store(folder), EventLog(folder)
-    backend = Backend(config, store, token_of(folder), EventStream([log]), ranks=1)
+    database, log = Database(folder), EventLog(folder)
+    backend = Backend(config, database, token_of(folder), EventStream([log]), ranks=1)
     backend.is_ready = True
     engine = InstantEngine(backend)
     engine.start()
@@ -84,7 +84,7 @@ def api(tmp_path_factory):
         yield client, schemathesis.openapi.from_asgi("/v1/openapi.json", app, headers=dict(client.headers))
     engine.is_over = True
     engine.join(5)
-    store.close()
+    database.close()
     log.close()
 
 

@@ -40,7 +40,7 @@ async def capabilities(call: Call) -> Response:
             parts=config.update.optimizer_steps,
             loss_fns=["fdfo", "weights"],
             rewards=[reward.name for reward in config.rewards],
-            expected_seq=call.backend.store.expected_seq,
+            expected_seq=call.backend.queue.expected_seq,
             max_prompts=MAX_PROMPTS,
             max_body_bytes=MAX_BODY_BYTES,
         )

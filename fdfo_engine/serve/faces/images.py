@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, Response
 
 from fdfo_engine.serve.endpoints import Call, Endpoint, answer
-from fdfo_engine.serve.messages import GenerateImages, ImageItem, ImagesBody, ModelItem, ModelsBody
+from fdfo_engine.serve.openai_messages import GenerateImages, ImageItem, ImagesBody, ModelItem, ModelsBody
 from fdfo_engine.serve.problems import Problem
 from fdfo_engine.serve.weights import model_names, require_model
 
@@ -63,7 +63,7 @@ async def content(call: Call) -> Response:
     name = call.path("id")
     path = await run_in_threadpool(call.backend.image_file, name)
     if path is None:
-        known = await run_in_threadpool(call.backend.store.pair_of_image, name)
+        known = await run_in_threadpool(call.backend.rounds.pair_of_image, name)
         if known is not None:
             raise Problem(410, "image_gone", f"image {name}: its file is gone")
         raise Problem(404, "no_image", "there is no such image")

@@ -25,7 +25,7 @@ from fdfo_engine.serve.messages import (
     Withdrawn,
 )
 from fdfo_engine.serve.problems import FieldProblem, Problem
-from fdfo_engine.serve.store import StoredPair
+from fdfo_engine.serve.rounds import StoredPair
 
 _REWARDS = {"left": (1.0, 0.0), "right": (0.0, 1.0), "tie": (0.5, 0.5), "skip": (None, None)}
 
@@ -61,7 +61,7 @@ def _round(backend: Backend, name: str) -> RoundBody:
         id=name,
         state=row["state"],
         operation=row["operation"],
-        pairs=len(backend.store.pairs(name)),
+        pairs=len(backend.rounds.pairs(name)),
         sampled=row["sampled"],
         first_pair=row["first_pair"],
         epoch=row["epoch"],
@@ -78,9 +78,9 @@ async def pairs(call: Call) -> Response:
 def _pairs(backend: Backend, name: str, query: PairsQuery) -> PairsBody:
     backend.round(name)
     rater = query.unlabelled_by or query.rater
-    done = {opinion.pair for opinion in backend.store.opinions(name) if opinion.rater == query.unlabelled_by}
+    done = {opinion.pair for opinion in backend.rounds.opinions(name) if opinion.rater == query.unlabelled_by}
     return PairsBody(
-        pairs=[_shown(backend, pair, rater) for pair in backend.store.pairs(name) if pair.pair not in done]
+        pairs=[_shown(backend, pair, rater) for pair in backend.rounds.pairs(name) if pair.pair not in done]
     )
 
 
@@ -101,7 +101,7 @@ async def give_feedback(call: Call) -> Response:
 
 def _record(backend: Backend, name: str, feedback: Feedback, key: str | None) -> list[int]:
     backend.round(name)
-    known = {pair.pair: pair for pair in backend.store.pairs(name)}
+    known = {pair.pair: pair for pair in backend.rounds.pairs(name)}
     wrong, opinions = [], []
     for i, judgement in enumerate(feedback.judgements):
         pair = known.get(judgement.pair_id)
@@ -116,8 +116,8 @@ def _record(backend: Backend, name: str, feedback: Feedback, key: str | None) ->
     if wrong:
         raise Problem(422, "invalid", wrong[0].detail, errors=wrong)
     _refuse_mixture(backend, name, opinions)
-    before = backend.store.last_feedback
-    events = backend.store.add_feedback(name, opinions, key=key)
+    before = backend.rounds.last_feedback
+    events = backend.rounds.add_feedback(name, opinions, key=key)
     if events and events[-1] > before:  # a repeated request is not told twice
         for opinion in opinions:
             backend.tell_feedback(name, opinion["pair"], opinion["rater"], opinion["rewards"])
@@ -149,7 +149,7 @@ def _rewards(backend: Backend, pair: StoredPair, rater: str, judgement: Judgemen
 
 def _refuse_mixture(backend: Backend, name: str, opinions: list[dict[str, Any]]) -> None:
     """A choice says 1 or 0; the mean of that and a score on another scale would say nothing."""
-    kinds = {opinion.kind for opinion in backend.store.opinions(name)} | {opinion["kind"] for opinion in opinions}
+    kinds = {opinion.kind for opinion in backend.rounds.opinions(name)} | {opinion["kind"] for opinion in opinions}
     if len(kinds) > 1:
         raise Problem(409, "mixed_feedback", f"round {name}: choices and scores do not mix in one round")
 
@@ -158,7 +158,7 @@ async def take_back(call: Call) -> Response:
     """Undoes one opinion, until the round is sealed."""
     event = call.number("event")
     await run_in_threadpool(call.backend.round, call.path("round"))
-    pair, left = await run_in_threadpool(call.backend.store.withdraw, call.path("round"), event)
+    pair, left = await run_in_threadpool(call.backend.rounds.withdraw, call.path("round"), event)
     return answer(Withdrawn(pair_id=pair, choice_of_event=left))
 
 
@@ -170,7 +170,7 @@ async def train(call: Call) -> Response:
 
 def _train(backend: Backend, name: str, body: TrainRound, key: str | None) -> Any:
     request: Mapping[str, Any] = {"round": name}
-    if key is not None and (known := backend.store.with_key(key, "train", request)) is not None:
+    if key is not None and (known := backend.queue.with_key(key, "train", request)) is not None:
         return known
     row = backend.round(name)
     if row["state"] == "trained":
@@ -180,7 +180,7 @@ def _train(backend: Backend, name: str, body: TrainRound, key: str | None) -> An
     labelled = len(backend.rewards_of(name))
     if labelled < body.minimum:
         raise Problem(409, "too_few_labels", f"round {name}: {labelled} labelled pairs, and {body.minimum} are wanted")
-    backend.store.seal(name)
+    backend.rounds.seal(name)
     return backend.submit("train", request, key=key)
 
 

@@ -30,7 +30,7 @@ def _status(backend: Backend) -> RunBody:
         epochs=backend.config.run.epochs,
         next_pair=status["next_pair"],
         weights_version=status["weights_version"],
-        queued=len(backend.store.operations("queued", "running")),
+        queued=len(backend.queue.operations("queued", "running")),
         phase=status["phase"],
         last_checkpoint=checkpoints[-1] if checkpoints else None,
         error=status["error"],
@@ -76,7 +76,7 @@ async def export(call: Call) -> Response:
 
 async def exported(call: Call) -> Response:
     """A file of a finished export."""
-    operation = await run_in_threadpool(call.backend.store.operation, call.number("operation"))
+    operation = await run_in_threadpool(call.backend.queue.operation, call.number("operation"))
     files = (operation.result or {}).get("files", []) if operation is not None and operation.kind == "export" else []
     if operation is None or call.path("file") not in files:
         raise Problem(404, "no_file", "no export has this file")
