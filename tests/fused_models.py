@@ -114,3 +114,8 @@ def assert_as_close(actual, plain, exact, *, factor=1.1):
     names = [name for name, g in exact[1].items() if rms(g) > 1e-4 * size]
     found, own = ([off(run[1][name], exact[1][name]) ** 2 for name in names] for run in (actual, plain))
     assert sum(found) ** 0.5 <= factor * sum(own) ** 0.5
+
+
+def handed_over(text):
+    """The lines of `text` that say why calls went to diffusers' own blocks."""
+    return [line for line in text.splitlines() if line.startswith("model: diffusers' own blocks, not the fused ones: ")]

@@ -23,7 +23,10 @@ def choose_blocks(transformer: Any, settings: ModelConfig, *, rehome: bool) -> N
     if not reasons:
         recompute = {False: "none", True: "block", "fc1": "fc1"}[settings.gradient_checkpointing]
         try:
-            fuse(transformer, attention=settings.attention, recompute=recompute, rehome=rehome)
+            fuse(
+                transformer, attention=settings.attention, recompute=recompute, rehome=rehome,
+                required=settings.fused is True,
+            )  # fmt: skip
         except BackendUnavailableError as error:
             raise EnvironmentProblem(f"model.attention = {settings.attention}: {error}") from error
         return

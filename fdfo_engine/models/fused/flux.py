@@ -16,7 +16,6 @@ from fdfo_engine.models.fused.modulation import (
     attend_and_feed,
     attention_outputs,
     modulation_of,
-    refuse_attention_kwargs,
 )
 from fdfo_engine.models.fused.sd3 import NOTHING, Carried, Rows, final_layer, is_checkpointed, run_block
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
@@ -46,7 +45,6 @@ class FusedDoubleBlock:
         carried: Carried | None = None,
     ) -> tuple[Any, ...]:
         """As the block's own; `modulation` and `carried` are those of `FusedJointBlock`."""
-        refuse_attention_kwargs(joint_attention_kwargs)
         block, x, text = self.block, hidden_states, encoder_hidden_states
         row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
         shift, scale, gate, *feed = row.chunk(6, 1)
@@ -91,7 +89,6 @@ class FusedSingleBlock:
         With `carried`, the last gated output of these and its gate, the sum is made here, and this block's own output
         and gate are handed on: None, the tokens, `carried`.
         """
-        refuse_attention_kwargs(joint_attention_kwargs)
         text, x = encoder_hidden_states, hidden_states
         if text is not None:
             x = torch.cat([text, x], 1)

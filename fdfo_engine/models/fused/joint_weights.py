@@ -41,9 +41,13 @@ class JointWeights:
         """Whether `together` is what `layers` compute now: no adapter wraps them, the buffer holds them, all frozen."""
         if any(now is not then for now, then in zip(layers, self.layers, strict=True)):
             return False
+        return self.holds() and not any(p.requires_grad for p in self._parameters())
+
+    def holds(self) -> bool:
+        """Whether all weights still lie in the buffer; where one does not, the buffer is let go."""
         if any(p.data_ptr() != place for p, place in zip(self._parameters(), self._places, strict=True)):
             self.weight, self.bias = None, None
-        return self.weight is not None and not any(p.requires_grad for p in self._parameters())
+        return self.weight is not None
 
     def together(self, x: Tensor) -> tuple[Tensor, ...]:
         """Every layer's output for `x` `[..., K]`; differentiable in `x`, once."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fdfo_engine.models.fused.joint_weights import JointWeights
-from fdfo_engine.models.fused.refusals import adapter_refusals
 from fdfo_engine.ops import (
     block_backend,
     feed_forward,
@@ -40,16 +39,10 @@ def base_of(layer: Any) -> nn.Module:
 
 
 def parts_of(layer: Any) -> LinearParts:
-    """The tensors that `layer` computes with now.
-
-    Raises:
-        ValueError: its adapter has become one that fused blocks don't compute, since `fuse` looked: merged, say.
-    """
+    """The tensors that `layer` computes with now; its block has been asked whether they are all that it computes."""
     base: Any = base_of(layer)
     if base is layer:
         return LinearParts(base.weight, base.bias)
-    if reasons := list(adapter_refusals(layer)):
-        raise ValueError(f"fused blocks: {'; '.join(reasons)}: unfuse first")
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return LinearParts(base.weight, base.bias)

@@ -82,9 +82,3 @@ def _fed(module: Any, x: Tensor, n: Tensor, gate: Tensor, *, recompute: bool) ->
     if goes_on_inside([module.net[2]], x.device):
         return Residual(feed_forward_residual(module, n, x, gate, recompute=recompute))
     return Residual(x, feed_forward_of(module, n, recompute=recompute), gate)
-
-
-def refuse_attention_kwargs(kwargs: dict[str, Any] | None) -> None:
-    """A fused block has no attention processor to hand further arguments to."""
-    if kwargs:
-        raise ValueError(f"fused blocks take no joint_attention_kwargs but scale; got {sorted(kwargs)}: unfuse first")

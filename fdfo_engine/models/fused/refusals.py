@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
@@ -19,7 +19,12 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from fdfo_engine.models.fused.switch import is_own_forward
+from fdfo_engine.models.fused.watch import HOOKS, own_layers, processor_of
 from fdfo_engine.ops import MAX_HEAD_SIZE, NORM_EPS
+
+_GATHERS_WEIGHTS = "deepspeed"
+"""Hooks of this package bring a layer's weights to where they are used, and a block brings those of all its layers."""
 
 _PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor)
 _BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
@@ -32,9 +37,11 @@ def fusion_refusals(transformer: Any) -> list[str]:
     reasons: dict[str, None] = {}
     if hasattr(transformer, "_hf_hook"):
         reasons["accelerate's hooks offload it"] = None
+    elif not is_own_forward(transformer):
+        reasons |= dict.fromkeys(_forward_refusals(transformer))
     for block in blocks_of(transformer):
-        reasons |= dict.fromkeys(_block_refusals(block))
-    reasons |= dict.fromkeys(_layer_refusals(transformer.norm_out))
+        reasons |= dict.fromkeys(block_refusals(block))
+    reasons |= dict.fromkeys(layer_refusals(transformer.norm_out))
     if transformer.config.attention_head_dim > MAX_HEAD_SIZE:
         reasons[f"heads are {transformer.config.attention_head_dim} wide; at most {MAX_HEAD_SIZE}"] = None
     return list(reasons)
@@ -45,7 +52,8 @@ def blocks_of(transformer: Any) -> list[nn.Module]:
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
 
 
-def _block_refusals(block: Any) -> Iterator[str]:
+def block_refusals(block: Any) -> Iterator[str]:
+    """Reasons why a fused forward can't compute `block`."""
     if type(block) not in _BLOCKS:
         yield f"a block is a {type(block).__name__}"
         return
@@ -57,13 +65,18 @@ def _block_refusals(block: Any) -> Iterator[str]:
     for name in ("ff", "ff_context"):
         if getattr(block, name, None) is not None:
             yield from _feed_forward_refusals(getattr(block, name))
-    yield from _layer_refusals(block)
+    yield from layer_refusals(block)
 
 
 def _attention_refusals(attention: Any) -> Iterator[str]:
-    if type(attention.processor) not in _PROCESSORS:
-        yield f"an attention processor is a {type(attention.processor).__name__}"
-    if getattr(attention, "fused_projections", False):
+    processor = processor_of(attention)
+    if processor.kind not in _PROCESSORS:
+        yield f"an attention processor is a {processor.kind.__name__}"
+    if processor.backend is not None:
+        yield f"set_attention_backend chose {processor.backend}; fused blocks take theirs from fuse"
+    if processor.is_parallel:
+        yield "attention is spread over devices"
+    if processor.joins_projections:
         yield "projections are fused by diffusers; call unfuse_qkv_projections"
     norms = [getattr(attention, f"norm_{part}", None) for part in ("q", "k", "added_q", "added_k")]
     for norm in (norm for norm in norms if norm is not None):
@@ -78,11 +91,10 @@ def _feed_forward_refusals(module: Any) -> Iterator[str]:
         yield f"a feed-forward is {type(module).__name__} with {module.net[0]}, not tanh-GELU"
 
 
-def _layer_refusals(part: nn.Module) -> Iterator[str]:
+def layer_refusals(part: nn.Module) -> Iterator[str]:
     """What any layer inside a block may hold that a fused forward would pass over."""
     for module in part.modules():
-        if hasattr(module, "_hf_hook"):
-            yield "accelerate's hooks offload parts of it"
+        yield from _hook_refusals(module)
         if isinstance(module, nn.LayerNorm) and (module.elementwise_affine or module.eps != NORM_EPS):
             yield f"a norm of tokens is {module}, not without weights and with eps = {NORM_EPS}"
         if isinstance(module, nn.Dropout) and module.p > 0:
@@ -91,6 +103,45 @@ def _layer_refusals(part: nn.Module) -> Iterator[str]:
             yield from adapter_refusals(module)
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             yield f"a layer is a {type(module).__name__}"
+    yield from _weight_refusals(own_layers(part))
+
+
+def _hook_refusals(module: nn.Module) -> Iterator[str]:
+    """What runs, or computes weights anew, only where the module itself is called."""
+    if hasattr(module, "_hf_hook"):
+        yield "accelerate's hooks offload parts of it"
+    elif not is_own_forward(module):
+        yield from _forward_refusals(module)
+    for kind in HOOKS:
+        for hook in getattr(module, kind).values():
+            if _package(hook) != _GATHERS_WEIGHTS:
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                yield f"a {type(module).__name__} has a hook: {name} in {kind}"
+    if hasattr(module, "parametrizations"):
+        yield f"weights of a {type(module).__name__} are parametrized: {', '.join(module.parametrizations)}"
+
+
+def _forward_refusals(module: Any) -> Iterator[str]:
+    """Of a module whose forward was replaced."""
+    hooks = getattr(module, "_diffusers_hook", None)
+    if hooks is not None and hooks.hooks:
+        yield f"hooks of diffusers stand on a {type(module).__name__}: {', '.join(hooks.hooks)}"
+    else:
+        yield f"the forward of a {type(module).__name__} was replaced"
+
+
+def _package(hook: Any) -> str:
+    return str(getattr(hook, "__module__", "")).partition(".")[0]
+
+
+def _weight_refusals(layers: Iterable[nn.Module]) -> Iterator[str]:
+    """Of weights that are not plain tensors, or of several dtypes; those of adapters don't count."""
+    weights = [weight for layer in layers for weight in layer._parameters.values() if weight is not None]
+    for kind in dict.fromkeys(type(weight) for weight in weights if type(weight) is not nn.Parameter):
+        yield f"a weight is a {kind.__name__}"
+    dtypes = dict.fromkeys(str(weight.dtype).removeprefix("torch.") for weight in weights)
+    if len(dtypes) > 1:
+        yield f"weights of a block are {' and '.join(dtypes)}"
 
 
 def adapter_refusals(layer: Any) -> Iterator[str]:
@@ -98,11 +149,13 @@ def adapter_refusals(layer: Any) -> Iterator[str]:
     if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
         yield f"an adapter is {type(layer).__name__} on {type(layer.base_layer).__name__}, not LoRA on a linear layer"
         return
+    if layer.merged:
+        yield "an adapter is merged into its weights"
+    if layer.disable_adapters:
+        return
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) > 1:
         yield f"several adapters are active at once: {', '.join(active)}"
-    if layer.merged:
-        yield "an adapter is merged into its weights"
     for name in active:
         if name in layer.lora_variant:
             yield f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"

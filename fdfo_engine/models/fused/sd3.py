@@ -16,7 +16,6 @@ from fdfo_engine.models.fused.modulation import (
     attend_and_feed,
     attention_outputs,
     modulation_of,
-    refuse_attention_kwargs,
 )
 from fdfo_engine.models.fused.streams import Settings, StreamAttention
 from fdfo_engine.ops import NormStream, gated_residual_norms
@@ -51,7 +50,6 @@ class FusedJointBlock:
         With `carried`, the last gated outputs of image and text, their gates, or Nones before the first block, they are
         summed here, and this block's own are handed on: text, image, `carried`.
         """
-        refuse_attention_kwargs(joint_attention_kwargs)
         y, gate, text_y, text_gate = carried or NOTHING
         row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
         image, gates = self._image_norm(Residual(hidden_states, y, gate), row)
