@@ -1,5 +1,7 @@
 """diffusers' caches and IP-Adapters on fused transformers, and what unfusing leaves of hooks that came meanwhile."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers.hooks import (
@@ -29,11 +31,13 @@ def variant(request):
     return request.param
 
 
+TIMES = [1000, 800, 600, 400]
+clock = {"time": TIMES[0]}
 BROADCAST = {
     "spatial_attention_block_skip_range": 2,
-    "spatial_attention_timestep_skip_range": (-1, 1000),
+    "spatial_attention_timestep_skip_range": (-1, 900),
     "spatial_attention_block_identifiers": ("transformer_blocks",),
-    "current_timestep_callback": lambda: 500,
+    "current_timestep_callback": lambda: clock["time"],
 }
 FASTER = BROADCAST | {
     "tensor_format": "BCHW", "is_guidance_distilled": True, "attention_weight_callback": lambda _: 0.3,
@@ -55,10 +59,10 @@ CACHES = {
 
 
 @torch.no_grad()
-def denoised(model, variant, *, steps=4):
+def denoised(model, variant):
     """Outputs of a few steps, each on what the last one gave; caches are told that all are of one prompt."""
     given, found = inputs(variant, batch=2), []
-    for _ in range(steps):
+    for clock["time"] in TIMES:
         _set_cache_context(model, CacheContext("cond"))
         found.append(model(**given, return_dict=False)[0])
         given["hidden_states"] = given["hidden_states"] + 0.1 * found[-1]
@@ -68,10 +72,15 @@ def denoised(model, variant, *, steps=4):
 def cached(model, name):
     apply, config, settings = CACHES[name]
     apply(model, config(**settings))
+    HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
     return model
 
 
-@pytest.mark.parametrize("name", CACHES)
+CASES = [(variant, name) for variant in ("sd35-medium", "flux") for name in CACHES]
+CASES.remove(("sd35-medium", "fbc_"))  # diffusers' own fails: SD3's last block has no text to add
+
+
+@pytest.mark.parametrize(("variant", "name"), CASES)
 def test_a_cache_skips_what_it_skips_in_diffusers(variant, name, capsys):
     model = build(variant)
     fuse(model)
@@ -91,8 +100,8 @@ def test_a_model_with_a_cache_is_not_fused(variant, name):
 def test_unfusing_leaves_a_cache_in_place(variant):
     model = build(variant)
     fuse(model)
-    exact = denoised(cached(build(variant), "fbc_"), variant)
-    unfuse(cached(model, "fbc_"))
+    exact = denoised(cached(build(variant), "mag_cache_"), variant)
+    unfuse(cached(model, "mag_cache_"))
     assert torch.equal(denoised(model, variant), exact)
     own = denoised(build(variant), variant)
     for module in model.modules():
@@ -132,27 +141,25 @@ def test_an_ip_adapter(variant, capsys):
     for _ in range(2):
         assert off(model(**inputs(variant), joint_attention_kwargs=dict(given)).sample, exact) <= 1e-5
     assert off(exact, fused) > 1e-3
-    (line,) = handed_over(capsys.readouterr().out)
-    assert "an attention processor is a" in line
-    assert "joint_attention_kwargs has ip_hidden_states" in line
+    said = "\n".join(handed_over(capsys.readouterr().out))
+    assert said.count("an attention processor is a") == 1
 
 
 @torch.no_grad()
-def test_an_attention_mask(variant, capsys):
-    """Arguments for the attention alone, on a model that fits: each block hands the call on."""
-    tokens = 5 + 16
-    mask = torch.zeros(1, 1, 1, tokens)
+def test_an_attention_mask(capsys):
+    """Arguments for the attention alone, on a model that fits: each block hands the call on. SD3's ignores them."""
+    variant = "flux"
+    mask = torch.zeros(1, 1, 1, 5 + 16)
     mask[..., :2] = -torch.inf
     given = {"joint_attention_kwargs": {"attention_mask": mask}}
     model = build(variant).requires_grad_(False)
-    if variant == "sd35-medium":
-        for block in model.transformer_blocks:
-            block.use_dual_attention = False  # whose second attention has other tokens, and takes no mask
     exact = model(**inputs(variant), **given).sample
     fuse(model)
-    assert off(model(**inputs(variant), **given).sample, exact) <= 1e-5
+    for _ in range(2):
+        assert off(model(**inputs(variant), **given).sample, exact) <= 1e-5
     assert off(model(**inputs(variant)).sample, exact) > 1e-3
-    assert "joint_attention_kwargs has attention_mask" in handed_over(capsys.readouterr().out)[0]
+    (line,) = handed_over(capsys.readouterr().out)
+    assert "joint_attention_kwargs has attention_mask" in line
 
 
 @torch.no_grad()
@@ -161,8 +168,7 @@ def test_float8_storage_lets_the_shared_buffers_go(variant):
     model = build(variant).requires_grad_(False)
     fuse(model)
     model(**inputs(variant))
+    weights = [weakref.ref(block.attn.to_q.weight.untyped_storage()) for block in model.transformer_blocks]
     apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
     model(**inputs(variant))
-    joints = list(model._fused.joints())
-    assert joints
-    assert all(joint.weight is None for joint in joints)
+    assert not [storage for storage in weights if storage() is not None]

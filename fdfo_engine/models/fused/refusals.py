@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_flux import (
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from fdfo_engine.models.fused.switch import is_own_forward
 from fdfo_engine.models.fused.watch import HOOKS, own_layers, processor_of
@@ -101,6 +102,8 @@ def layer_refusals(part: nn.Module) -> Iterator[str]:
             yield f"dropout is {module.p}"
         if isinstance(module, BaseTunerLayer):
             yield from adapter_refusals(module)
+        elif is_parametrized(module):
+            yield f"weights of a {type_before_parametrizations(module).__name__} are parametrized"
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             yield f"a layer is a {type(module).__name__}"
     yield from _weight_refusals(own_layers(part))
@@ -117,8 +120,6 @@ def _hook_refusals(module: nn.Module) -> Iterator[str]:
             if _package(hook) != _GATHERS_WEIGHTS:
                 name = getattr(hook, "__qualname__", type(hook).__name__)
                 yield f"a {type(module).__name__} has a hook: {name} in {kind}"
-    if hasattr(module, "parametrizations"):
-        yield f"weights of a {type(module).__name__} are parametrized: {', '.join(module.parametrizations)}"
 
 
 def _forward_refusals(module: Any) -> Iterator[str]:

@@ -20,12 +20,13 @@ class Notice:
         self._told: set[str] = set()
 
     def __call__(self, reasons: Sequence[str]) -> None:
-        why = "; ".join(reasons)
+        """Says those of `reasons` that are new."""
         if self._required:
+            why = "; ".join(reasons)
             raise UsageError(f"model.fused = true: this model does not fit the fused blocks any more: {why}")
-        if why not in self._told:
-            self._told.add(why)
-            say(f"model: diffusers' own blocks, not the fused ones: {why}")
+        if new := [reason for reason in reasons if reason not in self._told]:
+            self._told.update(new)
+            say(f"model: diffusers' own blocks, not the fused ones: {'; '.join(new)}")
 
 
 class Switch:
@@ -56,7 +57,7 @@ class Switch:
         if not self.off:
             if len(args) > self._num_own:
                 return self._fused(*args, **kwargs)
-            reasons = [*self._reasons(), *self._refused_arguments(args, kwargs)]
+            reasons = self._reasons() or list(self._refused_arguments(args, kwargs))
             if not reasons:
                 return self._fused(*args, **kwargs)
             self._notice(reasons)
