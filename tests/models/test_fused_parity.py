@@ -13,12 +13,14 @@ from fused_models import (
     assert_equal_runs,
     build,
     forward_backward,
+    handed_over,
     in_float32,
     inputs,
 )
 
 from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import adapters_off
+from fdfo_engine.runtime.errors import UsageError
 
 TRAINED = {"lora": adapted, "lora everywhere": lambda m: adapted(m, EVERYWHERE), "full": lambda m: m}
 
@@ -131,11 +133,16 @@ def test_blocks_take_what_diffusers_gives_them(variant):
         assert (model(**given).sample - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-def test_other_attention_arguments_are_refused(variant):
-    model = build(variant)
+@torch.no_grad()
+def test_other_attention_arguments_go_to_diffusers_or_are_refused(variant, capsys):
+    model, given = build(variant), inputs(variant) | {"joint_attention_kwargs": {"ip_adapter_masks": None}}
+    exact = model(**given).sample
     fuse(model)
-    with pytest.raises(ValueError, match="unfuse first"):
-        model(**inputs(variant), joint_attention_kwargs={"ip_adapter_masks": None})
+    assert torch.equal(model(**given).sample, exact)
+    assert "joint_attention_kwargs has ip_adapter_masks" in handed_over(capsys.readouterr().out)[0]
+    fuse(model, required=True)
+    with pytest.raises(UsageError, match="joint_attention_kwargs has ip_adapter_masks"):
+        model(**given)
 
 
 def test_skipped_layers(variant):
