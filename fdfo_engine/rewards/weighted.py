@@ -41,6 +41,7 @@ class WeightedRewards:
     rewards: dict[str, tuple[float, Reward]]
     log_folder: Path | None = None
     normalize: Mapping[str, str] = field(default_factory=dict)
+    _are_ready: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Takes plain callables too."""
@@ -71,13 +72,16 @@ class WeightedRewards:
         return sum(size for size in sizes.values() if size), [name for name, size in sizes.items() if size is None]
 
     def require_ready(self) -> None:
-        """Asks every reward whether it can score, before a model is loaded.
+        """Asks every reward, before a model is loaded, whether it can score; once all can, nobody is asked again.
 
         Raises:
             RewardError, EnvironmentProblem: one cannot, with its reason.
         """
+        if self._are_ready:
+            return
         for _, reward in self.rewards.values():
             reward.require_ready()
+        self._are_ready = True
 
     def require_prompts(self, prompts: Sequence[str]) -> None:
         """Asks every reward whether it can score images of all of `prompts`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fdfo_engine.engine import Engine
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rollout.prompts import PromptList
-from fdfo_engine.runtime.distributed import all_gather_rows, together
+from fdfo_engine.runtime.distributed import all_gather_rows, on_main, together
 
 
 class OwnTraining:
@@ -19,6 +19,7 @@ class OwnTraining:
         engine, config = self._engine, self._engine.config
         if engine.epoch >= config.run.epochs:
             return False
+        on_main(self._rewards.require_ready)
         first = engine.next_pair
         rollout = engine.rollout(self._prompts.of_pairs(range(first, first + config.sampling.pairs_per_epoch)))
         prompts = [prompt for prompt in rollout.prompts for _ in range(2)]

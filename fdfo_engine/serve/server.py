@@ -18,7 +18,7 @@ import uvicorn
 from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.engine import Engine
 from fdfo_engine.rewards import WeightedRewards
-from fdfo_engine.rollout.prompts import load_prompts
+from fdfo_engine.rollout.prompts import describe_prompts, load_prompts
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
@@ -101,6 +101,7 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None) -> None:
     BatchPlan.from_config(config, world_size())
     prompts = load_prompts(config.prompts, config.run.seed)
     all_agree_hash(prompts.sha256, "the prompt list")
+    say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
     folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
     try:

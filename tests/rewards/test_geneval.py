@@ -304,6 +304,12 @@ def test_bad_requirements_are_named_by_their_line(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+def test_requirements_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'{"prompt": "a", "include": [{"class": "b"}]}\n{"prompt": "na\xefve"')
+    with pytest.raises(PromptError, match=r"m\.jsonl:2: not UTF-8"):
+        read_requirements(tmp_path / "m.jsonl")
+
+
 def test_a_missing_file_and_a_missing_option_are_named_before_anything_loads(tmp_path):
     with pytest.raises(PromptError, match="no such file"):
         build("geneval", {"metadata": str(tmp_path / "none.jsonl")}, "rewards.0")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fdfo_engine.config import RewardConfig
-from fdfo_engine.rewards import WeightedRewards, build, names
+from fdfo_engine.rewards import Reward, WeightedRewards, build, names
 from fdfo_engine.runtime.errors import RewardError, UsageError
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -141,3 +141,21 @@ def test_every_built_in_name_is_found_and_says_what_it_takes():
     for name in names():
         with pytest.raises(UsageError, match=r"rewards\.0.*no_such_option"):
             build(name, {"no_such_option": 1}, "rewards.0.name")
+
+
+def test_rewards_that_said_they_are_ready_are_not_asked_again():
+    class Counted(Reward):
+        asked = 0
+
+        def require_ready(self):
+            self.asked += 1
+            if self.asked == 1:
+                raise RewardError("not yet")
+
+    reward = Counted()
+    rewards = WeightedRewards({"mine": (1.0, reward)})
+    with pytest.raises(RewardError, match="not yet"):
+        rewards.require_ready()
+    rewards.require_ready()
+    rewards.require_ready()
+    assert reward.asked == 2
