@@ -20,7 +20,9 @@ from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.run_folder import checkpoint_store, differing_settings, run_config
 
 Weights = Literal["auto", "ema", "raw"]
-WHAT_WEIGHTS_BELONG_TO = ("model.id", "model.revision", "model.family", "model.train", "model.quantize", "lora")
+WHAT_WEIGHTS_BELONG_TO = (
+    "model.id", "model.revision", "model.variant", "model.family", "model.train", "model.quantize", "lora",
+)  # fmt: skip
 
 
 def export_run(

@@ -16,6 +16,9 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; null takes the newest."""
 
+    variant: Name | None = None
+    """Variant of the weight files, such as `fp16` for *.fp16.safetensors; null takes those without one."""
+
     family: str = Field(default="auto", min_length=1)
     """Which code runs the model: `sd3`, `flux`, `qwen_image` or `module:attribute`; auto reads it from the pipeline."""
 

@@ -12,39 +12,30 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.export_checks import refuse_style, require_adapter, require_weights
-from fdfo_engine.models.finite import blame, first_bad, is_finite
+from fdfo_engine.models.export_checks import refuse_style
+from fdfo_engine.models.finite import first_bad
 from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Grid, Network
 from fdfo_engine.models.fused.choice import choose_blocks, refuse_unfit
-from fdfo_engine.models.fused.fuse import own_forwards
 from fdfo_engine.models.lora import (
     ADAPTER,
     ATTENTION_PROJECTIONS,
     adapters_off,
     add_lora,
     fold_alpha,
-    merge,
     trainable,
-    weights_in,
 )
 from fdfo_engine.models.lora_targets import describe_layers, of_any_block, target_layers
-from fdfo_engine.models.native_lora import NativeLayers, add_native, layers_without_name, to_native
-from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline
-from fdfo_engine.models.quantized import unpack
+from fdfo_engine.models.native_lora import NativeLayers, layers_without_name
+from fdfo_engine.models.pipeline_export import PipelineExport
+from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline, packing_of
+from fdfo_engine.models.quantized import refuse_packed
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import open_to_readers
-from fdfo_engine.runtime.errors import CheckpointError, NumericsError, UsageError
-
-EXPORT_TOLERANCE = 1e-6
-"""Largest relative difference (rms) between the trained velocity and the exported one, in the model's float32."""
-
-NATIVE_FILE = "lora_comfyui.safetensors"
-"""What an export in style comfyui writes."""
+from fdfo_engine.runtime.errors import NumericsError, UsageError
 
 
 class PipelineModel:
@@ -72,8 +63,9 @@ class PipelineModel:
         self.pipeline = pipeline
         self.network: Any = pipeline.transformer
         self.device = device
-        self.dtype = next(self.network.parameters()).dtype
         self.settings = config.model
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)  # of packed weights, what they compute in
+        self.packed_by: str | None = config.model.quantize
         factor = pipeline.vae_scale_factor
         self.latent_shape = (
             self.latent_channels(pipeline),
@@ -92,13 +84,16 @@ class PipelineModel:
             EnvironmentProblem: the pipeline cannot be loaded, or `model.attention` can't run.
         """
         cls.refuse_settings(config)
+        packed_by = packing_of(cls.pipeline_class, model_id, config.model)
+        refuse_packed(config, packed_by)
         pipeline = load_pipeline(cls.pipeline_class, model_id, config.model, cls.optional_parts)
         for part in (pipeline.transformer, pipeline.vae):
             part.to(device)
         model = cls._prepared(pipeline, config, device)
+        model.packed_by = model.packed_by or packed_by
         choose_blocks(model.network, config.model, rehome=config.zero.stage < 3)
-        if config.model.quantize:
-            say(f"model: its blocks are kept in {config.model.quantize}; the quantised model is what is trained")
+        if model.packed_by:
+            say(f"model: its blocks are kept in {model.packed_by}; the quantised model is what is trained")
         return model
 
     @classmethod
@@ -111,8 +106,11 @@ class PipelineModel:
             UsageError, EnvironmentProblem: as `load`.
         """
         cls.refuse_settings(config)
+        packed_by = packing_of(cls.pipeline_class, model_id, config.model)
+        refuse_packed(config, packed_by)
         pipeline = blank_pipeline(cls.pipeline_class, model_id, config.model)
         model = cls._prepared(pipeline, config, torch.device("cpu"))
+        model.packed_by = model.packed_by or packed_by
         refuse_unfit(model.network, config.model)
         if config.model.gradient_checkpointing is True:
             model.network.enable_gradient_checkpointing()
@@ -286,8 +284,8 @@ class PipelineModel:
     def export(self, folder: Path, weights: dict[str, Tensor], style: ExportStyle = "diffusers") -> None:
         """A LoRA that `load_lora_weights` takes (alpha folded), or a pipeline folder after full training.
 
-        Style comfyui writes the LoRA in the original model's names instead (`native_lora`), as `NATIVE_FILE`; merged a
-        pipeline folder with the LoRA added to its weights, and says what their dtype rounds away of it.
+        Style comfyui writes the LoRA in the original model's names instead (`native_lora`); merged a pipeline folder
+        with the LoRA added to its weights, and says what their dtype rounds away of it.
 
         Raises:
             UsageError: comfyui or merged after full training; comfyui of layers that it has no names for; merged of a
@@ -298,78 +296,31 @@ class PipelineModel:
         if bad := first_bad(weights.items()):
             raise NumericsError(f"export: the trained weight {bad} is not finite")
         refuse_style(style, self.settings)
+        if style == "merged" and self.packed_by:
+            raise UsageError(
+                f"export: style merged: the LoRA was trained on weights in {self.packed_by}, to which nothing can be "
+                "added exactly; takes diffusers or comfyui"
+            )
         whole = self._lora_scale is None or style == "merged"
         if whole and Path(self.pipeline.config._name_or_path).resolve() == folder.resolve():
             raise UsageError(f"export: {folder} is the base model itself; choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        to = PipelineExport(self)
         # written and verified aside: a wrong export is never seen, and a folder of the user's is only added to
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
             aside = Path(name) / "export"
             if self._lora_scale is None:
-                exported = self._export_pipeline(aside, weights)
+                exported = to.write_pipeline(aside, weights)
             else:
                 folded = fold_alpha({_diffusers_name(n): w for n, w in weights.items()}, self._lora_scale)
-                write = {"diffusers": self._export_lora, "comfyui": self._export_native, "merged": self._export_merged}
+                write = {"diffusers": to.write_lora, "comfyui": to.write_native, "merged": to.write_merged}
                 exported = write[style](aside, folded)
             open_to_readers(aside)
-            self._verify(exported, weights, folder)
+            to.verify(exported, weights, folder)
             if folder.is_dir() and any(folder.iterdir()):
                 shutil.copytree(aside, folder, dirs_exist_ok=True)
             else:
                 os.replace(aside, folder)
-
-    def _export_native(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
-        folder.mkdir()
-        save_file(to_native(folded, self.network, self.native_layers), folder / NATIVE_FILE)
-        network: nn.Module = self._fresh_pipeline(self.pipeline.config._name_or_path).transformer
-        if self.settings.quantize:  # nothing can be added to packed weights
-            unpack(network)
-        add_native(network, load_file(folder / NATIVE_FILE, device=str(self.device)), self.native_layers)
-        return network
-
-    def _export_lora(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
-        self.pipeline_class.save_lora_weights(folder, transformer_lora_layers=folded)
-        fresh = self._fresh_pipeline(self.pipeline.config._name_or_path)
-        fresh.load_lora_weights(folder)
-        network: nn.Module = fresh.transformer
-        require_adapter(network, folded, folder)
-        return network
-
-    def _export_merged(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
-        base = self.pipeline.config._name_or_path
-        pipeline = load_pipeline(self.pipeline_class, base, self.settings, self.optional_parts)
-        lost = merge(pipeline.transformer, folded)
-        say(f"merged into {self.settings.dtype} weights, whose change is {lost:.1%} off the LoRA's (rms)")
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        network: nn.Module = self._fresh_pipeline(str(folder)).transformer
-        return network
-
-    def _export_pipeline(self, folder: Path, weights: dict[str, Tensor]) -> nn.Module:
-        with weights_in(self.network, weights):
-            self.pipeline.save_pretrained(folder, safe_serialization=True)
-        network: nn.Module = self._fresh_pipeline(str(folder)).transformer
-        require_weights(network, weights, folder)
-        return network
-
-    def _fresh_pipeline(self, model_id: str) -> Any:
-        pipeline = load_pipeline(self.pipeline_class, model_id, self.settings, self.optional_parts)
-        pipeline.transformer.to(self.device)
-        return pipeline
-
-    def _verify(self, exported: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, *self.latent_shape, generator=generator).to(self.device)
-        timestep = torch.full((1,), 500.0)
-        with torch.no_grad(), own_forwards(self.network), weights_in(self.network, weights):
-            conditioning = self.encode_prompt("a picture")
-            trained = self.velocity(self.network, latents, timestep, conditioning).float()
-            loaded = self.velocity(exported.eval(), latents, timestep, conditioning).float()
-        if not is_finite(trained):
-            raise NumericsError(f"export: the trained model's velocity is not finite{blame(self)}")
-        error = ((loaded - trained).square().mean() / trained.square().mean().clamp_min(1e-30)).sqrt().item()
-        limit = EXPORT_TOLERANCE if self.dtype == torch.float32 else 2e-2
-        if not error <= limit:
-            raise CheckpointError(f"export to {folder}: loaded back, its velocity is {error:.1e} off (limit {limit})")
 
 
 def as_images(decoded: Tensor) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fdfo_engine.runtime.errors import EnvironmentProblem
+from fdfo_engine.config import Config
+from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight: four bits, a byte of scale for each 64, and a float32 scale for each 256 of those."""
+
+FOUR_BITS = "four bits of bitsandbytes"
 
 _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
@@ -43,13 +46,20 @@ def quantize(transformer: Any) -> None:
             weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
         )
         packed.bias = linear.bias
-        # a CPU's own layout, taken without gradient only: a rollout would compute otherwise than training
-        packed.support_avx512bf16_for_cpu = False
         setattr(parent, name, packed)
+    compute_alike(transformer)
 
 
-def unpack(transformer: Any) -> None:
-    """Undoes `quantize`, but for what four bits have lost: the layers' weights are then those they compute with."""
+def compute_alike(network: nn.Module) -> None:
+    """Has packed layers compute in a rollout as in training: without gradients, a CPU would take its own layout."""
+    layers: Iterator[Any] = network.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def unpack(transformer: Any, dtype: torch.dtype) -> None:
+    """Undoes packing in four bits, but for what they have lost: the weights are those that layers compute with."""
     bnb = importlib.import_module("bitsandbytes")
     for parent in list(transformer.modules()):
         for name, packed in list(parent.named_children()):
@@ -57,7 +67,7 @@ def unpack(transformer: Any) -> None:
                 weight = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
                 with torch.device("meta"):
                     linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
-                linear.weight = nn.Parameter(weight.to(packed.compute_dtype), requires_grad=False)
+                linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
                 linear.bias = packed.bias
                 setattr(parent, name, linear)
 
@@ -67,6 +77,36 @@ def quantized_bytes(transformer: Any) -> tuple[int, int]:
     weights = [linear.weight for _, _, linear in _linears(transformer)]
     saved = sum(w.nbytes - int(NF4_BYTES * w.numel()) for w in weights)
     return saved, max((w.nbytes for w in weights), default=0)
+
+
+def packing(config: Mapping[str, Any]) -> str | None:
+    """How weights lie in their files, in words, by a network's config.json; None where they are whole."""
+    found = config.get("quantization_config")
+    if not found:
+        return None
+    method = str(found.get("quant_method", "an unnamed method"))
+    if method != "bitsandbytes":
+        return method
+    return FOUR_BITS if found.get("load_in_4bit") or found.get("_load_in_4bit") else "eight bits of bitsandbytes"
+
+
+def refuse_packed(config: Config, packed_by: str | None) -> None:
+    """Refuses settings that a transformer whose files are packed (`packing`) does not fit.
+
+    Raises:
+        UsageError: such a setting, or another packing than bitsandbytes' in four bits.
+    """
+    if packed_by is None:
+        return
+    what = f"model.id = {config.model.id!r}: its transformer is quantised: {packed_by}"
+    if packed_by != FOUR_BITS:
+        raise UsageError(f"{what}; takes {FOUR_BITS}, or whole weights, which model.quantize: nf4 packs")
+    if config.model.quantize:
+        raise UsageError(f"{what} already, and model.quantize = {config.model.quantize}; set that to null")
+    if config.model.train == "full":
+        raise UsageError(f"{what}, and model.train = full; packed weights are not trained: takes lora")
+    if config.zero.stage == 3:
+        raise UsageError(f"{what}, and zero.stage = 3; packed weights are not split over ranks: takes a lower stage")
 
 
 def _linears(transformer: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

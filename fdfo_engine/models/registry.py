@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -19,6 +24,7 @@ from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.known import known_configs
+from fdfo_engine.models.pipeline_folder import names_a_file, why_no_pipeline
 from fdfo_engine.models.quantized import quantized_bytes
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
@@ -90,7 +96,7 @@ def blank_footprint(config: Config) -> Footprint:
         model, conditioning = loader.blank(config, source, mode)
         with mode:
             found = footprint(model, conditioning, config.model.height, config.model.width)
-    return _packed(found, model.network) if config.model.quantize else found
+    return _packed(found, model.network) if getattr(model, "packed_by", None) else found
 
 
 def _packed(counted: Footprint, network: nn.Module) -> Footprint:
@@ -161,10 +167,13 @@ def model_index(model_id: str, revision: str | None) -> Path:
     local = Path(model_id) / "model_index.json"
     if local.is_file():
         return local
-    if Path(model_id).is_dir():
-        raise EnvironmentProblem(f"model.id = {model_id!r}: a folder without model_index.json is no diffusers pipeline")
+    if Path(model_id).is_dir() or names_a_file(model_id):
+        raise EnvironmentProblem(f"model.id = {model_id!r}: {why_no_pipeline(model_id)}")
     try:
         return Path(hf_hub_download(model_id, "model_index.json", revision=revision))
+    except RemoteEntryNotFoundError as error:
+        reason = "its repository has no model_index.json: it holds no diffusers pipeline, or files to make one of"
+        raise EnvironmentProblem(f"model.id = {model_id!r}: {reason}") from error
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise EnvironmentProblem(f"model.id = {model_id!r}: no such folder, and the hub gave none: {reason}") from error
