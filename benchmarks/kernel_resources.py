@@ -102,22 +102,27 @@ def _qk_rms_norm_cases() -> Iterator[Case]:
     from fdfo_engine.kernels import qk_rms_norm as kernels
 
     op = importlib.import_module("fdfo_engine.ops.qk_rms_norm")
-    f32, bf16, sizes = POINTERS["float32"], POINTERS["bfloat16"], [*8 * ["i32"]]
+    f32, bf16 = POINTERS["float32"], POINTERS["bfloat16"]
+    stream, kind = STREAMS * ("i32",), KINDS * (bf16,)
+    heads, normed = STREAMS * KINDS * (bf16,), STREAMS * 2 * (bf16,)
     for head_size, rotary in ((64, False), (128, True)):
         rows, columns = op.tile(head_size)
-        known, tile = {"NORMED": 15, "ROTARY": rotary}, {"E": head_size, "ROWS": rows, "BLOCK_E": columns}
-        types = [*13 * [bf16], f32, f32, f32, *sizes, "fp32"]
+        known = {"STREAMS": STREAMS, "KINDS": KINDS, "NORMED": 15, "ROTARY": rotary}
+        tile = {"E": head_size, "ROWS": rows, "BLOCK_E": columns}
+        sizes = ["i32", stream, "i32", stream, stream]
+        types = [heads, normed, kind, f32, f32, f32, *sizes, "fp32"]
         yield Case(kernels.qk_rms_norm_forward_kernel, types, known | tile)
         for roots, weight_grads in ((f32, False), ("none", True)):
-            types = [*8 * [bf16], roots, *9 * [bf16], f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
+            types = [normed, normed, roots, kind, heads, f32, f32, f32, *sizes, *3 * ["i32"], "fp32"]
             yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": weight_grads} | tile)
 
 
-_ODD_SIZES = ("B", "TOKENS0", "TOKENS1", "HEADS")
+_ODD_SIZES = ("B", "tokens", "HEADS")
 
 
 RANK = 64  # of the adapters; from 32 on the kernels are the same for every rank
 STREAMS, LAYERS = 2, 3  # text and image tokens; queries, keys and values
+KINDS = 3  # likewise
 HEAD = 64
 
 

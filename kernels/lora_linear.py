@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from fdfo_engine.kernels.gelu import gelu
 from fdfo_engine.kernels.philox import rounded
+from fdfo_engine.kernels.tuples import pointer_of, size_of
 
 
 @triton.jit
@@ -26,25 +27,6 @@ def operand(x, dtype: tl.constexpr, WIDE: tl.constexpr):
 def product(a, b, acc):
     """`acc + a b`, float32, without the short mantissas of TF32."""
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def pointer_of(pointers, i, COUNT: tl.constexpr):
-    """Pointer i of a tuple."""
-    found = pointers[0]
-    for j in tl.static_range(1, COUNT):
-        if i == j:
-            found = pointers[j]
-    return found
-
-
-@triton.jit
-def size_of(sizes, i, COUNT: tl.constexpr):
-    """Integer i of a tuple; Triton makes a constant of each that is 1."""
-    found = tl.cast(sizes[0], tl.int32)
-    for j in tl.static_range(1, COUNT):
-        found = tl.where(i == j, tl.cast(sizes[j], tl.int32), found)
-    return found
 
 
 @triton.jit

@@ -1,59 +1,52 @@
-"""Triton kernels of `fdfo_engine.ops.qk_rms_norm`. Device code: imports triton only, never the engine."""
+"""Triton kernels of `fdfo_engine.ops.qk_rms_norm`. Device code: imports triton only, never the engine.
+
+A launch takes one or two STREAMS of tokens, and of each KINDS = 2 or 3 tensors: q, k and perhaps v. What belongs to a
+stream comes as a tuple of STREAMS, what belongs to its tensors as one of STREAMS * KINDS: q, k, v of the first stream,
+then of the second. Of tensors that the norm reads, or its weights, there are two a stream: of q and of k. Tensors that
+pack the streams along the tokens come as a tuple of KINDS.
+"""
 
 import triton
 import triton.language as tl
 from fdfo_engine.kernels.philox import rounded
+from fdfo_engine.kernels.tuples import pointer_of, size_of
 
 
 @triton.jit
 def qk_rms_norm_forward_kernel(
-    q0_ptr, k0_ptr, v0_ptr, q1_ptr, k1_ptr, v1_ptr, q0_weight_ptr, k0_weight_ptr, q1_weight_ptr, k1_weight_ptr,
-    q_ptr, k_ptr, v_ptr, roots_ptr, cos_ptr, sin_ptr,
-    B, TOKENS0, TOKENS1, HEADS, batch0, token0, batch1, token1, eps,
-    NORMED: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    xs, weights, outs, roots_ptr, cos_ptr, sin_ptr, B, tokens, HEADS, x_batches, x_tokens, eps,
+    STREAMS: tl.constexpr, KINDS: tl.constexpr, NORMED: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # grid (cdiv(B * TOKENS0 * HEADS, ROWS) + cdiv(B * TOKENS1 * HEADS, ROWS), 3 or 2): heads of q, k and v; roots, if
-    # there, get 1 / rms of each packed head, [2, B, TOKENS0 + TOKENS1, HEADS]
-    kind, first_blocks = tl.program_id(1), tl.cdiv(B * TOKENS0 * HEADS, ROWS)
-    second = tl.program_id(0) >= first_blocks
-    block = tl.program_id(0) - tl.where(second, first_blocks, 0)
-    tokens, x_batch, x_token = of_stream(second, TOKENS0, TOKENS1, batch0, batch1, token0, token1)
-    if second:
-        x_ptr, weight_ptr = q1_ptr, q1_weight_ptr
-        if kind == 1:
-            x_ptr, weight_ptr = k1_ptr, k1_weight_ptr
-        elif kind == 2:
-            x_ptr = v1_ptr
-    else:
-        x_ptr, weight_ptr = q0_ptr, q0_weight_ptr
-        if kind == 1:
-            x_ptr, weight_ptr = k0_ptr, k0_weight_ptr
-        elif kind == 2:
-            x_ptr = v0_ptr
-    out_ptr = q_ptr
-    if kind == 1:
-        out_ptr = k_ptr
-    elif kind == 2:
-        out_ptr = v_ptr
-
-    row, batch, token, head = places(block, tokens, HEADS, ROWS)
-    packed = token + tl.where(second, TOKENS0, 0)
+    # grid (the sum of cdiv(B * tokens * HEADS, ROWS) over streams, KINDS): heads of q, k and v. roots, if there, get
+    # 1 / rms of each packed head, [2, B, all tokens, HEADS]. NORMED: bit 2 * stream + kind
+    kind = tl.program_id(1)
+    stream, block = stream_of(B, tokens, HEADS, STREAMS, ROWS)
+    x_ptr = pointer_of(xs, stream * KINDS + kind, STREAMS * KINDS)
+    out_ptr = pointer_of(outs, kind, KINDS)
+    own_tokens = size_of(tokens, stream, STREAMS)
+    row, batch, token, head = places(block, own_tokens, HEADS, ROWS)
+    in_rows = row < B * own_tokens * HEADS
+    packed = token + stream * tl.cast(tokens[0], tl.int32)
     e = tl.arange(0, BLOCK_E)
-    mask = (row < B * tokens * HEADS)[:, None] & (e < E)[None, :]  # [ROWS, BLOCK_E]
+    mask = in_rows[:, None] & (e < E)[None, :]  # [ROWS, BLOCK_E]
+    x_batch, x_token = size_of(x_batches, stream, STREAMS, tl.int64), size_of(x_tokens, stream, STREAMS, tl.int64)
     x_at = (batch * x_batch + token * x_token + head * E)[:, None] + e[None, :]
-    place = (batch * (TOKENS0 + TOKENS1) + packed) * HEADS + head
+    all_tokens = total(tokens, STREAMS)
+    place = (batch * all_tokens + packed) * HEADS + head
     out_at = (place * E)[:, None] + e[None, :]
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
     if kind == 2:
         tl.store(out_ptr + out_at, x, mask=mask)
     else:
-        normed = is_normed(NORMED, second, kind)
+        weight_ptr = pointer_of(weights, stream * 2 + kind, STREAMS * 2)
+        normed = is_normed(NORMED, stream, kind)
         weight = tl.load(weight_ptr + e, mask=(e < E) & normed, other=1.0).to(tl.float32)[None, :]
         y = x.to(tl.float32)
         r = inverse_root(y, normed, eps, E)
         if roots_ptr is not None:
-            roots = roots_ptr + kind.to(tl.int64) * B * (TOKENS0 + TOKENS1) * HEADS
-            tl.store(roots + place, r, mask=row < B * tokens * HEADS)
+            roots = roots_ptr + kind.to(tl.int64) * B * all_tokens * HEADS
+            tl.store(roots + place, r, mask=in_rows)
         n = rounded(y * r[:, None], weight_ptr.dtype.element_ty)
         y = rounded(n * weight, weight_ptr.dtype.element_ty)
         if ROTARY:
@@ -66,61 +59,48 @@ def qk_rms_norm_forward_kernel(
 
 @triton.jit
 def qk_rms_norm_backward_kernel(
-    q0_ptr, k0_ptr, q1_ptr, k1_ptr, q0_weight_ptr, k0_weight_ptr, q1_weight_ptr, k1_weight_ptr,
-    roots_ptr, q_grad_ptr, k_grad_ptr, v_grad_ptr, dq0_ptr, dk0_ptr, dv0_ptr, dq1_ptr, dk1_ptr, dv1_ptr,
-    cos_ptr, sin_ptr, partial_ptr,
-    B, TOKENS0, TOKENS1, HEADS, batch0, token0, batch1, token1, grad_batch, grad_token, grad_head, eps,
-    NORMED: tl.constexpr, ROTARY: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
+    xs, weights, roots_ptr, upstreams, dxs, cos_ptr, sin_ptr, partial_ptr, B, tokens, HEADS, x_batches, x_tokens,
+    up_batch, up_token, up_head, eps,
+    STREAMS: tl.constexpr, KINDS: tl.constexpr, NORMED: tl.constexpr, ROTARY: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
     E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # grid as forward; partial: [2, first axis of the grid, E] sums of a program for the gradients of both weights; with
-    # roots, q and k are what forward has packed: parts of it, with their strides
-    kind, first_blocks = tl.program_id(1), tl.cdiv(B * TOKENS0 * HEADS, ROWS)
-    second = tl.program_id(0) >= first_blocks
-    block = tl.program_id(0) - tl.where(second, first_blocks, 0)
-    tokens, x_batch, x_token = of_stream(second, TOKENS0, TOKENS1, batch0, batch1, token0, token1)
-    if second:
-        x_ptr, weight_ptr, dx_ptr = q1_ptr, q1_weight_ptr, dq1_ptr
-        if kind == 1:
-            x_ptr, weight_ptr, dx_ptr = k1_ptr, k1_weight_ptr, dk1_ptr
-        elif kind == 2:
-            dx_ptr = dv1_ptr
-    else:
-        x_ptr, weight_ptr, dx_ptr = q0_ptr, q0_weight_ptr, dq0_ptr
-        if kind == 1:
-            x_ptr, weight_ptr, dx_ptr = k0_ptr, k0_weight_ptr, dk0_ptr
-        elif kind == 2:
-            dx_ptr = dv0_ptr
-    grad_ptr = q_grad_ptr
-    if kind == 1:
-        grad_ptr = k_grad_ptr
-    elif kind == 2:
-        grad_ptr = v_grad_ptr
-
-    row, batch, token, head = places(block, tokens, HEADS, ROWS)
-    packed = token + tl.where(second, TOKENS0, 0)
+    # grid as forward; partial: [2, first axis of the grid, E] sums of a program for the gradients of both weights; xs
+    # are q and k, or with roots the parts of packed ones that the forward made of them
+    kind = tl.program_id(1)
+    stream, block = stream_of(B, tokens, HEADS, STREAMS, ROWS)
+    upstream_ptr = pointer_of(upstreams, kind, KINDS)
+    dx_ptr = pointer_of(dxs, stream * KINDS + kind, STREAMS * KINDS)
+    own_tokens = size_of(tokens, stream, STREAMS)
+    row, batch, token, head = places(block, own_tokens, HEADS, ROWS)
+    in_rows = row < B * own_tokens * HEADS
+    packed = token + stream * tl.cast(tokens[0], tl.int32)
     e = tl.arange(0, BLOCK_E)
-    mask = (row < B * tokens * HEADS)[:, None] & (e < E)[None, :]  # [ROWS, BLOCK_E]
-    grad_at = (batch * grad_batch + packed * grad_token + head * grad_head)[:, None] + e[None, :]
+    mask = in_rows[:, None] & (e < E)[None, :]  # [ROWS, BLOCK_E]
+    up_at = (batch * up_batch + packed * up_token + head * up_head)[:, None] + e[None, :]
     dx_at = (row.to(tl.int64) * E)[:, None] + e[None, :]
-    grad = tl.load(grad_ptr + grad_at, mask=mask, other=0.0)
+    upstream = tl.load(upstream_ptr + up_at, mask=mask, other=0.0)
     if kind == 2:
-        tl.store(dx_ptr + dx_at, grad, mask=mask)
+        tl.store(dx_ptr + dx_at, upstream, mask=mask)
     else:
-        g = grad.to(tl.float32)
+        g = upstream.to(tl.float32)
         if ROTARY:
             table_at = (packed * E)[:, None] + e[None, :]
             cos = tl.load(cos_ptr + table_at, mask=mask, other=0.0)
             sin = tl.load(sin_ptr + table_at, mask=mask, other=0.0)
             g = turned_back(g, cos, sin, ROWS, BLOCK_E)
-        normed = is_normed(NORMED, second, kind)
+        x_ptr, weight_ptr = (
+            pointer_of(xs, stream * 2 + kind, STREAMS * 2),
+            pointer_of(weights, stream * 2 + kind, STREAMS * 2),
+        )
+        normed = is_normed(NORMED, stream, kind)
+        x_batch, x_token = size_of(x_batches, stream, STREAMS, tl.int64), size_of(x_tokens, stream, STREAMS, tl.int64)
         x_at = (batch * x_batch + token * x_token + head * E)[:, None] + e[None, :]
         x = tl.load(x_ptr + x_at, mask=mask & normed, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + e, mask=(e < E) & normed, other=1.0).to(tl.float32)[None, :]
         if roots_ptr is not None:
-            place = (batch * (TOKENS0 + TOKENS1) + packed) * HEADS + head
-            roots = roots_ptr + kind.to(tl.int64) * B * (TOKENS0 + TOKENS1) * HEADS
-            r = tl.load(roots + place, mask=row < B * tokens * HEADS, other=1.0)[:, None]
+            all_tokens = total(tokens, STREAMS)
+            roots = roots_ptr + kind.to(tl.int64) * B * all_tokens * HEADS
+            r = tl.load(roots + (batch * all_tokens + packed) * HEADS + head, mask=in_rows, other=1.0)[:, None]
             if ROTARY:
                 x = turned_back(x, cos, sin, ROWS, BLOCK_E)
             n = x / weight
@@ -143,12 +123,20 @@ def turned_back(x, cos, sin, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def of_stream(second, TOKENS0, TOKENS1, batch0, batch1, token0, token1):
-    """Tokens of a program's stream and the strides of its batch and token."""
-    tokens = tl.where(second, tl.cast(TOKENS1, tl.int32), tl.cast(TOKENS0, tl.int32))
-    x_batch = tl.where(second, tl.cast(batch1, tl.int64), tl.cast(batch0, tl.int64))
-    x_token = tl.where(second, tl.cast(token1, tl.int64), tl.cast(token0, tl.int64))
-    return tokens, x_batch, x_token
+def stream_of(B, tokens, HEADS, STREAMS: tl.constexpr, ROWS: tl.constexpr):
+    """A program's stream, and which of the stream's programs it is."""
+    first_programs = tl.cdiv(B * tl.cast(tokens[0], tl.int32) * HEADS, ROWS)
+    stream = (tl.program_id(0) >= first_programs).to(tl.int32) if STREAMS == 2 else 0
+    return stream, tl.program_id(0) - stream * first_programs
+
+
+@triton.jit
+def total(tokens, STREAMS: tl.constexpr):
+    """Tokens of all streams of a sample."""
+    found = tl.cast(tokens[0], tl.int32)
+    for i in tl.static_range(1, STREAMS):
+        found += tl.cast(tokens[i], tl.int32)
+    return found
 
 
 @triton.jit
@@ -165,9 +153,9 @@ def places(block, tokens, HEADS, ROWS: tl.constexpr):
 
 
 @triton.jit
-def is_normed(NORMED: tl.constexpr, second, kind):
+def is_normed(NORMED: tl.constexpr, stream, kind):
     """Bit 2 * stream + kind of NORMED."""
-    return ((NORMED >> (tl.where(second, 2, 0) + kind)) & 1) == 1
+    return ((NORMED >> (2 * stream + kind)) & 1) == 1
 
 
 @triton.jit

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _compiled, _dispatch
-from fdfo_engine.ops._checks import MAX_STREAMS, NORM_EPS
+from fdfo_engine.ops._checks import NORM_EPS
 from fdfo_engine.ops._qkv import QKV, Rotary, check_rotary, check_sizes, check_streams
+from fdfo_engine.ops._records import flat, restore, save, saved
 
 __all__ = ["OFFERED", "QKV", "is_invertible", "qk_rms_norm"]
 
@@ -69,32 +70,40 @@ def qk_rms_norm(
     if only_v is not None:
         streams = [streams[0]._replace(v=None)]
     if implementation == "torch":
-        packed = qk_rms_norm_reference(streams, head_size, rotary, eps)
+        q, k, v = qk_rms_norm_reference(streams, head_size, rotary, eps)
     else:
-        weights = [w for s in streams for w in (s.q_weight, s.k_weight) if w is not None]
-        keeps_packed = implementation == "triton" and invertible and torch.is_grad_enabled()
-        keeps_packed = keeps_packed and not any(w.requires_grad for w in weights)
-        settings = _Settings(head_size, eps, implementation, keeps_packed, *rotary or (None, None))
-        packed = _QkRmsNorm.apply(settings, *(tensor for stream in streams for tensor in stream))
-    v = packed[2] if len(packed) == 3 else None
-    return packed[0], packed[1], v if only_v is None else only_v.unflatten(2, (-1, head_size))
+        cos, sin = rotary or (None, None)
+        keeps_packed = implementation == "triton" and invertible and _weights_are_frozen(streams)
+        settings = _Settings(head_size, eps, implementation, keeps_packed, cos, sin)
+        q, k, v = _QkRmsNorm.apply(settings, *flat(streams))
+    return q, k, v if only_v is None else only_v.unflatten(2, (-1, head_size))
 
 
 def qk_rms_norm_reference(
     streams: Sequence[QKV], head_size: int, rotary: Rotary | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The specification."""
-    q, k = ([x.unflatten(2, (-1, head_size)) for x in xs] for xs in zip(*((s.q, s.k) for s in streams), strict=True))
+    q = torch.cat([_normed(s.q.unflatten(2, (-1, head_size)), s.q_weight, eps) for s in streams], 1)
+    k = torch.cat([_normed(s.k.unflatten(2, (-1, head_size)), s.k_weight, eps) for s in streams], 1)
     values = [s.v.unflatten(2, (-1, head_size)) for s in streams if s.v is not None]
-    packed = []
-    for heads, weights in ((q, [s.q_weight for s in streams]), (k, [s.k_weight for s in streams])):
-        x_BSHE = torch.cat([_normed(x, w, eps) for x, w in zip(heads, weights, strict=True)], 1)
-        if rotary is not None:
-            cos, sin = (table[:, None] for table in rotary)
-            even, odd = x_BSHE.float().unflatten(3, (-1, 2)).unbind(4)
-            x_BSHE = x_BSHE.float() * cos + torch.stack((-odd, even), 4).flatten(3) * sin
-        packed.append(x_BSHE.to(streams[0].q.dtype).contiguous())
-    return packed[0], packed[1], torch.cat(values, 1).contiguous() if values else None
+    dtype = streams[0].q.dtype
+    q, k = (_rotated(x, rotary).to(dtype).contiguous() for x in (q, k))
+    return q, k, torch.cat(values, 1).contiguous() if values else None
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(weight.dtype) * weight
+
+
+def _rotated(x_BSHE: Tensor, rotary: Rotary | None) -> Tensor:
+    if rotary is None:
+        return x_BSHE
+    cos, sin = (table[:, None] for table in rotary)
+    even, odd = x_BSHE.float().unflatten(3, (-1, 2)).unbind(4)
+    return x_BSHE.float() * cos + torch.stack((-odd, even), 4).flatten(3) * sin
 
 
 def is_invertible(weights: Sequence[Tensor | None], *, rotary: bool) -> bool:
@@ -116,11 +125,15 @@ def is_invertible(weights: Sequence[Tensor | None], *, rotary: bool) -> bool:
     return True
 
 
-def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if weight is None:
-        return x
-    wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(weight.dtype) * weight
+def _norm_weights(streams: Sequence[QKV]) -> list[Tensor | None]:
+    """Of q and k of each stream, one stream after the other."""
+    return [weight for s in streams for weight in (s.q_weight, s.k_weight)]
+
+
+def _weights_are_frozen(streams: Sequence[QKV]) -> bool:
+    """Whether there is a gradient to compute, and none of a weight."""
+    trained = any(w is not None and w.requires_grad for w in _norm_weights(streams))
+    return torch.is_grad_enabled() and not trained
 
 
 class _Settings(NamedTuple):
@@ -132,131 +145,148 @@ class _Settings(NamedTuple):
     sin: Tensor | None
 
 
-class _Rows(NamedTuple):
-    """q, k or v (kind 0, 1, 2) of one stream, `[B, S_i, H*E]`; `first` of its tokens in the packed tensor."""
+class _Packed(NamedTuple):
+    """`[B, sum S_i, H, E]`: the outputs, or their gradients; no v where it needs no packing."""
 
-    x: Tensor
-    weight: Tensor | None
-    kind: int
-    first: int
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+
+
+class _Kept(NamedTuple):
+    """What the backward reads: the streams without v, and with `roots` the packed q and k in the place of theirs.
+
+    `roots` are 1 / rms of each packed head of q and of k, float32 `[2, B, sum S_i, H]`.
+    """
+
+    streams: list[QKV]
+    packed: _Packed | None
+    roots: Tensor | None
 
 
 class _QkRmsNorm(torch.autograd.Function):
-    """`tensors`: q, k, v, q_weight and k_weight of each stream; v is None where it needs no packing."""
+    """`fields`: those of a `QKV` of each stream; the outputs are those of a `_Packed`."""
 
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        tensors = tuple(_compiled.inner_contiguous(t, 2 if i % 5 < 3 else 0) for i, t in enumerate(tensors))
-        tables = [_compiled.inner_contiguous(t, 0) for t in (settings.cos, settings.sin)]
-        settings = settings._replace(cos=tables[0], sin=tables[1])
-        rows = _rows(tensors)
-        shape = rows[0].x.shape[0], _packed_tokens(rows), rows[0].x.shape[2] // settings.head_size, settings.head_size
-        packed = tuple(torch.empty(shape, dtype=t.dtype, device=t.device) for t in tensors[:3] if t is not None)
-        roots = packed[0].new_empty((2, *shape[:3]), dtype=torch.float32) if settings.keeps_packed else None
-        if rows[0].x.shape[0] * shape[1]:
-            _FORWARD[settings.backend](settings, rows, packed, roots)
-        kept = packed[:2] if settings.keeps_packed else [x for i, x in enumerate(tensors) if i % 5 < 2]
-        ctx.save_for_backward(roots, *(w for i, w in enumerate(tensors) if i % 5 > 2), *kept)
-        ctx.settings, ctx.tokens = settings, [q.shape[1] for q in tensors[::5] if q is not None]
+    def forward(ctx: Any, settings: _Settings, *fields: Tensor | None) -> tuple[Tensor | None, ...]:
+        streams = [_readable(stream) for stream in restore(QKV, fields)]
+        cos, sin = _compiled.inner_contiguous(settings.cos, 0), _compiled.inner_contiguous(settings.sin, 0)
+        settings = settings._replace(cos=cos, sin=sin)
+        B, size, E = streams[0].q.shape[0], streams[0].q.shape[2], settings.head_size
+        tokens = [s.q.shape[1] for s in streams]
+        q = torch.empty(B, sum(tokens), size // E, E, dtype=streams[0].q.dtype, device=streams[0].q.device)
+        packed = _Packed(q, torch.empty_like(q), None if streams[0].v is None else torch.empty_like(q))
+        roots = q.new_empty((2, *q.shape[:3]), dtype=torch.float32) if settings.keeps_packed else None
+        if q.numel():
+            _FORWARD[settings.backend](settings, streams, packed, roots)
+        if settings.keeps_packed:
+            weights = [QKV(None, None, None, s.q_weight, s.k_weight) for s in streams]  # type: ignore[arg-type]
+            save(ctx, _Kept(weights, packed._replace(v=None), roots))
+        else:
+            save(ctx, _Kept([s._replace(v=None) for s in streams], None, None))
+        ctx.settings, ctx.tokens = settings, tokens
         return packed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *packed_grads: Tensor) -> tuple[Tensor | None, ...]:
-        roots, *saved = ctx.saved_tensors
-        tensors = _as_given(saved, ctx.tokens, len(packed_grads), packed=ctx.settings.keeps_packed)
-        rows, wanted = _rows(tensors), ctx.needs_input_grad[1:]
-        packed_grads = tuple(_compiled.inner_contiguous(grad, 3) for grad in packed_grads)
-        grads: list[Tensor | None] = [None] * len(tensors)
-        for i, t in enumerate(tensors):
-            if t is not None and i % 5 < 3:
-                grads[i] = torch.empty_like(t, memory_format=torch.contiguous_format)
-            elif t is not None and wanted[i]:
-                grads[i] = torch.zeros_like(t)
-        if packed_grads[0].numel():
-            _BACKWARD[ctx.settings.backend](ctx.settings, rows, packed_grads, grads, roots)
-        return None, *grads
+    def backward(ctx: Any, *fields: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = _Packed._make(_compiled.inner_contiguous(grad, 3) for grad in fields)
+        kept: _Kept = saved(ctx)
+        streams = kept.streams if kept.packed is None else _parts(kept.packed, kept.streams, ctx.tokens)
+        needed = restore(QKV, ctx.needs_input_grad[1:])
+        gradients = [_empty_gradients(s, upstream, needs) for s, needs in zip(streams, needed, strict=True)]
+        if upstream.q.numel():
+            _BACKWARD[ctx.settings.backend](ctx.settings, streams, upstream, gradients, kept.roots)
+        return None, *flat(gradients)
 
 
-def _as_given(
-    saved: Sequence[Tensor | None], tokens: Sequence[int], kinds: int, *, packed: bool
-) -> list[Tensor | None]:
-    """The inputs in their order; if q and k were kept as they are `packed`, the parts of those in the inputs' place.
+def _readable(s: QKV) -> QKV:
+    """With heads and weights contiguous: copied where they are not."""
+    q, k, v = (_compiled.inner_contiguous(x, 2) for x in (s.q, s.k, s.v))
+    q_weight, k_weight = (_compiled.inner_contiguous(w, 0) for w in (s.q_weight, s.k_weight))
+    return QKV(q, k, v, q_weight, k_weight)  # type: ignore[arg-type]
 
-    v isn't kept: its gradient has the shape of q's, which stands for it.
+
+def _parts(packed: _Packed, weights: Sequence[QKV], tokens: Sequence[int]) -> list[QKV]:
+    """The streams' parts of packed q and k, beside their `weights`."""
+    qs, ks = packed.q.flatten(2).split(tokens, 1), packed.k.flatten(2).split(tokens, 1)
+    return [w._replace(q=q, k=k) for w, q, k in zip(weights, qs, ks, strict=True)]
+
+
+def _empty_gradients(s: QKV, upstream: _Packed, needs: QKV) -> QKV:
+    """Of a stream's tensors, to be filled; those of weights, if they are needed, are 0 where there are no tokens."""
+    q, k = _compiled.empty_contiguous(s.q), _compiled.empty_contiguous(s.q)
+    v = None if upstream.v is None else _compiled.empty_contiguous(s.q)
+    q_weight = torch.zeros_like(s.q_weight) if s.q_weight is not None and needs.q_weight else None
+    k_weight = torch.zeros_like(s.k_weight) if s.k_weight is not None and needs.k_weight else None
+    return QKV(q, k, v, q_weight, k_weight)
+
+
+def _arguments(settings: _Settings, streams: Sequence[QKV]) -> Any:
+    q = streams[0].q
+    weight_dtype = next((w.dtype for w in _norm_weights(streams) if w is not None), q.dtype)
+    return _compiled.arguments(
+        "QkRmsNorm", _compiled.NUMBERS[q.dtype], _compiled.NUMBERS[weight_dtype], _compiled.address(settings.cos),
+        _compiled.address(settings.sin), q.shape[0], q.shape[2] // settings.head_size, settings.head_size, settings.eps,
+    )  # fmt: skip
+
+
+class _Part(NamedTuple):
+    """q, k or v of a stream; where it lies in the `packed` output, or in that one's gradient, from token `first` on.
+
+    In a backward, v is not there and q stands for it: only its shape is read.
     """
-    weights, x = saved[: 2 * len(tokens)], list(saved[2 * len(tokens) :])
-    if packed:
-        x = [part for parts in zip(*(t.flatten(2).split(tokens, 1) for t in x if t is not None), strict=True)
-             for part in parts]  # fmt: skip
-    return [
-        t for i in range(0, len(weights), 2) for t in (*x[i : i + 2], x[i] if kinds == 3 else None, *weights[i : i + 2])
-    ]
+
+    x: Tensor
+    packed: Tensor
+    first: int
+    weight: Tensor | None = None
+    rotary: bool = False
+    dx: Tensor | None = None
+    d_weight: Tensor | None = None
+
+    def arguments(self) -> Any:
+        """As the extension takes it."""
+        batch, token, head, _ = self.packed.stride()
+        start = self.packed.data_ptr() + self.first * token * self.packed.element_size()
+        return _compiled.arguments(
+            "HeadRows", _compiled.strided(self.x), (start, batch, token, head), _compiled.address(self.weight),
+            self.rotary, self.x.shape[1], self.first, _compiled.address(self.dx), _compiled.address(self.d_weight),
+        )  # fmt: skip
 
 
-def _rows(tensors: Sequence[Tensor | None]) -> list[_Rows]:
-    rows, first = [], 0
-    for i in range(0, len(tensors), 5):
-        q, k, v, q_weight, k_weight = tensors[i : i + 5]
-        assert q is not None
-        assert k is not None
-        rows += [_Rows(q, q_weight, 0, first), _Rows(k, k_weight, 1, first)]
-        if v is not None:
-            rows.append(_Rows(v, None, 2, first))
-        first += q.shape[1]
-    return rows
-
-
-def _packed_tokens(rows: list[_Rows]) -> int:
-    return rows[-1].first + rows[-1].x.shape[1]
-
-
-def _arguments(settings: _Settings, rows: list[_Rows]) -> Any:
-    x, cos, sin = rows[0].x, settings.cos, settings.sin
-    weight_dtype = next((row.weight.dtype for row in rows if row.weight is not None), x.dtype)
-    tables = (0, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr())
-    return _compiled.arguments(
-        "QkRmsNorm", _compiled.NUMBERS[x.dtype], _compiled.NUMBERS[weight_dtype], *tables,
-        x.shape[0], x.shape[2] // settings.head_size, settings.head_size, settings.eps,
-    )  # fmt: skip
-
-
-def _head_rows(settings: _Settings, row: _Rows, packed: Tensor, *grads: Tensor | None) -> Any:
-    batch, token, head, _ = packed.stride()
-    address = packed.data_ptr() + row.first * token * packed.element_size()
-    weight = 0 if row.weight is None else row.weight.data_ptr()
-    rotary = settings.cos is not None and row.kind < 2
-    outputs = (0 if grad is None else grad.data_ptr() for grad in grads)
-    return _compiled.arguments(
-        "HeadRows", _compiled.strided(row.x), (address, batch, token, head), weight, rotary, row.x.shape[1], row.first,
-        *outputs,
-    )  # fmt: skip
-
-
-def _forward_cpp(settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor], _: Tensor | None) -> None:
-    parts = [_head_rows(settings, row, packed[row.kind], None, None) for row in rows]
-    _compiled.call("qk_rms_norm_forward", rows[0].x.device, _arguments(settings, rows), parts)
+def _forward_cpp(settings: _Settings, streams: Sequence[QKV], packed: _Packed, _roots: Tensor | None) -> None:
+    parts, first, rotary = list[_Part](), 0, settings.cos is not None
+    for s in streams:
+        parts.append(_Part(s.q, packed.q, first, s.q_weight, rotary))
+        parts.append(_Part(s.k, packed.k, first, s.k_weight, rotary))
+        if s.v is not None and packed.v is not None:
+            parts.append(_Part(s.v, packed.v, first))
+        first += s.q.shape[1]
+    rows = [part.arguments() for part in parts]
+    _compiled.call("qk_rms_norm_forward", packed.q.device, _arguments(settings, streams), rows)
 
 
 def _backward_cpp(
-    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None],
-    _: Tensor | None,
-) -> None:  # fmt: skip
-    """`grads` of the inputs, in their order, to be filled; those of weights only where they are wanted."""
-    streams = (grads[i : i + 5] for i in range(0, len(grads), 5))
-    outputs = [pair for dq, dk, dv, *dw in streams for pair in ((dq, dw[0]), (dk, dw[1]), (dv, None))]
-    wanted = [pair for pair in outputs if pair[0] is not None]
-    parts = [_head_rows(settings, row, packed_grads[row.kind], *pair) for row, pair in zip(rows, wanted, strict=True)]
-    _compiled.call("qk_rms_norm_backward", rows[0].x.device, _arguments(settings, rows), parts)
+    settings: _Settings, streams: Sequence[QKV], upstream: _Packed, gradients: Sequence[QKV], _roots: Tensor | None
+) -> None:
+    parts, first, rotary = list[_Part](), 0, settings.cos is not None
+    for s, to in zip(streams, gradients, strict=True):
+        parts.append(_Part(s.q, upstream.q, first, s.q_weight, rotary, to.q, to.q_weight))
+        parts.append(_Part(s.k, upstream.k, first, s.k_weight, rotary, to.k, to.k_weight))
+        if upstream.v is not None:
+            parts.append(_Part(s.q, upstream.v, first, dx=to.v))
+        first += s.q.shape[1]
+    rows = [part.arguments() for part in parts]
+    _compiled.call("qk_rms_norm_backward", upstream.q.device, _arguments(settings, streams), rows)
 
 
-class _Tiles(NamedTuple):
-    """What both Triton kernels are launched with."""
+class _Launch(NamedTuple):
+    """What both Triton kernels are launched with, beside tensors."""
 
-    grid: tuple[int, int]
-    blocks: int
-    """Programs of the first stream, along the grid's first axis."""
-    sizes: tuple[int, ...]
+    programs: tuple[int, ...]
+    """Of each stream, along the grid's first axis."""
+    sizes: dict[str, Any]
     constants: dict[str, int]
 
 
@@ -266,84 +296,80 @@ def tile(head_size: int) -> tuple[int, int]:
     return max(1, TILE // columns), columns
 
 
-def _tiles(settings: _Settings, rows: list[_Rows], kinds: int) -> _Tiles:
-    x, E = rows[0].x, settings.head_size
-    tokens = [row.x.shape[1] for row in rows[::kinds]] + [0] * (MAX_STREAMS - len(rows) // kinds)
-    strides = [row.x.stride()[:2] for row in (rows[0], rows[-kinds])]
-    heads, (height, width) = x.shape[2] // E, tile(E)
-    blocks = [-(-x.shape[0] * n * heads // height) for n in tokens]
-    normed = sum(1 << (2 * (i // kinds) + row.kind) for i, row in enumerate(rows) if row.weight is not None)
-    constants = {"NORMED": normed, "ROTARY": settings.cos is not None, "E": E, "ROWS": height, "BLOCK_E": width}
-    return _Tiles((sum(blocks), kinds), blocks[0], (x.shape[0], *tokens, heads, *strides[0], *strides[1]), constants)
+def _launch(settings: _Settings, streams: Sequence[QKV], packed: _Packed) -> _Launch:
+    B, _, H, E = packed.q.shape
+    height, width = tile(E)
+    tokens = tuple(s.q.shape[1] for s in streams)
+    programs = tuple(-(-B * count * H // height) for count in tokens)
+    x_batches, x_tokens = (tuple(s.q.stride(axis) for s in streams) for axis in (0, 1))
+    sizes = {"B": B, "tokens": tokens, "HEADS": H, "x_batches": x_batches, "x_tokens": x_tokens, "eps": settings.eps}
+    normed = sum(1 << i for i, weight in enumerate(_norm_weights(streams)) if weight is not None)
+    constants = {
+        "STREAMS": len(streams), "KINDS": 2 if packed.v is None else 3, "NORMED": normed,
+        "ROTARY": settings.cos is not None, "E": E, "ROWS": height, "BLOCK_E": width,
+    }  # fmt: skip
+    return _Launch(programs, sizes, constants)
 
 
-def _by_kind(tensors: Sequence[Tensor | None], kinds: int) -> list[Tensor]:
-    """One tensor for q, k and v of both streams, the first one in the place of each that is not there."""
-    streams = [tensors[:kinds], tensors[-kinds:]]
-    return [s[i] if i < kinds and s[i] is not None else tensors[0] for s in streams for i in range(3)]  # type: ignore[misc]
+def _evenly_strided(s: QKV) -> QKV:
+    """With one pair of strides for q, k and v: copied where they lie differently."""
+    there = [x for x in (s.q, s.k, s.v) if x is not None]
+    if len({x.stride() for x in there}) == 1:
+        return s
+    return s._replace(q=s.q.contiguous(), k=s.k.contiguous(), v=None if s.v is None else s.v.contiguous())
 
 
-def _weights(rows: list[_Rows], kinds: int) -> list[Tensor]:
-    """Of q and k of both streams; any tensor of their dtype where there is none."""
-    some = next((row.weight for row in rows if row.weight is not None), rows[0].x)
-    both = [row.weight if row.weight is not None else some for row in rows if row.kind < 2]
-    return both[:2] + both[-2:]
+def _heads_of(streams: Sequence[QKV]) -> tuple[Tensor, ...]:
+    """q, k and v, where it is there, of one stream after the other."""
+    return tuple(x for s in streams for x in (s.q, s.k, s.v) if x is not None)
 
 
-def _forward_triton(
-    settings: _Settings, rows: list[_Rows], packed: Sequence[Tensor], roots: Tensor | None
-) -> None:  # fmt: skip
+def _weights_or_any(streams: Sequence[QKV]) -> tuple[Tensor, ...]:
+    """Of q and k of each stream; any tensor of their dtype where there is none."""
+    weights = _norm_weights(streams)
+    one = next((weight for weight in weights if weight is not None), streams[0].q)
+    return tuple(one if weight is None else weight for weight in weights)
+
+
+def _forward_triton(settings: _Settings, streams: Sequence[QKV], packed: _Packed, roots: Tensor | None) -> None:
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_forward_kernel  # triton: only where it runs
 
-    kinds = len(packed)
-    rows = _evenly_strided(rows, kinds)
-    tiles = _tiles(settings, rows, kinds)
-    outputs = (*packed, packed[0])[:3]
-    tables = [packed[0] if table is None else table for table in (settings.cos, settings.sin)]
-    with torch.cuda.device_of(packed[0]):  # triton launches on the current device, not on the tensor's
-        qk_rms_norm_forward_kernel[tiles.grid](
-            *_by_kind([row.x for row in rows], kinds), *_weights(rows, kinds), *outputs, roots, *tables, *tiles.sizes,
-            settings.eps, **tiles.constants, enable_fp_fusion=False,
+    streams = [_evenly_strided(s) for s in streams]
+    launch, outs = _launch(settings, streams, packed), tuple(out for out in packed if out is not None)
+    cos, sin = (packed.q if table is None else table for table in (settings.cos, settings.sin))
+    with torch.cuda.device_of(packed.q):  # triton launches on the current device, not on the tensor's
+        qk_rms_norm_forward_kernel[(sum(launch.programs), len(outs))](
+            xs=_heads_of(streams), weights=_weights_or_any(streams), outs=outs, roots_ptr=roots, cos_ptr=cos,
+            sin_ptr=sin, **launch.sizes, **launch.constants, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def _backward_triton(
-    settings: _Settings, rows: list[_Rows], packed_grads: Sequence[Tensor], grads: Sequence[Tensor | None],
-    roots: Tensor | None,
-) -> None:  # fmt: skip
+    settings: _Settings, streams: Sequence[QKV], upstream: _Packed, gradients: Sequence[QKV], roots: Tensor | None
+) -> None:
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_backward_kernel  # triton: only where it runs
 
-    kinds = len(packed_grads)
-    rows = _evenly_strided(rows, kinds)
-    tiles, dx = _tiles(settings, rows, kinds), [g for i, g in enumerate(grads) if i % 5 < kinds]
-    if len({grad.stride() for grad in packed_grads}) > 1:
-        packed_grads = [grad.contiguous() for grad in packed_grads]
-    upstream = (*packed_grads, packed_grads[0])[:3]
-    like, wanted = upstream[0], [g for i, g in enumerate(grads) if i % 5 > 2]
-    tables = [like if table is None else table for table in (settings.cos, settings.sin)]
-    needed = any(grad is not None for grad in wanted)
-    partial = like.new_empty((2, tiles.grid[0] if needed else 0, settings.head_size), dtype=torch.float32)
-    x = _by_kind([row.x for row in rows], kinds)
-    with torch.cuda.device_of(like):
-        qk_rms_norm_backward_kernel[tiles.grid](
-            *x[:2], *x[3:5], *_weights(rows, kinds), roots, *upstream, *_by_kind(dx, kinds), *tables, partial,
-            *tiles.sizes, *like.stride()[:3], settings.eps, **tiles.constants, WEIGHT_GRADS=needed,
+    streams = [_evenly_strided(s) for s in streams]
+    launch, ups = _launch(settings, streams, upstream), tuple(grad for grad in upstream if grad is not None)
+    if len({grad.stride() for grad in ups}) > 1:
+        ups = tuple(grad.contiguous() for grad in ups)
+    cos, sin = (ups[0] if table is None else table for table in (settings.cos, settings.sin))
+    up_batch, up_token, up_head, _ = ups[0].stride()
+    all_programs = sum(launch.programs)
+    needed = any(weight is not None for weight in _norm_weights(gradients))
+    partial = ups[0].new_empty((2, all_programs if needed else 0, settings.head_size), dtype=torch.float32)
+    with torch.cuda.device_of(ups[0]):
+        qk_rms_norm_backward_kernel[(all_programs, len(ups))](
+            xs=_heads_of(streams), weights=_weights_or_any(streams), roots_ptr=roots, upstreams=ups,
+            dxs=_heads_of(gradients), cos_ptr=cos, sin_ptr=sin, partial_ptr=partial, up_batch=up_batch,
+            up_token=up_token, up_head=up_head, WEIGHT_GRADS=needed, **launch.sizes, **launch.constants,
             enable_fp_fusion=False,
         )  # fmt: skip
-    for i, grad in enumerate(wanted):
-        if grad is not None:
-            of_stream = slice(tiles.blocks) if i < 2 else slice(tiles.blocks, None)
-            grad.copy_(partial[i % 2, of_stream].sum(0, dtype=torch.float64))
-
-
-def _evenly_strided(rows: list[_Rows], kinds: int) -> list[_Rows]:
-    """With one pair of strides for q, k and v of a stream: copied where they lie differently."""
-    out = []
-    for i in range(0, len(rows), kinds):
-        stream = rows[i : i + kinds]
-        even = len({row.x.stride() for row in stream}) == 1
-        out += stream if even else [row._replace(x=row.x.contiguous()) for row in stream]
-    return out
+    of_q, of_k = (sums.split(launch.programs) if needed else () for sums in partial)
+    for to, q_sums, k_sums in zip(gradients if needed else (), of_q, of_k, strict=True):
+        for grad, sums in ((to.q_weight, q_sums), (to.k_weight, k_sums)):
+            if grad is not None:
+                grad.copy_(sums.sum(0, dtype=torch.float64))
 
 
 _FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
