@@ -25,6 +25,7 @@ from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
     any_rank,
+    any_text,
     barrier,
     on_main,
     setup_distributed,
@@ -324,7 +325,9 @@ class _Run:
         pair, branch = (~torch.isfinite(part)).nonzero()[0].tolist()
         pair_id = rollout.first_pair + pair
         (prompt,) = self._prompts.of_pairs([pair_id])
-        return f"reward {name!r} gave {part[pair, branch]:g} to pair {pair_id}, branch {branch}, prompt {prompt!r}"
+        gave = f"reward {name!r} gave {part[pair, branch]:g} to pair {pair_id}, branch {branch}, prompt {prompt!r}"
+        raised = any_text(self._rewards.last_failure.get(name, ""))
+        return f"{gave}\nits last exception: {raised}" if raised else gave
 
     def _guard_ties(self, metrics: dict[str, float]) -> None:
         if metrics["optimizer_steps"] or metrics["skipped_steps"]:

@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
             say(dump_config(config) + "\n" + BatchPlan.from_config(config, _launched_ranks()).describe())
             return 0
         from fdfo_engine.loop import run
+        from fdfo_engine.rewards.own_code import search_in
 
+        search_in(Path(arguments.config).parent)
         run(config, resume=arguments.resume)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from fdfo_engine.cli.options import add_config, config_words
@@ -32,13 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.config import BatchPlan, load_config
     from fdfo_engine.models.registry import blank_footprint
     from fdfo_engine.resources import reward_bytes
+    from fdfo_engine.rewards.own_code import search_in
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
 
     for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name} {value:g}: takes more than 0")
-    config = load_config(*config_words(arguments))
+    file, settings = config_words(arguments)
+    config = load_config(file, settings)
+    search_in(Path(file).parent)
     plan = BatchPlan.from_config(config, arguments.ranks)
     free = int(arguments.gpu_gb * GIB)
     counted, scorers = blank_footprint(config), reward_bytes(config)

@@ -48,8 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
         job = ["--no_local_rank", "--module", "fdfo_engine.cli.main", "serve", "--config", name, *overrides]
         status = launch([*job, *_door_words(arguments)], ranks)
         return true_status(Path(config.run.dir), started, status)
+    from fdfo_engine.rewards.own_code import search_in
     from fdfo_engine.serve.server import Door, serve
 
+    search_in(Path(name).parent)
     door = Door(
         arguments.host, arguments.port, arguments.allow_remote, arguments.allow_host, arguments.allow_origin
     )  # fmt: skip

@@ -3,7 +3,8 @@
 Rules between two keys are in `cross_checks.py`; `batch.py` has the arithmetic with the number of ranks.
 """
 
-from typing import Annotated, Any, Literal, get_args
+import difflib
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -97,15 +98,20 @@ class SamplingConfig(Section):
     """Fresh noise that makes the two images of a pair differ."""
 
 
+def _is_slip(given: str, meant: str) -> bool:
+    """One letter left out or too many, or two in the wrong order; `height` is none of `weight`."""
+    return sorted(given) == sorted(meant) or bool(difflib.get_close_matches(given, [meant], cutoff=0.85))
+
+
 class RewardConfig(Section):
     """One reward; the run's reward is the weighted sum. Further keys are the reward's own options (its docstring)."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(min_length=1)
-    """Registered name, `module:attribute`, or URL."""
+    """Registered name, `module:attribute` or `./file.py:attribute` of your own, or URL."""
 
-    weight: float
+    weight: float = 1.0
     """Factor in the sum; negative to push away from what the reward likes, never 0."""
 
     normalize: Literal["none", "std", "pair"] = "none"
@@ -134,6 +140,19 @@ class RewardConfig(Section):
         options = {k: v for k, v in value.items() if k not in ("name", "weight")} if isinstance(value, dict) else {}
         refuse((key, SECRET_ADVICE) for key in secret_keys(options))
         return value
+
+    @model_validator(mode="after")
+    def _holds_no_slip(self) -> Self:
+        """A key that is not ours is the reward's own option, but for one that is nearly ours."""
+        absent = RewardConfig.model_fields.keys() - self.model_fields_set
+        options = self.model_extra or {}
+        refuse(
+            (key, f"missing; is {option!r} a slip for it? if it is an option of the reward, give {key} too")
+            for key in sorted(absent)
+            for option in options
+            if _is_slip(option, key)
+        )
+        return self
 
 
 class MetricConfig(RewardConfig):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdfo_engine.rewards.failures import FailedElsewhereError, Failure
+from fdfo_engine.rewards.own_code import more_folders, search_in
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.distributed import use_device
@@ -31,7 +33,8 @@ class IsolatedReward(Reward):
 
     Raises, when called:
         TimeoutError: the batch took too long.
-        RuntimeError: the reward raised, with its traceback, or its process died.
+        FailedElsewhereError: the reward raised.
+        RuntimeError: its process died.
     """
 
     def __init__(self, name: str, options: dict[str, Any], where: str, kill_after_s: float) -> None:
@@ -81,8 +84,7 @@ class IsolatedReward(Reward):
         except (EOFError, ConnectionError) as error:
             code = self._ended()
             raise RuntimeError(f"its process died with exit code {code}") from error
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
+        _raise_what_it_raised(answer)
         for note, values in answer["notes"].items():
             self._notes.setdefault(note, []).extend(values)
         return torch.tensor(answer["scores"], dtype=torch.float32)
@@ -97,7 +99,7 @@ class IsolatedReward(Reward):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         words = json.dumps([self._name, self._given, self._where]).encode()
-        arguments = (theirs, words, device, self._forbids_downloads)
+        arguments = (theirs, words, device, self._forbids_downloads, more_folders())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -107,7 +109,7 @@ class IsolatedReward(Reward):
             raise RuntimeError(f"its process died as it started, with exit code {self._ended()}") from error
         if "error" in answer:
             self._ended()
-            raise RuntimeError(answer["error"])
+        _raise_what_it_raised(answer)
 
     def _answer(self, seconds: float, late: str) -> dict[str, Any]:
         assert self._pipe is not None
@@ -125,17 +127,23 @@ class IsolatedReward(Reward):
         return code
 
 
-def _serve(pipe: Connection, words: bytes, device: int | None, forbids_downloads: bool) -> None:
+def _raise_what_it_raised(answer: dict[str, Any]) -> None:
+    if "error" in answer:
+        raise FailedElsewhereError(Failure(**answer["error"]))
+
+
+def _serve(pipe: Connection, words: bytes, device: int | None, forbids_downloads: bool, folders: list[Path]) -> None:
     """The other process: builds the reward, then answers batches until the pipe closes."""
     use_device(device)
+    search_in(*folders)
     reward: Reward | None = None
     try:
         reward = build(*json.loads(words))
         if forbids_downloads:
             reward.forbid_downloads()
         pipe.send_bytes(b"{}")
-    except Exception:  # noqa: BLE001 - told to the parent, which raises
-        pipe.send_bytes(json.dumps({"error": traceback.format_exc()}).encode())
+    except Exception as error:  # noqa: BLE001 - told to the parent, which raises
+        pipe.send_bytes(json.dumps({"error": Failure.of(error).as_dict()}).encode())
     while reward is not None:
         try:
             header = json.loads(pipe.recv_bytes())
@@ -151,5 +159,5 @@ def _scored(reward: Reward, prompts: list[str], images: Tensor) -> dict[str, Any
         with torch.no_grad():
             scores = torch.as_tensor(reward(prompts, images), dtype=torch.float32).cpu().tolist()
         return {"scores": scores, "notes": {name: values.tolist() for name, values in reward.take_notes().items()}}
-    except Exception:  # noqa: BLE001 - a reward is anybody's code; the parent reports it and asks once more
-        return {"error": traceback.format_exc()}
+    except Exception as error:  # noqa: BLE001 - a reward is anybody's code; the parent reports it and asks once more
+        return {"error": Failure.of(error).as_dict()}

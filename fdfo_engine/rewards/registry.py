@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fdfo_engine.config.section import Section
+from fdfo_engine.rewards.failures import Failure
+from fdfo_engine.rewards.own_code import own_callable
 from fdfo_engine.rewards.reward import Reward, as_reward
-from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.errors import FdfoError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,7 +63,7 @@ def names() -> list[str]:
 
 
 def build(name: str, options: dict[str, Any], where: str) -> Reward:
-    """The reward `name` (registered, `module:attribute`, or the URL of a reward server) with its `options`.
+    """The reward `name` (registered, `module:attribute`, `file.py:attribute`, or a reward server's URL) with `options`.
 
     Raises:
         UsageError: no such reward, or it takes no such option; `where` is the setting or option that the message names.
@@ -70,10 +72,25 @@ def build(name: str, options: dict[str, Any], where: str) -> Reward:
         return build("http", {"url": name, **options}, where)
     target = _find(name, where)
     if hasattr(target, "Options"):
-        return as_reward(target(_checked(target.Options, options, where.removesuffix(".name"))))
+        return _made(
+            functools.partial(target, _checked(target.Options, options, where.removesuffix(".name"))), name, where
+        )
     is_class = inspect.isclass(target)
     _check_options(target, options, where, bound=0 if is_class else 2)
-    return as_reward(target(**options) if is_class else functools.partial(target, **options))
+    filled = functools.partial(target, **options)
+    return _made(filled, name, where) if is_class else as_reward(filled)
+
+
+def _made(make: Callable[[], Any], name: str, where: str) -> Reward:
+    """An instance of a class; what goes wrong in the making of a user's own is told as such."""
+    try:
+        return as_reward(make())
+    except FdfoError:
+        raise
+    except Exception as error:
+        if ":" not in name:
+            raise
+        raise UsageError(f"{where} = {name!r}: cannot be made: {Failure.of(error)}") from error
 
 
 def _find(name: str, where: str) -> Callable[..., Any]:
@@ -83,29 +100,20 @@ def _find(name: str, where: str) -> Callable[..., Any]:
         importlib.import_module(f"{__package__}.{_BUILT_IN[name]}")
         return _registered[name]
     if ":" in name and "//" not in name:
-        return _import(name, where)
+        return own_callable(name, where)
+    if name.endswith(".py"):
+        raise UsageError(f"{where} = {name!r}: is a file; takes one of its functions or classes, {name}:NAME")
     near = difflib.get_close_matches(name, names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UsageError(
         f"{_named(where, name)}: no such reward. {hint}Registered: {', '.join(names())}; your own: module:attribute, "
-        "http(s)://server, or @fdfo_engine.rewards.register"
+        "./file.py:attribute, http(s)://server, or @fdfo_engine.rewards.register"
     )
 
 
 def _named(where: str, name: str) -> str:
     """A setting with its value, or an option of the command line with what was given."""
     return f"{where} {name}" if where.startswith("--") else f"{where} = {name!r}"
-
-
-def _import(name: str, where: str) -> Callable[..., Any]:
-    module, attribute = name.split(":", 1)
-    try:
-        target: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{_named(where, name)}: {error}") from error
-    if not callable(target):
-        raise UsageError(f"{_named(where, name)}: is a {type(target).__name__}, takes something to call")
-    return target
 
 
 def _check_options(target: Callable[..., Any], options: dict[str, Any], where: str, bound: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-import traceback
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
+from fdfo_engine.rewards.failures import Failure
 from fdfo_engine.rewards.isolated import IsolatedReward
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward, as_reward
@@ -41,6 +43,10 @@ class WeightedRewards:
     rewards: dict[str, tuple[float, Reward]]
     log_folder: Path | None = None
     normalize: Mapping[str, str] = field(default_factory=dict)
+    last_failure: dict[str, str] = field(default_factory=dict, init=False)
+    """Why a reward last had no opinion, by name: the exception, and where in its code."""
+
+    _told: Counter[tuple[str, str]] = field(default_factory=Counter, init=False, repr=False)
     _are_ready: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,8 +85,8 @@ class WeightedRewards:
         """
         if self._are_ready:
             return
-        for _, reward in self.rewards.values():
-            reward.require_ready()
+        for name, (_, reward) in self.rewards.items():
+            _asked(name, reward.require_ready)
         self._are_ready = True
 
     def require_prompts(self, prompts: Sequence[str]) -> None:
@@ -89,8 +95,8 @@ class WeightedRewards:
         Raises:
             RewardError: one knows nothing about a prompt.
         """
-        for _, reward in self.rewards.values():
-            reward.require_prompts(prompts)
+        for name, (_, reward) in self.rewards.items():
+            _asked(name, functools.partial(reward.require_prompts, prompts))
 
     def forbid_downloads(self) -> None:
         """Lets no reward fetch a model; before anything is loaded."""
@@ -175,18 +181,33 @@ class WeightedRewards:
             except (FdfoError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - a reward is anybody's code; its failure costs an opinion only
-                self._report(name, error, attempt)
+                self._report(name, Failure.of(error), attempt)
                 continue
             return _checked(name, scores, len(images))
         return torch.full((len(images),), torch.nan)
 
-    def _report(self, name: str, error: Exception, attempt: int) -> None:
-        what = "trying once more" if attempt == 1 else "no opinion on this batch"
-        warn(f"reward {name!r}: {type(error).__name__}: {error}; {what}", everywhere=True)
+    def _report(self, name: str, failure: Failure, attempt: int) -> None:
+        """In full the first time, then once what it costs; the log keeps every one."""
+        times = self._told[name, str(failure)] = self._told[name, str(failure)] + 1
+        self.last_failure[name] = str(failure)
+        what = "trying once more" if attempt == 1 else "no opinion on this batch; more of the same is counted, not told"
+        if times <= 2:
+            trace = f"\n{failure.trace.rstrip()}" if times == 1 else ""
+            warn(f"reward {name!r}: {failure}; {what}{trace}", everywhere=True)
         if self.log_folder is not None:
             self.log_folder.mkdir(parents=True, exist_ok=True)
             with (self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log").open("a") as file:
-                traceback.print_exception(error, file=file)
+                file.write(failure.trace)
+
+
+def _asked(name: str, question: Callable[[], None]) -> None:
+    """Asks a question of `Reward`; anybody's code may answer."""
+    try:
+        question()
+    except (FdfoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {name!r}: {Failure.of(error)}") from error
 
 
 def _built(part: RewardConfig, where: str) -> Reward:

@@ -206,6 +206,11 @@ def broadcast_text(text: str) -> str:
     return data.cpu().numpy().tobytes().decode()
 
 
+def any_text(text: str) -> str:
+    """The first rank's `text` that is not empty; empty where all are. Cut at `MAX_DIFF_BYTES`; collective."""
+    return next(filter(None, _texts_of_ranks(text)), "")
+
+
 def all_agree_hash(text: str, what: str) -> None:
     """Compares `text` over the ranks by its SHA-256; collective, and meant to be the first collective of a run.
 
