@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from fdfo_engine.rewards.failures import Failure
 from fdfo_engine.rewards.isolated import IsolatedReward
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward, as_reward
-from fdfo_engine.runtime.console import equal_warnings_counted, visible, warn
+from fdfo_engine.runtime.console import complain, equal_warnings_counted, visible, warn
 from fdfo_engine.runtime.distributed import all_gather_rows
 from fdfo_engine.runtime.errors import FdfoError, RewardError
 
@@ -46,7 +45,7 @@ class WeightedRewards:
     last_failure: dict[str, str] = field(default_factory=dict, init=False)
     """Why a reward last had no opinion, by name: the exception, and where in its code."""
 
-    _told: Counter[tuple[str, str]] = field(default_factory=Counter, init=False, repr=False)
+    _traced: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False)
     _are_ready: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -187,13 +186,13 @@ class WeightedRewards:
         return torch.full((len(images),), torch.nan)
 
     def _report(self, name: str, failure: Failure, attempt: int) -> None:
-        """In full the first time, then once what it costs; the log keeps every one."""
-        times = self._told[name, str(failure)] = self._told[name, str(failure)] + 1
+        """A line, and the first time the traceback; the log keeps every one."""
+        what = "trying once more" if attempt == 1 else "no opinion on this batch"
+        warn(f"reward {name!r}: {failure}; {what}", everywhere=True)
+        if (name, str(failure)) not in self._traced:
+            self._traced.add((name, str(failure)))
+            complain(failure.trace.rstrip(), everywhere=True)
         self.last_failure[name] = str(failure)
-        what = "trying once more" if attempt == 1 else "no opinion on this batch; more of the same is counted, not told"
-        if times <= 2:
-            trace = f"\n{failure.trace.rstrip()}" if times == 1 else ""
-            warn(f"reward {name!r}: {failure}; {what}{trace}", everywhere=True)
         if self.log_folder is not None:
             self.log_folder.mkdir(parents=True, exist_ok=True)
             with (self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log").open("a") as file:

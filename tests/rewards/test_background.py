@@ -128,7 +128,11 @@ def test_equal_warnings_of_an_epoch_are_one_line_and_a_count(capsys):
 
     scores, _ = score(fails, count=8)
     assert torch.isnan(scores["mine"]).all()
-    first = "warning: reward 'mine': ValueError: no logprobs; trying once more"
-    second = "warning: reward 'mine': ValueError: no logprobs; no opinion on this batch"
+    place = f"{__file__}:{fails.__code__.co_firstlineno + 1}, in fails"
+    first = f"warning: reward 'mine': ValueError: no logprobs ({place}); trying once more"
+    second = f"warning: reward 'mine': ValueError: no logprobs ({place}); no opinion on this batch"
     more = [line.replace("warning: ", "warning: 7 more like this: ") for line in (first, second)]
-    assert capsys.readouterr().err.splitlines() == [first, second, *more]
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if line.startswith("warning")] == [first, second, *more]
+    assert told[1] == "Traceback (most recent call last):"
+    assert told.count("ValueError: no logprobs") == 1

@@ -160,9 +160,9 @@ def test_an_exception_is_shown_once_with_its_own_traceback(folder, capsys, kill_
     rewards.cancel()
     told, place = capsys.readouterr().err, f'File "{folder}/my_reward.py", line 6, in inner'
     assert told.count(place) == 1
-    assert told.count("ValueError: oh no (") == 2, "what it was, and what it costs"
+    assert told.count("\nValueError: oh no\n") == 1
     assert "trying once more" in told
-    assert "no opinion on this batch; more of the same is counted, not told" in told
+    assert "no opinion on this batch" in told
     assert "weighted.py" not in told
     assert "isolated.py" not in told
     assert rewards.last_failure == {"my_reward:crash": f"ValueError: oh no ({folder}/my_reward.py:6, in inner)"}
