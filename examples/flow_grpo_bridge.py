@@ -46,7 +46,7 @@ def as_jpeg(png: bytes) -> bytes:
 
 
 def handler_of(scorer: str) -> type[BaseHTTPRequestHandler]:
-    """The engine's protocol: `{prompts, images: [base64 PNG]}` in, `{scores: [number or null]}` out."""
+    """The engine's protocol: `{items: [{id, prompt, image}]}` in, `{scores: [{id, score}]}` out; null is no opinion."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -54,13 +54,17 @@ def handler_of(scorer: str) -> type[BaseHTTPRequestHandler]:
             if size > MAX_BODY_BYTES:
                 self._answer(413, {"error": "too large"})
                 return
-            body = json.loads(self.rfile.read(size))
+            items = json.loads(self.rfile.read(size))["items"]
+            images = [base64.b64decode(item["image"]) for item in items]
             try:
-                scores = ask(scorer, body["prompts"], [base64.b64decode(image) for image in body["images"]])
+                scores = ask(scorer, [item["prompt"] for item in items], images)
             except (OSError, ValueError, pickle.UnpicklingError) as error:
                 self._answer(502, {"error": f"{scorer}: {error}"})
                 return
-            self._answer(200, {"scores": [score if math.isfinite(score) else None for score in scores]})
+            rows = [
+                {"id": i["id"], "score": s if math.isfinite(s) else None} for i, s in zip(items, scores, strict=True)
+            ]
+            self._answer(200, {"scores": rows})
 
         def _answer(self, status: int, content: dict) -> None:
             raw = json.dumps(content).encode()

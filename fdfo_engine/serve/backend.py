@@ -73,7 +73,7 @@ class Backend:
         config, folder: the settings and the run folder.
         queue, rounds: what was acknowledged. feed: the events. bell: rings when either has something new.
         token: what a request must bear.
-        is_ready: whether the engine is loaded. ranks: how many there are.
+        is_ready: whether the engine is loaded. is_closing: whether event streams should end. ranks: how many there are.
         interrupt: ends what the engine is amid.
         has_work: set when the engine's thread should look.
         status: what the engine's thread last said of itself: epoch, next_pair, weights_version, phase, error.
@@ -85,7 +85,7 @@ class Backend:
         self.folder = Path(config.run.dir)
         self.feed = EventFeed(self.folder / EVENTS_NAME)
         self.bell = Bell()
-        self.is_ready = False
+        self.is_ready = self.is_closing = False
         self.has_work = threading.Event()
         self.status: dict[str, Any] = {
             "epoch": 0, "next_pair": 0, "weights_version": 0, "phase": None, "error": None, "is_training": False,

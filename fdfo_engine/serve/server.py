@@ -157,7 +157,7 @@ def _talk(config: Config, folder: RunFolder, door: Door) -> Iterator[_Talk]:
     events = EventStream([log], last_seq=log.last_seq)
     backend = Backend(config, database, token, events, world_size())
     try:
-        with _listening(backend, door, folder.path):
+        with listening(backend, door, folder.path):
             yield _Talk(backend, events)
     finally:
         database.close()
@@ -165,7 +165,8 @@ def _talk(config: Config, folder: RunFolder, door: Door) -> Iterator[_Talk]:
 
 
 @contextmanager
-def _listening(backend: Backend, door: Door, folder: Path) -> Iterator[None]:
+def listening(backend: Backend, door: Door, folder: Path) -> Iterator[str]:
+    """Answers HTTP in a thread; gives the address, which `folder/serve.json` tells too."""
     listener = _bound(door)
     port = listener.getsockname()[1]
     url = f"http://{'127.0.0.1' if not _is_loopback(door.host) else door.host}:{port}"
@@ -186,10 +187,11 @@ def _listening(backend: Backend, door: Door, folder: Path) -> Iterator[None]:
     if not _is_loopback(door.host):
         say(f"reachable from other machines; from there rather: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}")
     try:
-        yield
+        yield url
     finally:
         (folder / ADDRESS_NAME).unlink(missing_ok=True)
-        http.should_exit = True
+        backend.is_closing = http.should_exit = True
+        backend.bell.ring()
         thread.join(5.0)
 
 

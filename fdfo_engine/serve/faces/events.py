@@ -56,7 +56,7 @@ def _begin(call: Call) -> int:
 async def _stream(backend: Backend, after: int) -> AsyncIterator[str]:
     yield "retry: 1000\n\n"
     silent_s = 0.0
-    while True:
+    while not backend.is_closing:
         lines = await run_in_threadpool(backend.feed.read, after, _BATCH)
         for number, line in lines:
             kind = json.loads(line)["type"]
