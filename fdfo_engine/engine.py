@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import BatchPlan, Config, dump_config
-from fdfo_engine.exporting import Weights, refuse_foreign, takes_average, write_export
+from fdfo_engine.exporting import Weights, base_of_run, refuse_foreign, takes_average, write_export
 from fdfo_engine.models.export_checks import refuse_style
 from fdfo_engine.models.flow_model import ExportStyle
 from fdfo_engine.models.prompt_cache import PromptCache
@@ -64,7 +64,7 @@ class Engine:
     """
 
     def __init__(self, config: Config, *, trains: bool = True, on_event: Listener | None = None) -> None:
-        """Joins the ranks, loads the model and hands it to DeepSpeed; nothing is read from `run.dir`.
+        """Joins the ranks, loads the model and hands it to DeepSpeed; reads nothing of `run.dir` but its base's record.
 
         Args:
             config: the settings.
@@ -75,6 +75,7 @@ class Engine:
         Raises:
             ConfigError, UsageError: settings that don't fit the model or the ranks.
             EnvironmentProblem: the model cannot be loaded.
+            CheckpointError: `run.dir` holds a run on another base model.
         """
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -83,9 +84,10 @@ class Engine:
         self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
         all_agree_hash(dump_config(config), "the settings")
         self.backend = pair_backend(config, self.device)
-        self.model = load_model(config, self.device)
+        self.base = base_of_run(config)
+        self.model = load_model(config, self.device, self.base)
         self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
-        prompts = PromptCache(self.model, open_prompt_store(config, self.device))
+        prompts = PromptCache(self.model, open_prompt_store(config, self.device, self.base))
         self.sampler = PairedSampler(self.model, prompts, config, self.backend)
         reference = kl_reference(config, self.model)
         parameters = list(self.model.trained_parameters())
@@ -101,7 +103,7 @@ class Engine:
         self.next_pair = 0
         self.notes: dict[str, Any] = {}
         self._epoch_version = 0
-        self.checkpoints = RunCheckpoints(config)
+        self.checkpoints = RunCheckpoints(config, self.base.record)
         self.ema: dict[str, Tensor] | None = None
         if config.update.ema is not None:
             self.ema = self.trainer.weights()
@@ -316,7 +318,7 @@ class Engine:
         all_agree_hash(checkpoint.name if checkpoint else "none", "the newest checkpoint")
         if checkpoint is None:
             return False
-        together(lambda: refuse_foreign(checkpoint, self.config, self.model))
+        together(lambda: refuse_foreign(checkpoint, self.config, self.model, self.base.record))
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])
@@ -331,26 +333,26 @@ class Engine:
         return True
 
     @classmethod
-    def resume(cls, run_dir: str | Path, name: str | None = None, *, trains: bool = True) -> Engine:
+    def resume(
+        cls, run_dir: str | Path, name: str | None = None, *, trains: bool = True, base: str | Path | None = None
+    ) -> Engine:
         """The engine of the run in `run_dir`, at its newest checkpoint or at `name`; `trains` as of the constructor.
 
+        `base` is where its base model lies now, if not at `model.id`.
+
         Raises:
-            CheckpointError: no run there, or no whole checkpoint.
+            CheckpointError: no run there, no whole checkpoint, or another base model than the run began with.
             ConfigError: its `config.yaml` was edited into something that is not valid.
         """
-        engine = cls(run_config(run_dir), trains=trains)
+        engine = cls(run_config(run_dir, base), trains=trains)
         if not engine.load(name):
             raise CheckpointError(f"{run_dir}: no checkpoint in {engine.checkpoints.folder}")
         return engine
 
     def export(
-        self,
-        folder: str | Path,
-        *,
-        weights: Weights = "auto",
-        overwrite: bool = False,
+        self, folder: str | Path, *, weights: Weights = "auto", overwrite: bool = False,
         style: ExportStyle = "diffusers",
-    ) -> Path:
+    ) -> Path:  # fmt: skip
         """A LoRA for `load_lora_weights`, or after full training a pipeline folder; verified by loading it back.
 
         Style comfyui writes the LoRA in the names of the model's original code (`models/native_lora.py`), merged a
@@ -364,11 +366,9 @@ class Engine:
         refuse_filled(Path(folder), overwrite)
         refuse_style(style, self.config.model)
         trained = self.trained_weights(weights)
-
-        def write() -> None:  # by a fresh model: under ZeRO-3 the live one holds only pieces of its weights
-            write_export(load_model(self.config, self.device), self.config, self.epoch, Path(folder), trained, style)
-
-        on_main(write)
+        fresh = partial(load_model, self.config, self.device, self.base)  # at ZeRO-3 the live one holds only pieces
+        base = self.base.record
+        on_main(lambda: write_export(fresh(), self.config, base, self.epoch, Path(folder), trained, style))
         return Path(folder)
 
     def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:

@@ -10,24 +10,31 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config, dump_config
+from fdfo_engine.models.base_model import Base
 from fdfo_engine.models.export_checks import refuse_style
 from fdfo_engine.models.flow_model import ExportStyle, FlowModel
-from fdfo_engine.models.registry import load_model
+from fdfo_engine.models.registry import agreed_base, load_model, locate_base
 from fdfo_engine.report.model_card import CARD_NAME, model_card
+from fdfo_engine.runtime.base_record import BaseRecord, recorded_base, write_base
 from fdfo_engine.runtime.checkpoint import Checkpoint
+from fdfo_engine.runtime.distributed import on_main
 from fdfo_engine.runtime.durable import refuse_filled, replace_file
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
-from fdfo_engine.runtime.run_folder import checkpoint_store, differing_settings, run_config
+from fdfo_engine.runtime.run_folder import (
+    BASE_LOCATION,
+    checkpoint_store,
+    differing_settings,
+    require_recorded,
+    run_config,
+)
 
 Weights = Literal["auto", "ema", "raw"]
-WHAT_WEIGHTS_BELONG_TO = (
-    "model.id", "model.revision", "model.variant", "model.family", "model.train", "model.quantize", "lora",
-)  # fmt: skip
+WHAT_WEIGHTS_BELONG_TO = ("model.family", "model.train", "model.quantize", "lora")
 
 
 def export_run(
     run_dir: str | Path, folder: str | Path, *, checkpoint: str | None = None, weights: Weights = "auto",
-    style: ExportStyle = "diffusers", overwrite: bool = False,
+    style: ExportStyle = "diffusers", overwrite: bool = False, base: str | Path | None = None,
 ) -> int:  # fmt: skip
     """As `Engine.export` of the run in `run_dir`, without an engine: no DeepSpeed, optimizer or ranks.
 
@@ -38,19 +45,20 @@ def export_run(
         folder: where to write.
         checkpoint: name of the one to export; None takes the newest whole one.
         weights, style, overwrite: as in `Engine.export`, which this raises the errors of.
+        base: where its base model lies now, if not at `model.id`.
 
     Returns:
         The epoch that was exported.
 
     Raises:
         UsageError: several ranks were started.
-        CheckpointError: no run there, no whole checkpoint, or one of another model.
+        CheckpointError: no run there, no whole checkpoint, or one of another model or base.
         ConfigError: its `config.yaml` was edited into something that is not valid.
     """
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(f"export: {ranks} ranks would write one folder; start it without a launcher")
     refuse_filled(Path(folder), overwrite)
-    config = run_config(run_dir)
+    config = run_config(run_dir, base)
     refuse_style(style, config.model)
     store = checkpoint_store(run_dir)
     found = store.load(checkpoint)
@@ -59,19 +67,38 @@ def export_run(
     averages = takes_average(weights, keeps=config.update.ema is not None)
     found.tensors.pop("optimizer", None)  # twice the size of the weights
     gpu = torch.cuda.is_available()
-    model = load_model(config, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
-    refuse_foreign(found, config, model)
-    epoch = int(found.state["epoch"])
-    write_export(model, config, epoch, Path(folder), found.tensors["ema" if averages else "weights"], style)
+    located = locate_base(config)
+    require_recorded(run_dir, located.record)
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    model = load_model(config, device, located)
+    refuse_foreign(found, config, model, located.record)
+    epoch, exported = int(found.state["epoch"]), found.tensors["ema" if averages else "weights"]
+    write_export(model, config, located.record, epoch, Path(folder), exported, style)
     return epoch
 
 
+def base_of_run(config: Config) -> Base:
+    """The base model on every rank, held against what the run in `run.dir`, if any, recorded; collective.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `agreed_base`.
+        CheckpointError: the run began with another one; names the files that differ.
+    """
+    base = agreed_base(config)
+    on_main(lambda: require_recorded(config.run.dir, base.record))
+    return base
+
+
 def write_export(
-    model: FlowModel, config: Config, epoch: int, folder: Path, weights: dict[str, Tensor], style: ExportStyle
+    model: FlowModel, config: Config, base: BaseRecord | None, epoch: int, folder: Path, weights: dict[str, Tensor],
+    style: ExportStyle,
 ) -> None:  # fmt: skip
-    """The export of `weights`, which `model` takes, and its model card."""
-    card = model_card(config, epoch, whole=style == "merged")
+    """The export of `weights`, which `model` takes, its model card, and the record of the base that they belong to."""
+    base = recorded_base(config.run.dir) or base  # the name that it had when the run began
+    card = model_card(config, epoch, whole=style == "merged", base=base)
     model.export(folder, weights, style)
+    if base is not None:
+        write_base(folder, base)
     replace_file(folder / CARD_NAME, card.encode())
 
 
@@ -82,13 +109,19 @@ def takes_average(weights: Weights, *, keeps: bool) -> bool:
     return weights != "raw" and keeps
 
 
-def refuse_foreign(checkpoint: Checkpoint, config: Config, model: FlowModel) -> None:
-    """Holds a checkpoint against the settings and weights that are to take it.
+def refuse_foreign(checkpoint: Checkpoint, config: Config, model: FlowModel, base: BaseRecord | None) -> None:
+    """Holds a checkpoint against the settings, the base and the weights that are to take it.
+
+    Where the base lies counts only for models that have no record.
 
     Raises:
         CheckpointError: it is of another model, and how; it keeps no average where the settings want one.
     """
-    settings = differing_settings(checkpoint.state["settings"], dump_config(config), WHAT_WEIGHTS_BELONG_TO)
+    kept = checkpoint.state.get("base")
+    if base is not None and kept is not None:
+        BaseRecord.from_json(kept, checkpoint.folder).require_same(base, checkpoint.folder)
+    compared = WHAT_WEIGHTS_BELONG_TO if base is not None else (*BASE_LOCATION, *WHAT_WEIGHTS_BELONG_TO)
+    settings = differing_settings(checkpoint.state["settings"], dump_config(config), compared)
     if settings:
         lines = [f"  {key}: {change}" for key, change in settings.items()]
         raise CheckpointError("\n".join([f"{checkpoint.folder}: of another model", *lines]))

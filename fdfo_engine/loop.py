@@ -15,6 +15,7 @@ from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_list, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch
+from fdfo_engine.models.registry import agreed_base
 from fdfo_engine.resources import memory_record
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rewards.background import BackgroundScorer
@@ -41,13 +42,7 @@ from fdfo_engine.runtime.errors import (
     error_message,
     exit_code,
 )
-from fdfo_engine.runtime.run_folder import (
-    EVALUATIONS_NAME,
-    RunFolder,
-    checkpoint_store,
-    read_log,
-    stored_config,
-)
+from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, RunFolder, checkpoint_store, read_log, stored_config
 from fdfo_engine.runtime.run_log import IMAGES_NAME, SilentLog, open_run_log
 from fdfo_engine.runtime.run_status import State
 from fdfo_engine.runtime.stop import StopRequest
@@ -58,7 +53,7 @@ MAX_TIED_EPOCHS = 3
 ROOM_FOR_CHECKPOINTS = 4  # those that are kept, a pinned one, and the one that is written before the oldest goes
 
 
-def run(config: Config, *, resume: bool = False) -> None:
+def run(config: Config, *, resume: bool = False, base_has_moved: bool = False) -> None:
     """Trains until `run.epochs`; the same settings and folder continue an interrupted run bit for bit.
 
     Collective. Cheap checks come first: ranks, prompts, rewards, the folder; then the model.
@@ -66,6 +61,7 @@ def run(config: Config, *, resume: bool = False) -> None:
     Args:
         config: the settings.
         resume: insist that there is a checkpoint to continue from.
+        base_has_moved: `model.id` is where the base model lies now; of a run that recorded no base it is trusted.
 
     Raises:
         FdfoError, ConfigError: what a user can mend; the class carries the exit code. `status.json` says the same.
@@ -87,7 +83,9 @@ def run(config: Config, *, resume: bool = False) -> None:
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     if config.evaluation.every and config.evaluation.prompts:
         say(f"evaluation: {describe_prompts(evaluation_list(config))}")
-    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
+    base = agreed_base(config)
+    opened = partial(RunFolder.open, config.run.dir, dump_config(config), base=base.record, has_moved=base_has_moved)
+    folder = on_main(lambda: opened(may_change=resumable_keys(config)))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
         with StopRequest() as stop:

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic; stop")
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
+    parse.add_argument("--base", metavar="PATH", help="where the base model lies now, if it moved since the run began")
     parse.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment wins
     return parse
 
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.base is not None:
+            config = config.with_base(arguments.base)
         if arguments.dry_run:
             say(dump_config(config) + "\n" + BatchPlan.from_config(config, _launched_ranks()).describe())
             return 0
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         from fdfo_engine.rewards.own_code import search_in
 
         search_in(Path(arguments.config).parent)
-        run(config, resume=arguments.resume)
+        run(config, resume=arguments.resume, base_has_moved=arguments.base is not None)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdfo_engine.cli.options import (
+    add_base,
     add_checkpoints,
     add_overwrite,
     add_prompt_files,
@@ -41,6 +42,7 @@ def add_parser(verbs: Any) -> None:
         "the weights only.",
     )
     add_run_dir(parse)
+    add_base(parse)
     add_checkpoints(parse)
     parse.add_argument("--untrained", action="store_true", help="the untrained model alone")
     add_prompt_files(parse, required=False)
@@ -83,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.runtime.distributed import on_main, setup_distributed
     from fdfo_engine.runtime.run_folder import run_config
 
-    config = run_config(run_dir)
+    config = run_config(run_dir, arguments.base)
     refuse_absent_average(arguments, config)
     names = _checkpoints(arguments)
     prompts = _prompts(arguments, config)

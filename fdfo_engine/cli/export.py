@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fdfo_engine.cli.options import add_overwrite, add_run_dir, add_weights, refuse_absent_average, refuse_filled_out
+from fdfo_engine.cli.options import (
+    add_base,
+    add_overwrite,
+    add_run_dir,
+    add_weights,
+    refuse_absent_average,
+    refuse_filled_out,
+)
 
 _STYLE_OPTIONS = {"merged": "--merge", "comfyui": "--style comfyui"}
 
@@ -22,6 +29,7 @@ def add_parser(verbs: Any) -> None:
     add_run_dir(parse)
     parse.add_argument("out", type=Path, help="the folder to write")
     parse.add_argument("--checkpoint", metavar="NAME", help="such as epoch_000010; default: the newest")
+    add_base(parse)
     add_weights(parse)
     kind = parse.add_mutually_exclusive_group()
     kind.add_argument(
@@ -53,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_style(arguments.style, config.model, _STYLE_OPTIONS.get(arguments.style))
     epoch = export_run(
         arguments.run_dir, arguments.out, checkpoint=arguments.checkpoint, weights=arguments.weights,
-        style=arguments.style, overwrite=arguments.overwrite,
+        style=arguments.style, overwrite=arguments.overwrite, base=arguments.base,
     )  # fmt: skip
     say(f"epoch {epoch} written to {arguments.out}, loaded back and compared")
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdfo_engine.cli.options import (
     SHAPES_COUNT,
+    add_base,
     add_checkpoints,
     add_overwrite,
     add_prompt_files,
@@ -48,6 +49,7 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("--seed", type=int, default=0, help="key of the noise; default 0")
     parse.add_argument("--steps", type=int, help="solver steps; default: the run's")
     parse.add_argument("--guidance-scale", type=float, help="default: the run's")
+    add_base(parse)
     add_checkpoints(parse, ": the grid has a column for each")
     add_weights(parse)
     which = parse.add_mutually_exclusive_group()
@@ -63,7 +65,7 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generates and writes."""
     _check(arguments)
-    config = _config(arguments.source)
+    config = _config(arguments.source, arguments.base)
     refuse_absent_average(arguments, config)
     prompts = _prompts(arguments, config)
     checkpoints = _checkpoints(arguments, config)
@@ -86,15 +88,16 @@ def _check(arguments: argparse.Namespace) -> None:
     refuse_filled_out(arguments.out, arguments)
 
 
-def _config(source: str) -> Config:
+def _config(source: str, base: str | None) -> Config:
     """The settings of a run folder, or of a config file."""
     from fdfo_engine.config import bundled_configs, load_config
     from fdfo_engine.runtime.run_folder import run_config, runs_beside
 
     if Path(source).is_dir():
-        return run_config(source)
+        return run_config(source, base)
     if Path(source).is_file() or Path(source).suffix in (".yaml", ".yml") or source in bundled_configs():
-        return load_config(source)
+        config = load_config(source)
+        return config if base is None else config.with_base(base)
     raise UsageError(
         f"{source}: no such run folder{runs_beside(source)}; no config either (bundled: {', '.join(bundled_configs())})"
     )

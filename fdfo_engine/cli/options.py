@@ -45,6 +45,11 @@ def add_run_dir(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder")
 
 
+def add_base(parse: argparse.ArgumentParser) -> None:
+    """`--base`: the base model of a run, at another place."""
+    parse.add_argument("--base", metavar="PATH", help="where the base model lies now, if it moved since the run began")
+
+
 def add_checkpoints(parse: argparse.ArgumentParser, further: str = "") -> None:
     """`--checkpoint`, which may be repeated."""
     parse.add_argument(

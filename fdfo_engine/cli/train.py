@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdfo_engine.cli.launcher import launch, ranks_of, true_status
-from fdfo_engine.cli.options import add_config, config_words
+from fdfo_engine.cli.options import add_base, add_config, config_words
 
 
 def add_parser(verbs: Any) -> None:
@@ -24,6 +24,7 @@ def add_parser(verbs: Any) -> None:
     add_config(parse)
     parse.add_argument("--ranks", type=int, help="processes; default: one a GPU, one on a machine without")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic; stop")
+    add_base(parse)
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
     parse.set_defaults(verb=run)
 
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = ranks_of(arguments.ranks)
     name, overrides = config_words(arguments)
     flags = [flag for flag in ("--dry-run", "--resume") if getattr(arguments, flag[2:].replace("-", "_"))]
-    command = ["--config", name, *flags, *overrides]
+    moved = [] if arguments.base is None else ["--base", arguments.base]
+    command = ["--config", name, *flags, *moved, *overrides]
     if ranks == 1:
         from fdfo_engine.train import main
 

@@ -356,6 +356,10 @@ class Config(Section):
     log: LogConfig = LogConfig()
     kernels: KernelsConfig = KernelsConfig()
 
+    def with_base(self, place: object) -> "Config":
+        """The same settings, with the base model at another place: a folder or a hub id."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"id": str(place), "revision": None})})
+
     @model_validator(mode="after")
     def _keys_agree(self) -> "Config":
         refuse(broken_rules(self))

@@ -1,7 +1,7 @@
 """Prompt embeddings on disk, so that a second run, or a resumed one, needs no text encoder.
 
-A file is named by a hash of everything that its bits depend on: the text encoders and tokenizers (by the hub's commit,
-or by the contents of a local folder), dtype, sequence length, device, library versions and the prompt.
+A file is named by a hash of everything that its bits depend on: the text encoders and tokenizers by content, and what
+`model_index.json` says of them, dtype, sequence length, device, library versions and the prompt.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fdfo_engine.config import Config
+from fdfo_engine.models.base_files import text_files
+from fdfo_engine.models.base_model import Base
 from fdfo_engine.models.flow_model import Conditioning
-from fdfo_engine.models.registry import model_index, resolve_model_id
+from fdfo_engine.models.registry import FAMILIES, locate_base
 from fdfo_engine.runtime.console import warn
-from fdfo_engine.runtime.durable import replace_file, sha256_of
-from fdfo_engine.runtime.environment import package_version
-from fdfo_engine.runtime.errors import EnvironmentProblem, FdfoError
+from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.environment import package_version, user_cache
+from fdfo_engine.runtime.errors import FdfoError
 
 GIB = 1 << 30
 SUFFIX = ".safetensors"
 _LISTED_EVERY = 64
+_LIBRARIES = ("fdfo-engine", "torch", "transformers", "tokenizers", "diffusers")
 _KEPT_SHARE = 0.9
 
 
@@ -98,41 +101,43 @@ class PromptStore:
             total -= size
 
 
-def open_prompt_store(config: Config, device: torch.device) -> PromptStore | None:
-    """The store that `model.prompt_cache` asks for; None for false, and for a model that has no pipeline folder."""
+def open_prompt_store(config: Config, device: torch.device, base: Base | None = None) -> PromptStore | None:
+    """The store that `model.prompt_cache` asks for; None for false, and for a model that has no pipeline folder.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `locate_base`, where `base` is not given.
+    """
     settings = config.model
     if settings.prompt_cache is False:
         return None
-    if settings.prompt_cache == "auto":
-        folder = Path("~/.cache/fdfo_engine/prompts")
-        if cache := os.environ.get("XDG_CACHE_HOME"):
-            folder = Path(cache) / "fdfo_engine" / "prompts"
-    else:
-        folder = Path(settings.prompt_cache)
     try:
-        folder = folder.expanduser()
-    except RuntimeError as error:
+        cache = settings.prompt_cache
+        folder = user_cache("prompts") if cache == "auto" else Path(cache).expanduser()
+    except (OSError, RuntimeError) as error:
         warn(f"model.prompt_cache: no embeddings are kept: {error}")
         return None
-    try:
-        encoders = _encoders(resolve_model_id(settings.id), settings.revision)
-    except EnvironmentProblem:
+    base = base or locate_base(config)
+    if base.folder is None:
         return None
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [package_version(name) for name in ("fdfo-engine", "torch", "transformers", "diffusers")]
-    parts = [encoders, settings.family, settings.dtype, settings.max_sequence_length, where, *versions]
+    versions = [package_version(name) for name in _LIBRARIES]
+    parts = [
+        _encoders(base.folder, settings.variant),
+        _own_family(settings.family),
+        settings.dtype,
+        settings.max_sequence_length,
+    ]
+    parts += [config.run.deterministic, where, *versions]
     return PromptStore(folder, json.dumps(parts), int(settings.prompt_cache_gib * GIB))
 
 
-def _encoders(model_id: str, revision: str | None) -> str:
-    """The hub's commit, or a hash of a local folder's text encoders and tokenizers."""
-    index = model_index(model_id, revision)
-    if not Path(model_id).is_dir():
-        return f"{model_id}@{index.parent.name}"  # hub files lie in a folder named by their commit
-    parts = [p for p in sorted(index.parent.iterdir()) if p.name.startswith(("text_encoder", "tokenizer"))]
-    files = [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
-    names = [[str(file.relative_to(index.parent)), sha256_of(file)] for file in files]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+def _own_family(family: str) -> str | None:
+    """A family of one's own; those of the project are told by the pipeline's class, which is among `_encoders`."""
+    return None if family in ("auto", *FAMILIES) else family
+
+
+def _encoders(pipeline: Path, variant: str | None) -> dict[str, str]:
+    return {name: file.sha256 for name, file in text_files(pipeline, variant).items()}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -6,30 +6,22 @@ import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
+from fdfo_engine.models.base_model import Base, find_base, model_index, resolve_model_id
 from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.known import known_configs
-from fdfo_engine.models.pipeline_folder import names_a_file, why_no_pipeline
 from fdfo_engine.models.quantized import quantized_bytes
 from fdfo_engine.runtime.console import say
+from fdfo_engine.runtime.distributed import all_agree_hash, together_patiently
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.memory import Footprint
-from fdfo_engine.shapes.pipeline import shapes_base
 
 FAMILIES = {
     "sd3": ("StableDiffusion3Pipeline", "fdfo_engine.models.sd3:SD3Model"),
@@ -59,19 +51,43 @@ REFUSED = {
 """Relatives of the families that are not taken, and why."""
 
 
-def resolve_model_id(model_id: str) -> str:
-    """`shapes` is the bundled miniature; anything else is a folder or a hub id, as it stands."""
-    return str(shapes_base()) if model_id == "shapes" else model_id
+def locate_base(config: Config) -> Base:
+    """The base model of `config` on this machine, where it is fetched from the hub if need be; see `find_base`.
+
+    Raises:
+        UsageError: the family is unknown, or not that of the pipeline.
+        EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
+    """
+    loader = _loader(config, resolve_model_id(config.model.id))
+    with _without_advice():
+        return find_base(config.model, getattr(loader, "pipeline_class", None))
 
 
-def load_model(config: Config, device: torch.device) -> FlowModel:
-    """Loads `config.model` with its adapter, if any, on `device`.
+def agreed_base(config: Config) -> Base:
+    """`locate_base` with its record, on every rank; collective, and patient while files are fetched and hashed.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `locate_base`; ranks that find different models.
+    """
+
+    def located() -> Base:
+        base = locate_base(config)
+        _ = base.record
+        return base
+
+    base = together_patiently(located)
+    all_agree_hash(base.source if base.record is None else base.record.text, "the base model")
+    return base
+
+
+def load_model(config: Config, device: torch.device, base: Base | None = None) -> FlowModel:
+    """Loads `config.model` with its adapter, if any, on `device`; `base` where it was located already.
 
     Raises:
         UsageError: the family is unknown, or a `module:attribute` family cannot be imported.
         EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
     """
-    source = resolve_model_id(config.model.id)
+    source = (base or locate_base(config)).source
     model: FlowModel = _loader(config, source).load(config, source, device)
     return model
 
@@ -127,15 +143,21 @@ def _loader(config: Config, source: str) -> Any:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """transformers advises to install torchvision for image processors that no text-to-image pipeline uses."""
-    from transformers.utils import logging
+    """transformers advises to install torchvision for image processors that no text-to-image pipeline uses.
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    diffusers tells at length that the hub was not reached, although all files are here.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    levels = [(logging, logging.get_verbosity()) for logging in (of_diffusers, of_transformers)]
+    for logging, _ in levels:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for logging, level in levels:
+            logging.set_verbosity(level)
 
 
 def _family_of(model_id: str, revision: str | None, wanted: str) -> str:
@@ -156,24 +178,3 @@ def _family_of(model_id: str, revision: str | None, wanted: str) -> str:
     if wanted not in ("auto", found):
         raise UsageError(f"model.family = {wanted!r}: model.id = {model_id!r} is a {name}, of the {found} family")
     return found
-
-
-def model_index(model_id: str, revision: str | None) -> Path:
-    """The pipeline's `model_index.json`, in its folder or in the hub's cache.
-
-    Raises:
-        EnvironmentProblem: there is none.
-    """
-    local = Path(model_id) / "model_index.json"
-    if local.is_file():
-        return local
-    if Path(model_id).is_dir() or names_a_file(model_id):
-        raise EnvironmentProblem(f"model.id = {model_id!r}: {why_no_pipeline(model_id)}")
-    try:
-        return Path(hf_hub_download(model_id, "model_index.json", revision=revision))
-    except RemoteEntryNotFoundError as error:
-        reason = "its repository has no model_index.json: it holds no diffusers pipeline, or files to make one of"
-        raise EnvironmentProblem(f"model.id = {model_id!r}: {reason}") from error
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise EnvironmentProblem(f"model.id = {model_id!r}: no such folder, and the hub gave none: {reason}") from error

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from fdfo_engine import __version__
 from fdfo_engine.config import Config, dump_config
+from fdfo_engine.runtime.base_record import BASE_NAME, BaseRecord
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, PROMPTS_NAME, read_log
 
 CARD_NAME = "README.md"
@@ -27,32 +28,56 @@ LICENCES = {
 }
 """What the models' own cards say."""
 
+UNKNOWN = "not known on the machine that exported this; see the base model's own page"
+
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _OPEN = ("apache-2.0", "mit")
 
 
-def model_card(config: Config, epoch: int, *, whole: bool) -> str:
+def model_card(config: Config, epoch: int, *, whole: bool, base: BaseRecord | None = None) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
     Args:
         config: settings of the run; its folder's logs are the curve.
         epoch: of the exported weights.
         whole: the export holds all weights, although a LoRA was trained.
+        base: what the base model is by content, if that is known.
     """
-    run, base = Path(config.run.dir), config.model.id
+    run, name = Path(config.run.dir), _base_name(config, base)
     is_lora = config.model.train == "lora" and not whole
     what = f"A LoRA of rank {config.lora.rank}, alpha folded in, for" if is_lora else "All weights of"
     sections = [
-        f"# {run.name}, epoch {epoch}\n\n{what} `{base}`{_trained_how(config)}, trained for {epoch} epochs with "
+        f"# {run.name}, epoch {epoch}\n\n{what} `{name}`{_trained_how(config)}, trained for {epoch} epochs with "
         f"Finite Difference Flow Optimization (arXiv 2603.12893) by fdfo-engine {__version__}.",
+        f"## Base model\n\n{_base_by_content(name, base)}",
         "## Rewards\n\n" + "\n".join(_rewards(config)),
         f"## Curve\n\n{_curve(run, epoch)}",
         f"## Prompts\n\n`{config.prompts.source}`; SHA-256 of the list: {_prompts_hash(run)}",
-        f"## Licence\n\nThe base model's: {base_licence(base)}. What was trained from it is bound by it.",
+        f"## Licence\n\nThe base model's: {_licence(config, name)}. What was trained from it is bound by it.",
         f"## Settings\n\n```yaml\n{dump_config(config).strip()}\n```",
     ]
-    front = yaml.safe_dump(_front_matter(config, is_lora), sort_keys=False).strip()
+    front = yaml.safe_dump(_front_matter(config, name, is_lora), sort_keys=False).strip()
     return f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _base_name(config: Config, base: BaseRecord | None) -> str:
+    """The hub's id where it came from there, although a folder may be all that `model.id` says."""
+    return config.model.id if base is None or base.commit is None else base.name
+
+
+def _base_by_content(name: str, base: BaseRecord | None) -> str:
+    if base is None:
+        return f"`{name}`; what it is made of was not recorded."
+    at = "" if base.commit is None else f" at commit `{base.commit}`"
+    return (
+        f"`{name}`{at}. SHA-256 of what it is made of: `{base.sha256}`; `{BASE_NAME}` lists the files. "
+        "On any other base these weights are another model."
+    )
+
+
+def _licence(config: Config, name: str) -> str:
+    """By the card in the base's folder, or by the name that it has on the hub."""
+    return next((found for place in (config.model.id, name) if (found := base_licence(place)) != UNKNOWN), UNKNOWN)
 
 
 def base_licence(model_id: str) -> str:
@@ -62,7 +87,7 @@ def base_licence(model_id: str) -> str:
     for card in (local, cached):
         if card is not None and card.is_file() and (found := _licence_in(card.read_text(errors="replace"))):
             return found
-    return LICENCES.get(model_id, "not known on the machine that exported this; see the base model's own page")
+    return LICENCES.get(model_id, UNKNOWN)
 
 
 def _cached(model_id: str) -> Path | None:
@@ -82,11 +107,11 @@ def _licence_in(card: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _front_matter(config: Config, is_lora: bool) -> dict[str, Any]:
-    licence = base_licence(config.model.id)
+def _front_matter(config: Config, name: str, is_lora: bool) -> dict[str, Any]:
+    licence = _licence(config, name)
     named = {"license": licence} if licence in _OPEN else {"license": "other", "license_name": licence}
     tags = ["text-to-image", "fdfo", *(["lora"] if is_lora else [])]
-    return {"base_model": config.model.id, "library_name": "diffusers", "tags": tags, **named}
+    return {"base_model": name, "library_name": "diffusers", "tags": tags, **named}
 
 
 def _trained_how(config: Config) -> str:

@@ -25,6 +25,19 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def user_cache(name: str) -> Path:
+    """The folder `name` of this project in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`); it may not be there.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(cache) if cache else Path("~/.cache").expanduser()) / "fdfo_engine" / name
+    except RuntimeError as error:
+        raise OSError(f"no home folder, and no XDG_CACHE_HOME: {error}") from error
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, devices and CPU of this machine, ready for JSON; an absent package has version null."""
     return {

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fdfo_engine.config import Config, dump_config, resumable_keys
+from fdfo_engine.runtime.base_record import BaseRecord
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.run_folder import checkpoint_store, record_config
@@ -21,8 +22,8 @@ class RunCheckpoints:
         are_ours: whether those that are there were loaded or saved by this engine.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, base: BaseRecord | None) -> None:
+        self._config, self._base = config, base
         self.pinned: str | None = None
         self.are_ours = False
 
@@ -41,16 +42,19 @@ class RunCheckpoints:
             )
 
     def save(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Commits a checkpoint, with the settings in the run folder.
+        """Commits a checkpoint, with the settings and the record of the base model in the run folder.
 
         Raises:
             UsageError: the folder holds a run with other settings.
-            CheckpointError: as `require_ours`; no room; the storage refuses. Earlier checkpoints are untouched.
+            CheckpointError: as `require_ours`; it holds a run on another base model; no room; the storage refuses.
+                Earlier checkpoints are untouched.
         """
         self.require_ours()
         folder, settings = Path(self._config.run.dir), dump_config(self._config)
-        record_config(folder, settings, may_change=resumable_keys(self._config))
-        self._store().save(name, tensors, state | {"settings": settings})
+        may_change = resumable_keys(self._config)
+        record_config(folder, settings, base=self._base, has_moved=self.are_ours, may_change=may_change)
+        base = None if self._base is None else self._base.as_json()
+        self._store().save(name, tensors, state | {"settings": settings, "base": base})
 
     def load(self, name: str | None, *, strict: bool) -> Checkpoint | None:
         """As `CheckpointStore.load`."""

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from fdfo_engine.config import Config, load_config, with_named_servers
+from fdfo_engine.runtime.base_record import BaseRecord, recorded_base, write_base
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
@@ -25,6 +26,9 @@ METRICS_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
 ENVIRONMENT_NAME = "environment.json"
 PROMPTS_NAME = "prompts.sha256"
+BASE_LOCATION = ("model.id", "model.revision", "model.variant")
+"""Settings that say where the base model lies, not what it is."""
+
 _CHECKPOINTS_NAME = "checkpoints"
 _RUNS_SHOWN = 12
 _TRACES = (METRICS_NAME, _CHECKPOINTS_NAME)
@@ -44,7 +48,10 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open(cls, path: Path | str, config_text: str, *, may_change: Iterable[str] = ()) -> RunFolder:
+    def open(
+        cls, path: Path | str, config_text: str, *, base: BaseRecord | None = None, has_moved: bool = False,
+        may_change: Iterable[str] = (),
+    ) -> RunFolder:  # fmt: skip
         """Makes the folder, or opens the one of the same run; locks it and probes its storage.
 
         Args:
@@ -53,11 +60,15 @@ class RunFolder:
                 `environment.json`.
             may_change: dotted keys (`run.epochs`), or whole sections (`log`), that an existing run may be given anew;
                 `config.yaml` is then replaced.
+            base: the base model, kept in a new run and held against an old one's: where it is the same, it may lie
+                elsewhere (`model.id`, `model.revision`). None for a model that has no record.
+            has_moved: the base of an old run that recorded none may lie elsewhere too, and is taken on trust.
 
         Raises:
             UsageError: another process has the folder (names it), it was made with other settings (names the keys),
                 or it holds a run without settings. Nothing in it was changed.
-            CheckpointError: its settings are damaged, or the storage cannot be written.
+            CheckpointError: its settings are damaged, it began with another base model (names the files that differ),
+                or the storage cannot be written.
         """
         path = Path(path)
         _make(path)
@@ -65,7 +76,7 @@ class RunFolder:
         lock.take()
         try:
             probe_storage(path)
-            record_config(path, config_text, may_change=may_change)
+            record_config(path, config_text, base=base, has_moved=has_moved, may_change=may_change)
             replace_file(path / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=1).encode())
         except BaseException:
             lock.release()
@@ -124,8 +135,12 @@ def checkpoint_store(path: Path | str, keep: int = 2, pinned: str | None = None)
     return CheckpointStore(Path(path) / _CHECKPOINTS_NAME, keep, pinned)
 
 
-def run_config(path: Path | str) -> Config:
+def run_config(path: Path | str, base: Path | str | None = None) -> Config:
     """The settings of the run in `path`, as the folder is named here even if it was moved.
+
+    Args:
+        path: the run's folder.
+        base: where its base model lies now, if not at `model.id`.
 
     Raises:
         CheckpointError: no run there.
@@ -135,7 +150,8 @@ def run_config(path: Path | str) -> Config:
     if not file.is_file():
         raise CheckpointError(f"{path}: no run there (no {CONFIG_NAME}){runs_beside(path)}")
     config = load_config(file)
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
+    return config if base is None else config.with_base(base)
 
 
 def runs_beside(path: Path | str) -> str:
@@ -146,27 +162,53 @@ def runs_beside(path: Path | str) -> str:
     return f"; runs in {parent}: {shown}" if runs else ""
 
 
-def record_config(path: Path, given: str, *, may_change: Iterable[str] = ()) -> None:
-    """Writes the settings of a new run, or holds those of an old one against them; see `RunFolder.open`."""
+def record_config(
+    path: Path, given: str, *, base: BaseRecord | None = None, has_moved: bool = False, may_change: Iterable[str] = ()
+) -> None:
+    """Writes the settings and base of a new run, or holds those of an old one against them; see `RunFolder.open`."""
     stored = stored_config(path)
     if stored is None:
         if traces := [name for name in _TRACES if (path / name).exists()]:
             raise UsageError(f"run.dir = {path}: holds {', '.join(traces)} but no {CONFIG_NAME}; choose another folder")
         _make(path)
+        if base is not None:
+            write_base(path, base)
         replace_file(path / CONFIG_NAME, given.encode())
         return
+    recorded = recorded_base(path)
     try:
         changes = differing_settings(stored, given)
     except yaml.YAMLError as error:
         what = str(error).replace("\n", " ")
         raise CheckpointError(f"{path / CONFIG_NAME}: damaged: {what}; restore it or choose another folder") from error
-    allowed = tuple(may_change)
+    is_located_by_content = base is not None and (recorded is not None or has_moved)
+    allowed = (*may_change, *(BASE_LOCATION if is_located_by_content else ()))
     if refused := {k: v for k, v in changes.items() if not _is_under(k, allowed)}:
         lines = [f"  {key}: {change}" for key, change in refused.items()]
         raise UsageError("\n".join([f"run.dir = {path}: made with other settings; choose another folder", *lines]))
+    require_recorded(path, base)
+    if base is not None and recorded is None:
+        write_base(path, base)
     if changes:
         say("settings changed for the rest of the run: " + "; ".join(f"{k}: {v}" for k, v in changes.items()))
         replace_file(path / CONFIG_NAME, given.encode())
+
+
+def require_recorded(path: Path | str, base: BaseRecord | None) -> None:
+    """Holds the base model that is about to be used against the one that the run in `path`, if any, recorded.
+
+    A run of a version that recorded none says so, and takes it on trust.
+
+    Raises:
+        CheckpointError: they differ; names the files.
+    """
+    recorded = recorded_base(path)
+    if base is None:
+        return
+    if recorded is not None:
+        recorded.require_same(base, path)
+    elif stored_config(path) is not None:
+        say(f"{path}: what its base model was is not recorded; {base} is taken on trust")
 
 
 def differing_settings(stored: str, given: str, under: tuple[str, ...] | None = None) -> dict[str, str]:

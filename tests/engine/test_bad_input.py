@@ -14,6 +14,7 @@ from fdfo_engine import Engine
 from fdfo_engine.config import ConfigError, load_config
 from fdfo_engine.loop import run
 from fdfo_engine.runtime.errors import CheckpointError, UsageError, exit_code
+from fdfo_engine.runtime.run_checkpoints import RunCheckpoints
 from fdfo_engine.trajectory import Rollout
 
 ONE_BLOCK = {"block_pairs": 4}  # is scored in one call
@@ -160,9 +161,11 @@ def test_a_foreign_checkpoint_is_refused_before_anything_changes(tiny_sd3, tmp_p
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
-    """The model's folder was replaced by another architecture since."""
+    """The model's folder was replaced by another architecture since, and no record of it was kept."""
     build_tiny_sd3(tmp_path / "model")
-    Engine(tiny_config(tmp_path / "model", tmp_path / "run", model={"train": "full"})).save()
+    first = Engine(tiny_config(tmp_path / "model", tmp_path / "run", model={"train": "full"}))
+    first.checkpoints = RunCheckpoints(first.config, None)
+    first.save()
     shutil.rmtree(tmp_path / "model")
     build_tiny_sd3(tmp_path / "model", dual_attention_layers=())
     engine = Engine(tiny_config(tmp_path / "model", tmp_path / "run", model={"train": "full"}))
