@@ -7,6 +7,12 @@ from pydantic import BeforeValidator, Field
 from fdfo_engine.config.section import Auto, Name, NameList, Section, no_number
 
 
+def _number_or_false(value: object) -> object:
+    """True would pass as the number 1, and 0 as false."""
+    passes_for_another = value is True or (type(value) is int and value == 0)
+    return str(value) if passes_for_another else value
+
+
 class ModelConfig(Section):
     """The model that is trained."""
 
@@ -37,6 +43,12 @@ class ModelConfig(Section):
     quantize: Literal["nf4"] | None = None
     """Keeps the frozen weights of the blocks in four bits (bitsandbytes): a quarter of the memory, slower, and the LoRA
     is then trained on the quantised model; null keeps them in `dtype`."""
+
+    few_steps: Annotated[Auto | Literal[False] | Annotated[int, Field(ge=1)], BeforeValidator(_number_or_false)] = (
+        "auto"
+    )
+    """The most solver steps that the model was distilled to, beyond which sampling.steps is refused; auto reads it from
+    the pipeline's configs and names, false says that it follows a flow along any number."""
 
     fused: Annotated[Literal["auto", True, False], BeforeValidator(no_number)] = "auto"
     """Fused transformer blocks: auto where the model fits them, true always or an error, false never."""

@@ -18,9 +18,6 @@ from fdfo_engine.runtime.errors import UsageError
 DEFAULT_EMBEDDED_GUIDANCE = 3.5
 """What `FluxPipeline` tells a guidance-distilled model unless asked for something else."""
 
-SCHNELL_STEPS = 4
-"""The most steps that FLUX.1-schnell was distilled to."""
-
 
 class FluxModel(PackedModel):
     """The `FlowModel` of FLUX.1.
@@ -55,7 +52,7 @@ class FluxModel(PackedModel):
 
     @classmethod
     def refuse_pipeline(cls, pipeline: Any, config: Config) -> None:
-        """See `PipelineModel.refuse_pipeline`; also embedded guidance, and many steps, for schnell."""
+        """See `PipelineModel.refuse_pipeline`; also embedded guidance for schnell."""
         super().refuse_pipeline(pipeline, config)
         if pipeline.transformer.config.guidance_embeds:
             return
@@ -64,8 +61,6 @@ class FluxModel(PackedModel):
                 f"sampling.embedded_guidance = {config.sampling.embedded_guidance}: this model has no such input "
                 "(guidance_embeds is false); set it to null, and sampling.guidance_scale for guidance"
             )
-        if not pipeline.scheduler.config.get("use_dynamic_shifting"):
-            cls.refuse_many_steps(config, SCHNELL_STEPS, "without embedded guidance and shift it is FLUX.1-schnell")
 
     def encode_prompt(self, prompt: str) -> Conditioning:
         """T5's tokens and CLIP's pooled vector, as the pipeline makes them."""

@@ -186,19 +186,6 @@ class PipelineModel:
                 raise UsageError(f"model.{key} = {value}: this model takes a multiple of {unit}{most}")
 
     @classmethod
-    def refuse_many_steps(cls, config: Config, most: int, why: str) -> None:
-        """Refuses more than the `most` steps that a model was distilled to; `why` says how it is known.
-
-        Raises:
-            UsageError: `sampling.steps` is larger.
-        """
-        if config.sampling.steps > most:
-            raise UsageError(
-                f"sampling.steps = {config.sampling.steps}: this model takes 1 to {most} steps, for which it was "
-                f"distilled ({why}): along more of them its velocity is no flow's"
-            )
-
-    @classmethod
     def size_rule(cls, pipeline: Any) -> tuple[int, int | None]:
         """Pixels that height and width are multiples of, and the most of them, if there is such a limit."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.base_model import Base, find_base, model_index, resolve_model_id
+from fdfo_engine.models.few_steps import refuse_many_steps
 from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.known import known_configs
@@ -84,11 +85,14 @@ def load_model(config: Config, device: torch.device, base: Base | None = None) -
     """Loads `config.model` with its adapter, if any, on `device`; `base` where it was located already.
 
     Raises:
-        UsageError: the family is unknown, or a `module:attribute` family cannot be imported.
+        UsageError: the family is unknown, or a `module:attribute` family cannot be imported; more steps than the model
+            was distilled to.
         EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
     """
-    source = (base or locate_base(config)).source
-    model: FlowModel = _loader(config, source).load(config, source, device)
+    base = base or locate_base(config)
+    if base.folder is not None:
+        refuse_many_steps(config, base.folder)
+    model: FlowModel = _loader(config, base.source).load(config, base.source, device)
     return model
 
 
@@ -110,6 +114,8 @@ def blank_footprint(config: Config) -> Footprint:
     with _without_advice():
         mode = FakeTensorMode()
         model, conditioning = loader.blank(config, source, mode)
+        if hasattr(loader, "pipeline_class"):
+            refuse_many_steps(config, model_index(source, config.model.revision).parent)
         with mode:
             found = footprint(model, conditioning, config.model.height, config.model.width)
     return _packed(found, model.network) if getattr(model, "packed_by", None) else found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
 from fdfo_engine.models.pipeline_model import PipelineModel
-
-TURBO_STEPS = 4
-"""The most steps that SD3.5-large-turbo was distilled to."""
 
 
 class SD3Model(PipelineModel):
@@ -32,13 +27,6 @@ class SD3Model(PipelineModel):
         "joint_blocks.{}.x_block.attn2.qkv": tuple(f"transformer_blocks.{{}}.attn2.to_{part}" for part in "qkv"),
         "joint_blocks.{}.x_block.attn2.proj": ("transformer_blocks.{}.attn2.to_out.0",),
     }
-
-    @classmethod
-    def refuse_settings(cls, config: Config) -> None:
-        """See `PipelineModel.refuse_settings`; SD3.5-large-turbo differs from -large in nothing but its name."""
-        super().refuse_settings(config)
-        if "turbo" in Path(config.model.id).name.lower():
-            cls.refuse_many_steps(config, TURBO_STEPS, f"model.id = {config.model.id!r} says turbo")
 
     @classmethod
     def size_rule(cls, pipeline: Any) -> tuple[int, int]:

@@ -70,3 +70,5 @@ def test_a_turbo_model_is_refused_at_many_steps(tiny_sd3, tmp_path):
     load_model(tiny_config(turbo, tmp_path / "run", sampling={"steps": 4}), CPU)
     with pytest.raises(UsageError, match=r"sampling.steps = 40: this model takes 1 to 4 steps, .*turbo"):
         load_model(tiny_config(turbo, tmp_path / "run", sampling={"steps": 40}), CPU)
+    with pytest.raises(UsageError, match=r"sampling.steps = 40: this model takes 1 to 4 steps, .*turbo"):
+        blank_footprint(tiny_config(turbo, tmp_path / "run", sampling={"steps": 40}))
