@@ -54,7 +54,7 @@ class Engine:
 
     Attributes:
         config: the resolved settings. model: the loaded `FlowModel`. trainer: its weights under ZeRO.
-        backend: what runs the pair ops, by name of `ops.backends`.
+        base: where its base model lies, and what it is by content. backend: what runs the pair ops, by name.
         next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
         memory: what an epoch is predicted to take of a GPU; None on a CPU.
