@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
+from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import Evaluation, evaluate, evaluation_list, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch
@@ -84,8 +84,7 @@ def run(config: Config, *, resume: bool = False, base_has_moved: bool = False) -
     if config.evaluation.every and config.evaluation.prompts:
         say(f"evaluation: {describe_prompts(evaluation_list(config))}")
     base = agreed_base(config)
-    opened = partial(RunFolder.open, config.run.dir, dump_config(config), base=base.record, has_moved=base_has_moved)
-    folder = on_main(lambda: opened(may_change=resumable_keys(config)))
+    folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
         with StopRequest() as stop:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fdfo_engine.cli.launcher import launch, ranks_of, true_status
-from fdfo_engine.cli.options import add_config, config_words
+from fdfo_engine.cli.options import add_base, add_config, config_words
 from fdfo_engine.runtime.errors import EnvironmentProblem
 
 
@@ -23,6 +23,7 @@ def add_parser(verbs: Any) -> None:
         "The same command again goes on where it was, also after a kill. Needs pip install 'fdfo-engine[serve]'.",
     )
     add_config(parse)
+    add_base(parse)
     parse.add_argument("--ranks", type=int, help="processes; default: one a GPU, one on a machine without")
     parse.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1")
     parse.add_argument("--port", type=int, default=8710, help="default 8710; 0 takes a free one")
@@ -41,12 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise EnvironmentProblem(f"{' and '.join(missing)} missing: pip install 'fdfo-engine[serve]'")
     name, overrides = config_words(arguments)
     config = load_config(name, overrides)
+    if arguments.base is not None:
+        config = config.with_base(arguments.base)
     is_rank = "RANK" in os.environ
     ranks = 1 if is_rank else ranks_of(arguments.ranks)
     if ranks > 1:
         started = time.time()
         job = ["--no_local_rank", "--module", "fdfo_engine.cli.main", "serve", "--config", name, *overrides]
-        status = launch([*job, *_door_words(arguments)], ranks)
+        moved = [] if arguments.base is None else ["--base", arguments.base]
+        status = launch([*job, *moved, *_door_words(arguments)], ranks)
         return true_status(Path(config.run.dir), started, status)
     from fdfo_engine.rewards.own_code import search_in
     from fdfo_engine.serve.server import Door, serve
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     door = Door(
         arguments.host, arguments.port, arguments.allow_remote, arguments.allow_host, arguments.allow_origin
     )  # fmt: skip
-    serve(config, door)
+    serve(config, door, base_has_moved=arguments.base is not None)
     return 0
 
 

@@ -35,13 +35,17 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the status."""
-    from fdfo_engine.runtime.run_folder import runs_beside
+    from fdfo_engine.runtime.run_folder import checkpoint_store, runs_beside
     from fdfo_engine.runtime.run_status import read_status
 
     try:
         status = read_status(arguments.run_dir)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{arguments.run_dir}: its status.json cannot be read: {error}") from error
+    store = checkpoint_store(arguments.run_dir)
+    if status is None and store.names() and not arguments.json:
+        say(f"{arguments.run_dir}: driven by the Python interface, which keeps no status; newest: {store.names()[-1]}")
+        return 0
     if status is None:
         raise UsageError(f"{arguments.run_dir}: no run folder; it has no status.json{runs_beside(arguments.run_dir)}")
     for line in [json.dumps(status, indent=1)] if arguments.json else describe(arguments.run_dir, status):

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fdfo_engine.config import Config, load_config, with_named_servers
+from fdfo_engine.config import Config, dump_config, load_config, resumable_keys, with_named_servers
 from fdfo_engine.runtime.base_record import BaseRecord, recorded_base, write_base
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
@@ -82,6 +82,12 @@ class RunFolder:
             lock.release()
             raise
         return cls(path, lock)
+
+    @classmethod
+    def of(cls, config: Config, base: BaseRecord | None, *, has_moved: bool = False) -> RunFolder:
+        """`open` of the run that `config` describes, with what may change in it."""
+        may_change = resumable_keys(config)
+        return cls.open(config.run.dir, dump_config(config), base=base, has_moved=has_moved, may_change=may_change)
 
     def truncate_logs(self, epoch: int) -> None:
         """Drops records after `epoch`, and a half-written last line, from the metrics and the evaluations."""

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from fdfo_engine.config import BatchPlan, Config, dump_config, resumable_keys
+from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.engine import Engine
+from fdfo_engine.models.registry import agreed_base
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rollout.prompts import describe_prompts, load_prompts
 from fdfo_engine.runtime.console import say
@@ -84,13 +85,14 @@ class Door:
         return [*LOOPBACK_HOSTS, *own, *self.hosts]
 
 
-def serve(config: Config, door: Door, stop: StopRequest | None = None) -> None:
+def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_has_moved: bool = False) -> None:
     """Serves the run of `config` until it is stopped. Collective: rank 0 has the HTTP side.
 
     Args:
         config: the settings.
         door: where to listen.
         stop: what asks it to stop, from any thread; by default a signal.
+        base_has_moved: as of `loop.run`.
 
     Raises:
         Stopped: a signal asked for it; all that was acknowledged is on disk.
@@ -103,7 +105,8 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None) -> None:
     all_agree_hash(prompts.sha256, "the prompt list")
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
-    folder = on_main(lambda: RunFolder.open(config.run.dir, dump_config(config), may_change=resumable_keys(config)))
+    base = agreed_base(config)
+    folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
         with stop or StopRequest() as stop, contextlib.ExitStack() as stack:

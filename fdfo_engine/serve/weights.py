@@ -55,5 +55,5 @@ def _base(engine: Engine) -> dict[str, Tensor]:
     """Untrained: an adapter of zeros; after full training the weights as they are loaded."""
     if engine.config.model.train == "lora":
         return {name: torch.zeros_like(weight) for name, weight in engine.trainer.weights().items()}
-    fresh = load_model(engine.config, torch.device("cpu"))
+    fresh = load_model(engine.config, torch.device("cpu"), engine.base)
     return {name: parameter.detach().float() for name, parameter in fresh.trained_parameters()}

@@ -27,6 +27,12 @@ def test_status_in_words_and_as_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["epoch"] == 3
 
 
+def test_status_of_a_run_that_the_library_saved(tmp_path, capsys):
+    (tmp_path / "checkpoints/epoch_000004").mkdir(parents=True)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "keeps no status; newest: epoch_000004" in capsys.readouterr().out
+
+
 def test_status_of_a_run_that_its_guard_stopped(tmp_path, capsys):
     RunStatus(tmp_path).update("stopped", epoch=3, epochs=9, exit_code=5, message="saturation left its band")
     assert main(["status", str(tmp_path)]) == 0

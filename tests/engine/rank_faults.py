@@ -1,7 +1,7 @@
 """A run as one of several ranks, started without a launcher, with a fault that environment variables describe.
 
 FAIL: a file whose writer fails on rank 0. SLOW: a call of the reward that takes rank 1 twice as long as a collective
-waits. Exits as `train.py` does.
+waits. OTHER_BASE: where rank 1 finds the base model. Exits as `train.py` does.
 """
 
 import os
@@ -11,6 +11,7 @@ from functools import partial
 
 from fdfo_engine import loop
 from fdfo_engine.config import load_config
+from fdfo_engine.models import registry
 from fdfo_engine.rewards import background, register
 from fdfo_engine.runtime import run_log
 from fdfo_engine.runtime.distributed import close_distributed
@@ -46,6 +47,10 @@ def main(config):
         run_log.append_line = failing(run_log.append_line)
         save_png = run_log.save_png
         run_log.save_png = lambda picture, path: failing(lambda path: save_png(picture, path))(path)
+    if os.environ["RANK"] == "1" and "OTHER_BASE" in os.environ:
+        find = registry.find_base
+        other = {"id": os.environ["OTHER_BASE"]}
+        registry.find_base = lambda settings, kind: find(settings.model_copy(update=other), kind)
     background.MAX_BLOCKS_WAITING = 1
     loop.setup_distributed = partial(loop.setup_distributed, timeout_s=COLLECTIVE_S)
     try:

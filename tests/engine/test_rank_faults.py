@@ -1,6 +1,7 @@
 """Two ranks, of which one cannot write or is slow: both end alike, or neither notices."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -42,6 +43,20 @@ def test_what_only_rank_0_writes_fails_for_all(tiny_sd3, tmp_path, name):
     assert f"no space left on {name}" in said[0]
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 7)
+
+
+@pytest.mark.slow
+def test_ranks_on_different_base_models_do_not_start(tiny_sd3, tmp_path):
+    """As on two machines, each with its own copy."""
+    shutil.copytree(tiny_sd3, tmp_path / "same")
+    shutil.copytree(tiny_sd3, tmp_path / "other")
+    scheduler = tmp_path / "other/scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": 2.0}))
+    assert two_ranks(tiny_sd3, tmp_path, OTHER_BASE=str(tmp_path / "same"))[0] == [0, 0]
+    codes, said = two_ranks(tiny_sd3, tmp_path, epochs=2, OTHER_BASE=str(tmp_path / "other"))
+    assert codes == [2, 2]
+    assert "the base model differs between ranks" in said[0]
+    assert "scheduler/scheduler_config.json" in said[0]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from update.test_primitives import ppo_weights
 
 from fdfo_engine import Engine
 from fdfo_engine.rollout.prompts import load_prompts
+from fdfo_engine.runtime.base_record import recorded_base
 from fdfo_engine.runtime.picture import to_picture
 
 EPOCHS = 3
@@ -70,6 +71,7 @@ def test_primitives_over_http_give_the_bits_of_update(by_update, tmp_path):
     with served(shapes_config(tmp_path, "checkpoint.keep=3")) as client:
         train_by_primitives(client)
     assert_same_checkpoints(by_update, tmp_path)
+    assert recorded_base(tmp_path) == recorded_base(by_update) is not None
 
 
 def test_feedback_by_scores_trains_as_update_does(by_update, tmp_path):
