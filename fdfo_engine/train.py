@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             say(dump_config(config) + "\n" + BatchPlan.from_config(config, _launched_ranks()).describe())
             return 0
         from fdfo_engine.loop import run
-        from fdfo_engine.rewards.own_code import search_in
+        from fdfo_engine.runtime.own_code import search_in
 
         search_in(Path(arguments.config).parent)
         run(config, resume=arguments.resume, base_has_moved=arguments.base is not None)

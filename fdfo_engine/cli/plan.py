@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.config import BatchPlan, load_config
     from fdfo_engine.models.registry import blank_footprint
     from fdfo_engine.resources import reward_bytes
-    from fdfo_engine.rewards.own_code import search_in
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
+    from fdfo_engine.runtime.own_code import search_in
 
     for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):
         if not 0 < value < float("inf"):

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         moved = [] if arguments.base is None else ["--base", arguments.base]
         status = launch([*job, *moved, *_door_words(arguments)], ranks)
         return true_status(Path(config.run.dir), started, status)
-    from fdfo_engine.rewards.own_code import search_in
+    from fdfo_engine.runtime.own_code import search_in
     from fdfo_engine.serve.server import Door, serve
 
     search_in(Path(name).parent)

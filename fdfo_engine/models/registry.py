@@ -23,6 +23,7 @@ from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import all_agree_hash, together_patiently
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.memory import Footprint
+from fdfo_engine.runtime.own_code import own_callable
 
 FAMILIES = {
     "sd3": ("StableDiffusion3Pipeline", "fdfo_engine.models.sd3:SD3Model"),
@@ -134,17 +135,16 @@ def _loader(config: Config, source: str) -> Any:
     family = config.model.family
     if family == "auto" or family in FAMILIES:
         family = _family_of(source, config.model.revision, family)
-    target = FAMILIES[family][1] if family in FAMILIES else family
-    if ":" not in target:
-        near = difflib.get_close_matches(family, FAMILIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"model.family = {family!r}: takes auto, one of {sorted(FAMILIES)}, or module:attribute{hint}")
-    module, attribute = target.split(":", 1)
-    try:
-        with _without_advice():
-            return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"model.family = {family!r}: {error}") from error
+    with _without_advice():
+        if family not in FAMILIES and ":" in family:
+            return own_callable(family, "model.family")
+        if family not in FAMILIES:
+            near = difflib.get_close_matches(family, FAMILIES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            takes = f"auto, one of {sorted(FAMILIES)}, or module:attribute"
+            raise UsageError(f"model.family = {family!r}: takes {takes}{hint}")
+        module, _, attribute = FAMILIES[family][1].partition(":")
+        return getattr(importlib.import_module(module), attribute)
 
 
 @contextmanager

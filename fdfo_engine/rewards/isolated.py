@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.rewards.failures import FailedElsewhereError, Failure
-from fdfo_engine.rewards.own_code import more_folders, search_in
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.distributed import use_device
+from fdfo_engine.runtime.failures import FailedElsewhereError, Failure
+from fdfo_engine.runtime.own_code import more_folders, search_in
 
 START_S = 120.0
 """Seconds that the process may take to start and import, before the first batch's own time begins."""

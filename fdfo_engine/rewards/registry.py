@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fdfo_engine.config.section import Section
-from fdfo_engine.rewards.failures import Failure
-from fdfo_engine.rewards.own_code import own_callable
 from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.errors import FdfoError, UsageError
+from fdfo_engine.runtime.failures import Failure
+from fdfo_engine.runtime.own_code import own_callable
 
 F = TypeVar("F", bound=Callable[..., Any])
 

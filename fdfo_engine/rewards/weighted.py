@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
-from fdfo_engine.rewards.failures import Failure
 from fdfo_engine.rewards.isolated import IsolatedReward
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.console import complain, equal_warnings_counted, visible, warn
 from fdfo_engine.runtime.distributed import all_gather_rows
 from fdfo_engine.runtime.errors import FdfoError, RewardError
+from fdfo_engine.runtime.failures import Failure
 
 
 def labelled(settings: Sequence[RewardConfig]) -> dict[str, RewardConfig]:

@@ -10,7 +10,8 @@ from tiny_sd3 import tiny_config
 
 from fdfo_engine.config import RewardConfig
 from fdfo_engine.loop import run
-from fdfo_engine.rewards import WeightedRewards, build, own_code
+from fdfo_engine.rewards import WeightedRewards, build
+from fdfo_engine.runtime import own_code
 from fdfo_engine.runtime.errors import RewardError, UsageError
 
 IMAGES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
@@ -62,7 +63,7 @@ def red(name, **options):
 def test_it_is_found_in_the_working_folder_and_announced(folder, capsys, name):
     assert torch.allclose(red(name, factor=2.0), 2 * IMAGES[:, 0].flatten(1).mean(1))
     said = capsys.readouterr().out
-    assert said == f"will import my_reward from {folder / 'my_reward.py'}, which the config names as a reward\n"
+    assert said == f"will import my_reward from {folder / 'my_reward.py'}, as the settings say\n"
     red(name)
     assert capsys.readouterr().out == "", "once"
 

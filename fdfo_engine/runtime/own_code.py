@@ -1,4 +1,4 @@
-"""A reward of the user's own: `module:attribute` or `file.py:attribute`, from the working folder or the config's.
+"""A user's own code: `module:attribute` or `file.py:attribute`, from the working folder or the config's.
 
 Only what a config or a command names is imported, never what a checkpoint or a client names, and a line says so.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fdfo_engine.rewards.failures import Failure
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import FdfoError, UsageError
+from fdfo_engine.runtime.failures import Failure
 
 _more_folders: list[Path] = []
 
@@ -121,8 +121,8 @@ def _place_of(module: str) -> str | None:
 
 
 def _announce(module: str, file: str) -> None:
-    if multiprocessing.parent_process() is None:  # a process of a reward's own: its parent has said so
-        say(f"will import {module} from {file}, which the config names as a reward")
+    if multiprocessing.parent_process() is None:  # a reward's own process: its parent has said so
+        say(f"will import {module} from {file}, as the settings say")
 
 
 def _searched(source: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What is told of an exception in a reward: its cause, and the place in the code of who wrote the reward."""
+"""What is told of an exception in code that a user brought: its cause, and the place in that code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-_HERE = Path(__file__).resolve().parent
-_CALLERS = {str(_HERE / name) for name in ("weighted.py", "isolated.py", "registry.py", "reward.py", "own_code.py")}
-_CALLERS |= {importlib.__file__}
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CALLERS = {
+    importlib.__file__, str(_PACKAGE / "runtime/own_code.py"),
+    *(str(_PACKAGE / f"rewards/{name}.py") for name in ("weighted", "isolated", "registry", "reward")),
+}  # fmt: skip
+"""Files whose frames only lead to the user's code."""
+
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -26,7 +30,7 @@ class Failure:
     """File, line and function of the innermost frame that is no library's; empty where there is none."""
 
     trace: str
-    """The traceback from the reward's own code on."""
+    """The traceback from the user's own code on."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -48,7 +52,7 @@ class Failure:
 
 
 class FailedElsewhereError(RuntimeError):
-    """A reward raised in a process of its own."""
+    """What ran in another process raised there."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.cause)
@@ -56,7 +60,7 @@ class FailedElsewhereError(RuntimeError):
 
 
 def _from_own_code(trace: TracebackType | None) -> TracebackType | None:
-    """Without the leading frames that only called the reward; None where there are no others."""
+    """Without the leading frames that only lead to it; None where there are no others."""
     while trace is not None and _only_calls(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
     return trace
