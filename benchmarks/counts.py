@@ -43,7 +43,7 @@ THIN = 64
 """A product is large where all its sizes are above this."""
 
 LARGE_KERNELS = {"lora_linear_kernel", "lora_linear_input_kernel"}
-FILLED = {"qk_rms_norm_forward_kernel", "qk_rms_norm_backward_kernel", "lora_linear_thin_gradient_kernel"}
+FILLED = {"qk_rms_norm_forward_kernel", "qk_rms_norm_backward_kernel", "lora_linear_rank_gradient_kernel"}
 """Kernels that get a tensor which they have already in the place of one that they have no use for."""
 
 _GEMMS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}

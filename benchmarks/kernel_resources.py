@@ -130,42 +130,42 @@ def _linear_cases() -> Iterator[Case]:
     """GELU, and LoRA in bfloat16 and float32, each at the tile that its architecture takes."""
     from fdfo_engine.kernels import gelu, lora_linear
 
-    from fdfo_engine.ops import _gelu, _lora_launch
+    from fdfo_engine.ops import _gelu, _projection_tiles
 
     bf16, f32, block = POINTERS["bfloat16"], POINTERS["float32"], {"BLOCK": _gelu.BLOCK}
     yield Case(gelu.gelu_forward_kernel, [bf16, bf16, "i32"], block)
     yield Case(gelu.gelu_backward_kernel, [*4 * [bf16], "i32"], block)
-    yield Case(lora_linear.lora_linear_sum_kernel, [f32, f32, "i32", "i32"], {"BLOCK": _lora_launch.SUM_BLOCK})
+    yield Case(lora_linear.lora_linear_sum_kernel, [f32, f32, "i32", "i32"], {"BLOCK": _projection_tiles.SUM_BLOCK})
     for dtype in (torch.bfloat16, torch.float32):
-        yield from _thin_cases(lora_linear, dtype)
+        yield from _rank_cases(lora_linear, dtype)
         for architecture in ARCHITECTURES:
             yield from _large_cases(lora_linear, dtype, RANK, architecture)
     for architecture in ARCHITECTURES:  # no adapter: the feed-forward's GELU, forward and backward
         yield from _large_cases(lora_linear, torch.bfloat16, 0, architecture)
 
 
-def _thin_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
-    """Products with a thin side, of both streams and all their layers."""
-    from fdfo_engine.ops import _lora_launch
+def _rank_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
+    """Products with a side of the rank, of both streams and all their layers."""
+    from fdfo_engine.ops import _projection_tiles
 
-    x, f32, block = POINTERS[str(dtype)[6:]], POINTERS["float32"], _lora_launch.rank_block(RANK)
-    thin, factors = _lora_launch.thin_tile(dtype), _lora_launch.FACTORS
+    x, f32, block = POINTERS[str(dtype)[6:]], POINTERS["float32"], _projection_tiles.rank_block(RANK)
+    rank, factors = _projection_tiles.rank_tile(dtype), _projection_tiles.FACTORS
     known = {"STREAMS": STREAMS, "LAYERS": LAYERS}
     xs, stream = STREAMS * (x,), STREAMS * ("i32",)
     layers, layer, masters = STREAMS * LAYERS * (x,), STREAMS * LAYERS * ("i32",), STREAMS * LAYERS * (f32,)
-    tile = {"WIDE": x == f32, "ROWS": thin.rows, "RANK": block, "INNER": thin.inner}
-    types = [xs, masters, layers, *5 * [stream], layer, "i32", "fp32"]
-    yield Case(kernels.lora_linear_thin_kernel, types, known | tile, _options(thin))
-    yield from _thin_gradient_cases(kernels, dtype)
-    known["SPLITS"] = _lora_launch.SPLITS
+    tile = {"WIDE": x == f32, "ROWS": rank.rows, "RANK": block, "INNER": rank.inner}
+    types = [xs, masters, layers, *5 * [stream], layer, STREAMS * LAYERS * ("fp32",), "i32"]
+    yield Case(kernels.lora_linear_rank_product_kernel, types, known | tile, _options(rank))
+    yield from _rank_gradient_cases(kernels, dtype)
+    known["SPLITS"] = _projection_tiles.SPLITS
     tile = {"WIDE": x == f32, "ROWS": factors.rows, "RANK": block, "COLUMNS": factors.columns}
     types = [xs, layers, layers, layers, f32, *6 * [stream], *4 * [layer], "i32", "i32"]
     yield Case(kernels.lora_linear_factors_kernel, types, known | tile, _options(factors))
 
 
-def _thin_gradient_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
+def _rank_gradient_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
     """Of all layers; of one a stream through its gate; of all through the norms of queries and keys."""
-    from fdfo_engine.ops import _lora_launch
+    from fdfo_engine.ops import _projection_tiles
 
     x, f32 = POINTERS[str(dtype)[6:]], POINTERS["float32"]
     for count, gated, normed in ((LAYERS, False, 0), (1, True, 0), (LAYERS, False, 0b011011)):
@@ -173,16 +173,16 @@ def _thin_gradient_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
         layers, none, masters = STREAMS * count * (x,), STREAMS * count * ("none",), STREAMS * count * (f32,)
         norms = [layers, layers, masters] if normed else 3 * [none]
         types = [layers, masters, layers, layers if gated else none, *norms, layers if gated or normed else none]
-        types += [*3 * [stream], *6 * [layer], "fp32"]
-        tile, head = _lora_launch.thin_tile(dtype, more=gated or normed > 0), HEAD if normed else 1
+        types += [*3 * [stream], *6 * [layer], STREAMS * count * ("fp32",)]
+        tile, head = _projection_tiles.rank_tile(dtype, through_end=gated or normed > 0), HEAD if normed else 1
         known = {"STREAMS": STREAMS, "LAYERS": count, "NORMED": normed, "HEAD": head, "WIDE": x == f32}
-        sizes = {"ROWS": tile.rows, "RANK": _lora_launch.rank_block(RANK), "INNER": max(tile.inner, head)}
-        yield Case(kernels.lora_linear_thin_gradient_kernel, types, known | sizes, _options(tile))
+        sizes = {"ROWS": tile.rows, "RANK": _projection_tiles.rank_block(RANK), "INNER": max(tile.inner, head)}
+        yield Case(kernels.lora_linear_rank_gradient_kernel, types, known | sizes, _options(tile))
 
 
 def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int) -> Iterator[Case]:
     """Forward and gradient of x: of all layers, one with GELU, one a stream with a residual, all with norms."""
-    from fdfo_engine.ops import _lora_launch
+    from fdfo_engine.ops import _projection_tiles
 
     x, wide = POINTERS[str(dtype)[6:]], {"WIDE": dtype == torch.float32}
     shapes = [(STREAMS, LAYERS, False, False, 0), (1, 1, True, False, 0)]
@@ -207,10 +207,10 @@ def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int)
         for kernel, types, more in (
             (kernels.lora_linear_kernel, forward, gelu or added), (kernels.lora_linear_input_kernel, backward, True),
         ):  # fmt: skip
-            tile = _lora_launch.tile(dtype, architecture // 10, more=more)
+            tile = _projection_tiles.tile(dtype, architecture // 10, more=more)
             constants = known | ({"HEAD": head, "GELU": gelu} if types is forward else {}) | wide
             sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner}
-            sizes |= {"RANK": _lora_launch.rank_block(rank), "GROUP": tile.group}
+            sizes |= {"RANK": _projection_tiles.rank_block(rank), "GROUP": tile.group}
             yield Case(kernel, types, constants | sizes, _options(tile), (architecture,))
 
 

@@ -67,33 +67,33 @@ def _forward_backward(c: Contest) -> Case:
 def _lora(device: torch.device, *size: int) -> Contest:
     x = _activations(device, *size)
     layer = _peft(device, size[-1], x.dtype)
-    parts = _parts(layer)
+    projection = _projection(layer)
 
     def fused(x: Tensor, backend: str) -> Tensor:
-        return ops.lora_linear(x, *parts, SCALING, backend=backend)
+        return ops.adapted_projection(x, projection, backend=backend)
 
     num_bytes = x.element_size() * (2 * x.numel() + size[-1] ** 2)
-    return Contest("lora_linear", x, layer, _factors(layer), fused, list(parts[2:]), num_bytes)
+    return Contest("adapted_projection", x, layer, _factors(layer), fused, _masters(projection), num_bytes)
 
 
 def _group(device: torch.device, *size: int) -> Contest:
     """Queries, keys and values; their sum stands for what comes after them."""
     x = _activations(device, *size)
     layers = [_peft(device, size[-1], x.dtype) for _ in range(3)]
-    parts = [_parts(layer) for layer in layers]
+    projections = [_projection(layer) for layer in layers]
 
     def plain(x: Tensor) -> Tensor:
         q, k, v = (layer(x) for layer in layers)
         return q + k + v
 
     def fused(x: Tensor, backend: str) -> Tensor:
-        q, k, v = ops.lora_linear_group(x, parts, SCALING, backend=backend)
+        ((q, k, v),) = ops.adapted_projections(x, [projections], backend=backend).streams
         return q + k + v
 
     trained = [factor for layer in layers for factor in _factors(layer)]
-    masters = [factor for four in parts for factor in four[2:]]
+    masters = [factor for projection in projections for factor in _masters(projection)]
     num_bytes = x.element_size() * (4 * x.numel() + 3 * size[-1] ** 2)
-    return Contest("lora_linear_group of 3", x, plain, trained, fused, masters, num_bytes)
+    return Contest("adapted_projections, 3 of one x", x, plain, trained, fused, masters, num_bytes)
 
 
 def _feed_forward(device: torch.device, *size: int) -> Contest:
@@ -129,7 +129,12 @@ def _factors(layer: Any) -> list[Tensor]:
     return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
 
 
-def _parts(layer: Any) -> tuple[Tensor, ...]:
-    """Parameters of PEFT's layer as the op takes them: the factors in float32."""
+def _projection(layer: Any) -> ops.Projection:
+    """PEFT's layer as the op takes it: the factors in float32."""
     masters = (factor.detach().float().requires_grad_() for factor in _factors(layer))
-    return layer.base_layer.weight, layer.base_layer.bias, *masters
+    return ops.Projection(layer.base_layer.weight, layer.base_layer.bias, ops.Adapter(*masters, SCALING))
+
+
+def _masters(projection: ops.Projection) -> list[Tensor]:
+    assert projection.adapter is not None
+    return [projection.adapter.a, projection.adapter.b]

@@ -1,8 +1,11 @@
-"""Triton kernels of `fdfo_engine.ops.lora_linear`. Device code: imports triton only, never the engine.
+"""Triton kernels of `fdfo_engine.ops.adapted_projections`. Device code: imports triton only, never the engine.
 
 A launch runs up to two streams of tokens with up to three layers each. What belongs to a stream comes as a tuple of
 STREAMS, what belongs to a layer as one of STREAMS * LAYERS, layer by layer of the first stream, then of the second.
 Rows of a stream lie in samples of S tokens: row m of x is at `(m // S) * batch + (m % S) * row`.
+
+An adapter's product x A^T is its rank-R product, `[M, R]`; its gradient g B is the rank-R gradient. Both hold the
+adapter's scale already, and those of a stream's layers lie side by side in one tensor.
 
 Adapter factors are float32 in memory and rounded to the model's dtype on the way into a product. `WIDE` makes operands
 float32: for float32 models, and for the interpreter, whose products of bfloat16 are wrong.
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from fdfo_engine.kernels.gelu import gelu
 from fdfo_engine.kernels.philox import rounded
-from fdfo_engine.kernels.tuples import pointer_of, size_of
+from fdfo_engine.kernels.tuples import pointer_of, scale_of, size_of
 
 
 @triton.jit
@@ -37,16 +40,16 @@ def starts_of(m, S, batch, row):
 
 @triton.jit
 def lora_linear_kernel(
-    xs, weights, biases, thins, factors, hs, residuals, gates, norms, roots, outs, Ms, Ss, x_batches, x_rows, thin_rows,
-    Ns, Rs, residual_batches, residual_rows, gate_rows, out_batches, K, eps,
+    xs, weights, biases, rank_products, factors, hs, residuals, gates, norms, rstds, outs, Ms, Ss, x_batches, x_rows,
+    rank_rows, Ns, Rs, residual_batches, residual_rows, gate_rows, out_batches, K, eps,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, HEAD: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # grid: tiles of all layers, one layer after the other; of a layer GROUP tiles of rows at a time, whose operands
-    # stay in L2: out [M, N] = x W^T + thin B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0. GELU is
-    # taken of that, or it is added to a residual [M, N] through the gate [B, N] of each sample; with norms every HEAD
-    # columns of all but a stream's last layer are divided by their rms and multiplied by a weight; 1 / rms is kept in
-    # roots, if there, which lie as out does
+    # stay in L2: out [M, N] = x W^T + rank_product B^T + bias, W is [N, K], B [N, R]; without any adapter RANK is 0.
+    # GELU is taken of that, or it is added to a residual [M, N] through the gate [B, N] of each sample; with norms
+    # every HEAD columns of all but a stream's last layer are divided by their rms and multiplied by a weight; rstds, if
+    # there, keep 1 / rms and lie as out does
     dtype: tl.constexpr = xs[0].dtype.element_ty
     COUNT: tl.constexpr = STREAMS * LAYERS
     layer, tile = layer_of(tl.program_id(0), Ms, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
@@ -65,14 +68,14 @@ def lora_linear_kernel(
         weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=in_n & (k < K)[:, None], other=0.0)
         acc = product(operand(x, dtype, WIDE), operand(weight, dtype, WIDE), acc)
     if RANK > 0:
-        R, thin_ptr = size_of(Rs, layer, COUNT), pointer_of(thins, layer, COUNT)
+        R, rank_product_ptr = size_of(Rs, layer, COUNT), pointer_of(rank_products, layer, COUNT)
         factor_ptr = pointer_of(factors, layer, COUNT)
-        thin_at = m.to(tl.int64) * size_of(thin_rows, stream, STREAMS)
+        rank_at = m.to(tl.int64) * size_of(rank_rows, stream, STREAMS)
         for first in range(0, R, RANK):
             r = first + tl.arange(0, RANK)  # [RANK]
-            thin = tl.load(thin_ptr + thin_at[:, None] + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
+            low = tl.load(rank_product_ptr + rank_at[:, None] + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
             factor = tl.load(factor_ptr + n[None, :] * R + r[:, None], mask=in_n & (r < R)[:, None], other=0.0)
-            acc = product(operand(thin, dtype, WIDE), operand(factor, dtype, WIDE), acc)
+            acc = product(operand(low, dtype, WIDE), operand(factor, dtype, WIDE), acc)
     if biases[0] is not None:
         acc += tl.load(pointer_of(biases, layer, COUNT) + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = starts_of(m, S, size_of(out_batches, layer, COUNT), N)[:, None] + n[None, :]
@@ -82,11 +85,11 @@ def lora_linear_kernel(
         acc, _ = gelu(acc)
     if norms[0] is not None and layer % LAYERS < LAYERS - 1:
         norm_ptr = pointer_of(norms, layer, COUNT)
-        acc, root = by_head(acc, eps, HEAD)
-        if roots[0] is not None:
+        acc, rstd = by_head(acc, eps, HEAD)
+        if rstds[0] is not None:
             head = tile_n * (COLUMNS // HEAD) + tl.arange(0, COLUMNS // HEAD)
-            root_at = starts_of(m, S, size_of(out_batches, layer, COUNT) // HEAD, N // HEAD)[:, None] + head[None, :]
-            tl.store(pointer_of(roots, layer, COUNT) + root_at, root, mask=in_m & (head < N // HEAD)[None, :])
+            rstd_at = starts_of(m, S, size_of(out_batches, layer, COUNT) // HEAD, N // HEAD)[:, None] + head[None, :]
+            tl.store(pointer_of(rstds, layer, COUNT) + rstd_at, rstd, mask=in_m & (head < N // HEAD)[None, :])
         acc = rounded(acc, norm_ptr.dtype.element_ty)
         acc *= tl.load(norm_ptr + n % HEAD, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if residuals[0] is not None:
@@ -104,8 +107,8 @@ def lora_linear_kernel(
 def by_head(x, eps, HEAD: tl.constexpr):
     """Every HEAD columns of x divided by their rms, and the reciprocals of that."""
     heads = tl.reshape(x, [x.shape[0], x.shape[1] // HEAD, HEAD])
-    roots = 1.0 / tl.sqrt_rn(tl.sum(heads * heads, axis=2) / HEAD + eps)
-    return tl.reshape(heads * roots[:, :, None], [x.shape[0], x.shape[1]]), roots
+    rstds = 1.0 / tl.sqrt_rn(tl.sum(heads * heads, axis=2) / HEAD + eps)
+    return tl.reshape(heads * rstds[:, :, None], [x.shape[0], x.shape[1]]), rstds
 
 
 @triton.jit
@@ -132,13 +135,13 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def lora_linear_input_kernel(
-    grads, weights, thins, factors, h_ptr, outs, Ms, Ss, thin_rows, out_batches, Ns, Rs, grad_batches, grad_rows,
+    grads, weights, rank_grads, factors, h_ptr, outs, Ms, Ss, rank_rows, out_batches, Ns, Rs, grad_batches, grad_rows,
     weight_rows, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # grid: as above, a stream in the place of a layer: out [M, K] = the sum over layers of grad W + thin A, times the
-    # slope of GELU at h where that is given; W is [N, K], A [R, K]; without any adapter RANK is 0
+    # grid: as above, a stream in the place of a layer: out [M, K] = the sum over layers of grad W + rank_grad A, times
+    # the slope of GELU at h where that is given; W is [N, K], A [R, K]; without any adapter RANK is 0
     dtype: tl.constexpr = grads[0].dtype.element_ty
     tiles_k, first_tiles = tl.cdiv(K, COLUMNS), tl.cdiv(Ms[0], ROWS) * tl.cdiv(K, COLUMNS)
     stream = (tl.program_id(0) >= first_tiles).to(tl.int32)
@@ -148,7 +151,7 @@ def lora_linear_input_kernel(
     m = tile_m * ROWS + tl.arange(0, ROWS)  # [ROWS]
     k = tile_k.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     in_m, in_k = (m < M)[:, None], (k < K)[None, :]
-    thin_at = m.to(tl.int64) * size_of(thin_rows, stream, STREAMS)
+    rank_at = m.to(tl.int64) * size_of(rank_rows, stream, STREAMS)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in tl.static_range(LAYERS):
         layer = stream * LAYERS + i
@@ -164,13 +167,13 @@ def lora_linear_input_kernel(
             weight = tl.load(weight_ptr + weight_at, mask=in_k & (n < N)[:, None], other=0.0)
             acc = product(operand(grad, dtype, WIDE), operand(weight, dtype, WIDE), acc)
         if RANK > 0:
-            R, thin_ptr = size_of(Rs, layer, STREAMS * LAYERS), pointer_of(thins, layer, STREAMS * LAYERS)
+            R, rank_grad_ptr = size_of(Rs, layer, STREAMS * LAYERS), pointer_of(rank_grads, layer, STREAMS * LAYERS)
             factor_ptr = pointer_of(factors, layer, STREAMS * LAYERS)
             for first in range(0, R, RANK):
                 r = first + tl.arange(0, RANK)  # [RANK]
-                thin = tl.load(thin_ptr + thin_at[:, None] + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
+                low = tl.load(rank_grad_ptr + rank_at[:, None] + r[None, :], mask=in_m & (r < R)[None, :], other=0.0)
                 factor = tl.load(factor_ptr + r[:, None] * K + k[None, :], mask=in_k & (r < R)[:, None], other=0.0)
-                acc = product(operand(thin, dtype, WIDE), operand(factor, dtype, WIDE), acc)
+                acc = product(operand(low, dtype, WIDE), operand(factor, dtype, WIDE), acc)
     at = starts_of(m, S, size_of(out_batches, stream, STREAMS), K)[:, None] + k[None, :]
     if h_ptr is not None:
         _, slope = gelu(tl.load(h_ptr + at, mask=in_m & in_k, other=0.0).to(tl.float32))
@@ -179,8 +182,8 @@ def lora_linear_input_kernel(
 
 
 @triton.jit
-def lora_linear_thin_kernel(
-    xs, factors, outs, Ms, Ss, x_batches, x_rows, out_rows, Rs, K, scale,
+def lora_linear_rank_product_kernel(
+    xs, factors, outs, Ms, Ss, x_batches, x_rows, out_rows, Rs, scales, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -208,6 +211,7 @@ def lora_linear_thin_kernel(
         acc = acc0 if i == 0 else acc1 if i == 1 else acc2
         layer = stream * LAYERS + i
         mask = in_m & (r < size_of(Rs, layer, STREAMS * LAYERS))[None, :]
+        scale = scale_of(scales, layer, STREAMS * LAYERS)
         tl.store(pointer_of(outs, layer, STREAMS * LAYERS) + at, rounded(scale * acc, dtype), mask=mask)
 
 
@@ -232,15 +236,16 @@ def rows_of(program, Ms, STREAMS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def lora_linear_thin_gradient_kernel(
-    grads, factors, outs, gates, norms, normed, roots, raws, Ms, Ss, out_rows, Ns, Rs, grad_batches, grad_rows,
-    gate_rows, normed_batches, scale,
+def lora_linear_rank_gradient_kernel(
+    grads, factors, outs, gates, norms, normed, rstds, product_grads, Ms, Ss, out_rows, Ns, Rs, grad_batches, grad_rows,
+    gate_rows, normed_batches, scales,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, NORMED: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # grid (tiles of the rows of both streams, cdiv(max R, RANK), LAYERS): out [M, R] = scale * raw B; B is [N, R]. raw
-    # [M, N] is grad, or what it becomes on its way back to the product: times a gate [B, N] of each sample; or, for
-    # layers whose bit is in NORMED, through their norms by HEAD columns, whose outputs were normed. Then it is stored
+    # grid (tiles of the rows of both streams, cdiv(max R, RANK), LAYERS): out [M, R] = scale * product_grad B; B is
+    # [N, R]. product_grad [M, N] is grad, or what it becomes on its way back to the product: times a gate [B, N] of
+    # each sample; or, for layers whose bit is in NORMED, through their norms by HEAD columns, whose outputs are normed.
+    # Then it is stored
     dtype: tl.constexpr = grads[0].dtype.element_ty
     stream, m = rows_of(tl.program_id(0), Ms, STREAMS, ROWS)
     layer = stream * LAYERS + tl.program_id(2)
@@ -270,51 +275,53 @@ def lora_linear_thin_gradient_kernel(
                 y = tl.load(pointer_of(normed, layer, COUNT) + y_at, mask=mask, other=0.0).to(tl.float32)
                 weight = tl.load(pointer_of(norms, layer, COUNT) + n % HEAD).to(tl.float32)
                 head = first // HEAD + tl.arange(0, INNER // HEAD)
-                root_at = starts_of(m, S, batch // HEAD, N // HEAD)[:, None] + head[None, :]
+                rstd_at = starts_of(m, S, batch // HEAD, N // HEAD)[:, None] + head[None, :]
                 in_heads = in_m & (head < N // HEAD)[None, :]
-                root = tl.load(pointer_of(roots, layer, COUNT) + root_at, mask=in_heads, other=0.0)
-                grad = rounded(before_norm(grad.to(tl.float32), y, weight, root, HEAD), dtype).to(dtype)
-        if raws[0] is not None:
-            raw_at = m.to(tl.int64)[:, None] * N + n[None, :]
-            tl.store(pointer_of(raws, layer, COUNT) + raw_at, grad, mask=mask & is_stored)
+                rstd = tl.load(pointer_of(rstds, layer, COUNT) + rstd_at, mask=in_heads, other=0.0)
+                grad = rounded(before_norm(grad.to(tl.float32), y, weight, rstd, HEAD), dtype).to(dtype)
+        if product_grads[0] is not None:
+            product_at = m.to(tl.int64)[:, None] * N + n[None, :]
+            tl.store(pointer_of(product_grads, layer, COUNT) + product_at, grad, mask=mask & is_stored)
         factor = tl.load(factor_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
         acc = product(operand(grad, dtype, WIDE), operand(factor, dtype, WIDE), acc)
     at = m.to(tl.int64)[:, None] * size_of(out_rows, stream, STREAMS) + r[None, :]
+    scale = scale_of(scales, layer, COUNT)
     tl.store(pointer_of(outs, layer, COUNT) + at, rounded(scale * acc, dtype), mask=in_m & (r < R)[None, :])
 
 
 @triton.jit
-def before_norm(grad, y, weight, root, HEAD: tl.constexpr):
-    """Gradient of what was normed by HEAD columns, whose outputs times `weight` are y; `root` is 1 / rms of each."""
+def before_norm(grad, y, weight, rstd, HEAD: tl.constexpr):
+    """Gradient of what was normed by HEAD columns, whose outputs times `weight` are y; `rstd` is 1 / rms of each."""
     shape: tl.constexpr = [grad.shape[0], grad.shape[1] // HEAD, HEAD]
     n = tl.reshape(y / weight[None, :], shape)
     d = tl.reshape(grad * weight[None, :], shape)
-    raw = root[:, :, None] * (d - n * (tl.sum(d * n, axis=2) / HEAD)[:, :, None])
-    return tl.reshape(raw, [grad.shape[0], grad.shape[1]])
+    slope = rstd[:, :, None] * (d - n * (tl.sum(d * n, axis=2) / HEAD)[:, :, None])
+    return tl.reshape(slope, [grad.shape[0], grad.shape[1]])
 
 
 @triton.jit
 def lora_linear_factors_kernel(
-    xs, grads, thins, thin_grads, partial_ptr, Ms, Ss, x_batches, x_rows, thin_rows, thin_grad_rows,
+    xs, grads, rank_products, rank_grads, partial_ptr, Ms, Ss, x_batches, x_rows, rank_rows, rank_grad_rows,
     Ns, Rs, grad_batches, grad_rows, K, TOTAL,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # grid (the sum over layers of cdiv(K, COLUMNS) + cdiv(N, COLUMNS), cdiv(max R, RANK), SPLITS): a part of the rows
-    # gives partial [SPLITS, TOTAL]: layer by layer the sums of dA = thin_grad^T x, then those of dB = grad^T thin
+    # gives partial [SPLITS, TOTAL]: layer by layer the sums of dA = rank_grad^T x, then those of dB = grad^T
+    # rank_product
     dtype: tl.constexpr = xs[0].dtype.element_ty
     COUNT: tl.constexpr = STREAMS * LAYERS
     layer, tile, place = factors_of(tl.program_id(0), Ns, Rs, K, COUNT, COLUMNS)
     stream, of_a = layer // LAYERS, tile < tl.cdiv(K, COLUMNS)
     M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
     N, R = size_of(Ns, layer, COUNT), size_of(Rs, layer, COUNT)
-    wide_ptr, narrow_ptr, size = pointer_of(xs, stream, STREAMS), pointer_of(thin_grads, layer, COUNT), K
+    wide_ptr, narrow_ptr, size = pointer_of(xs, stream, STREAMS), pointer_of(rank_grads, layer, COUNT), K
     batch, row = size_of(x_batches, stream, STREAMS), size_of(x_rows, stream, STREAMS)
-    narrow_row = size_of(thin_grad_rows, stream, STREAMS)
+    narrow_row = size_of(rank_grad_rows, stream, STREAMS)
     if not of_a:
-        wide_ptr, narrow_ptr, size = pointer_of(grads, layer, COUNT), pointer_of(thins, layer, COUNT), N
+        wide_ptr, narrow_ptr, size = pointer_of(grads, layer, COUNT), pointer_of(rank_products, layer, COUNT), N
         batch, row = size_of(grad_batches, layer, COUNT), size_of(grad_rows, layer, COUNT)
-        narrow_row = size_of(thin_rows, stream, STREAMS)
+        narrow_row = size_of(rank_rows, stream, STREAMS)
         tile -= tl.cdiv(K, COLUMNS)
     c = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]

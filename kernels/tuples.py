@@ -21,3 +21,12 @@ def size_of(sizes, i, COUNT: tl.constexpr, dtype: tl.constexpr = tl.int32):
     for j in tl.static_range(1, COUNT):
         found = tl.where(i == j, tl.cast(sizes[j], dtype), found)
     return found
+
+
+@triton.jit
+def scale_of(scales, i, COUNT: tl.constexpr):
+    """Number i of a tuple."""
+    found = tl.cast(scales[0], tl.float32)
+    for j in tl.static_range(1, COUNT):
+        found = tl.where(i == j, tl.cast(scales[j], tl.float32), found)
+    return found

@@ -8,20 +8,14 @@ import torch
 from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend, choose
 from fdfo_engine.ops._norm_streams import NormStream
+from fdfo_engine.ops.adapted_projections import adapted_projection, adapted_projections, ends_inside
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
 from fdfo_engine.ops.feed_forward import feed_forward
 from fdfo_engine.ops.gated_residual import gated_residual
-from fdfo_engine.ops.gated_residual_norm import gated_residual_norm, gated_residual_norms
+from fdfo_engine.ops.gated_residual_norm import Residual, gated_residual_norm, gated_residual_norms
 from fdfo_engine.ops.guided_velocity import guided_velocity
 from fdfo_engine.ops.layer_norm_modulate import layer_norm_modulate
 from fdfo_engine.ops.log_ratio import log_ratio
-from fdfo_engine.ops.lora_linear import (
-    lora_linear,
-    lora_linear_group,
-    lora_linear_streams,
-)
-from fdfo_engine.ops.lora_linear_residuals import lora_linear_residuals
-from fdfo_engine.ops.lora_qkv import lora_qkv
 from fdfo_engine.ops.pair_direction import pair_direction
 from fdfo_engine.ops.paired_noise import paired_noise
 from fdfo_engine.ops.paired_step import paired_step
@@ -36,6 +30,7 @@ from fdfo_engine.ops.philox import (
     philox_words,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
+from fdfo_engine.ops.projection import Adapter, Gelu, HeadNorm, IntoResidual, Packed, Projected, Projection
 from fdfo_engine.ops.qk_rms_norm import QKV, is_invertible, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
@@ -48,14 +43,25 @@ __all__ = [
     "QKV",
     "SCALAR_STREAM",
     "SHARED_STREAM",
+    "Adapter",
     "BackendUnavailableError",
+    "Gelu",
+    "HeadNorm",
+    "IntoResidual",
     "NormStream",
+    "Packed",
+    "Projected",
+    "Projection",
+    "Residual",
+    "adapted_projection",
+    "adapted_projections",
     "backend_for",
     "backends",
     "block_backend",
     "chosen_backend",
     "churn_stream",
     "deal_stream",
+    "ends_inside",
     "fdfo_loss",
     "feed_forward",
     "gated_residual",
@@ -66,11 +72,6 @@ __all__ = [
     "is_invertible",
     "layer_norm_modulate",
     "log_ratio",
-    "lora_linear",
-    "lora_linear_group",
-    "lora_linear_residuals",
-    "lora_linear_streams",
-    "lora_qkv",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",

@@ -1,4 +1,4 @@
-"""GELU by tanh after a matrix product: the pass over the wide tensor that `lora_linear` and `feed_forward` share."""
+"""GELU by tanh after a matrix product: the pass over the wide tensor that projections and `feed_forward` share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _compiled
 
@@ -16,6 +17,33 @@ _aten: Any = torch.ops.aten
 def fuses_bias(backend: str, dtype: torch.dtype) -> bool:
     """Whether `h` comes without its bias, which costs no pass of its own here; else the product adds it."""
     return backend == "cpp" and dtype == torch.float32
+
+
+def behind_product(h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """`gelu(h + bias)` of a product `[B, S, N]` that nobody else reads: without gradients it is written over."""
+    if torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad)):
+        found: Tensor = _Gelu.apply(h, bias, backend)
+        return found
+    return forward(h.flatten(0, 1), bias, backend, inplace=True).view(h.shape)
+
+
+class _Gelu(torch.autograd.Function):
+    """Keeps what GELU is taken of."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(h, bias)
+        ctx.backend = backend
+        return forward(h.flatten(0, 1), bias, backend, inplace=False).view(h.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        h, bias = ctx.saved_tensors
+        needs_h, needs_bias, _ = ctx.needs_input_grad
+        rows = upstream.flatten(0, 1).contiguous()
+        grad, _ = backward(h.view(rows.shape), bias, rows, ctx.backend, inplace=False, activation=False)
+        return grad.view(h.shape) if needs_h else None, grad.sum(0) if needs_bias else None, None
 
 
 def forward(h: Tensor, bias: Tensor | None, backend: str, *, inplace: bool) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fdfo_engine.ops import _checks, _dispatch, _gelu, _lora_triton
-from fdfo_engine.ops._lora_torch import Linear
+from fdfo_engine.ops import _checks, _dispatch, _gelu, _projection_triton
 
 OFFERED = ("triton", "cpp", "torch")
 
@@ -119,8 +118,8 @@ def _hidden(
     x: Tensor, w1: Tensor, b1: Tensor | None, backend: str, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """GELU's value, and what it was taken of if `keep`."""
-    if _lora_triton.takes_gelu(backend, x.dtype):
-        return _lora_triton.gelu_product(x, Linear(w1, b1, None, None), keep=keep)
+    if backend == "triton" and _projection_triton.takes_gelu(x.dtype):
+        return _projection_triton.gelu_product(x, w1, b1, keep=keep)
     h = _first_layer(x, w1, b1, backend)
     return _gelu.forward(h, _bias(b1, backend), backend, inplace=not keep), h if keep else None
 
@@ -129,8 +128,8 @@ def _before_gelu(
     grad: Tensor, w2: Tensor, h: Tensor, b1: Tensor | None, backend: str, *, activation: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of what GELU was taken of, and GELU's value where `activation` asks."""
-    if _lora_triton.takes_gelu(backend, h.dtype) and not activation:
-        return _lora_triton.gelu_gradient(grad, Linear(w2, None, None, None), h), None
+    if backend == "triton" and _projection_triton.takes_gelu(h.dtype) and not activation:
+        return _projection_triton.gelu_gradient(grad, w2, h), None
     return _gelu.backward(h, _bias(b1, backend), grad @ w2, backend, inplace=True, activation=activation)
 
 

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
 from fdfo_engine.ops._checks import NORM_EPS
 from fdfo_engine.ops._norm_streams import NormStream, modulated_norms
-from fdfo_engine.ops.gated_residual import check_residual
+from fdfo_engine.ops.gated_residual import check_residual, gated_residual
 from fdfo_engine.ops.layer_norm_modulate import check_modulations, layer_norm_modulate_reference
 
 OFFERED = ("triton", "cpp", "torch")
+
+
+class Residual(NamedTuple):
+    """A residual stream `x + gate * y` whose sum is made where it is read next: by `joined`, or by a norm on its way.
+
+    Without y and gate it is x: that sum is made already.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+    def joined(self, *, backend: str | None = None) -> Tensor:
+        """The sum: `gated_residual`."""
+        if self.y is None or self.gate is None:
+            return self.x
+        return gated_residual(self.x, self.y, self.gate, backend=backend)
+
+    def to_norm(self, scale: Tensor, shift: Tensor, **second: Tensor) -> NormStream:
+        """What `gated_residual_norms` takes for the sum and its norm, modulated, once or twice."""
+        return NormStream(self.x, scale, shift, self.y, self.gate, **second)
 
 
 def gated_residual_norm(

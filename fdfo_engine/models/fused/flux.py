@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from fdfo_engine.models.fused.linear import parts_of, project
-from fdfo_engine.models.fused.modulation import (
-    Attended,
-    Modulations,
-    Residual,
-    attend_and_feed,
-    attention_outputs,
-    modulation_of,
+from fdfo_engine.models.fused.blocks import (
+    Fed,
+    Hidden,
+    Out,
+    as_residual,
+    feed,
+    final_layer,
+    gelu_of,
+    into_residuals,
+    is_checkpointed,
+    last_tokens,
+    like_input,
+    normed,
+    run_block,
 )
-from fdfo_engine.models.fused.sd3 import NOTHING, Carried, Rows, final_layer, is_checkpointed, run_block
-from fdfo_engine.models.fused.streams import Settings, StreamAttention
-from fdfo_engine.ops import feed_forward, gated_residual_norms
-
-Rotary = tuple[Tensor, Tensor]
+from fdfo_engine.models.fused.linear import projection_of
+from fdfo_engine.models.fused.modulation import Modulations, Rows, modulations, rows_of
+from fdfo_engine.models.fused.streams import JointAttention, Rotary, Settings
+from fdfo_engine.ops import Residual, feed_forward, gated_residual_norms
 
 
 class FusedDoubleBlock:
@@ -30,38 +36,35 @@ class FusedDoubleBlock:
     def __init__(self, block: Any, settings: Settings) -> None:
         self.block = block
         self.recompute = settings.recompute_fc1
-        self.attention = StreamAttention(block.attn, settings, text_first=True, rotary=True)
+        self.attention = JointAttention(block.attn, settings, text_first=True, rotary=True)
         self.joints = self.attention.joints
-        self.norms = (block.norm1, block.norm1_context)
+
+    def modulation_layers(self) -> list[Any]:
+        """Of the image's norms and of the text's."""
+        return [self.block.norm1.linear, self.block.norm1_context.linear]
 
     def forward(
         self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        hidden_states: Hidden,
+        encoder_hidden_states: Hidden,
         temb: Tensor,
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
-        modulation: Rows = (None, None),
-        carried: Carried | None = None,
-    ) -> tuple[Any, ...]:
-        """As the block's own; `modulation` and `carried` are those of `FusedJointBlock`."""
-        block, x, text = self.block, hidden_states, encoder_hidden_states
-        row, text_row = (modulation_of(norm, temb, made) for norm, made in zip(self.norms, modulation, strict=True))
-        shift, scale, gate, *feed = row.chunk(6, 1)
-        text_shift, text_scale, text_gate, *text_feed = text_row.chunk(6, 1)
-        y, y_gate, text_y, text_y_gate = carried or NOTHING
-        (x, n), (text, text_n) = gated_residual_norms(
-            [Residual(x, y, y_gate).to_norm(scale, shift),
-             Residual(text, text_y, text_y_gate).to_norm(text_scale, text_shift)]
-        )  # fmt: skip
+        modulation: Rows | None = None,
+    ) -> tuple[Hidden, Hidden]:
+        """As the block's own; `modulation` and Residuals as in `FusedJointBlock`."""
+        block, (row, text_row) = self.block, rows_of(self, temb, modulation)
+        (attn, ff), (text_attn, text_ff) = modulations(row, 2), modulations(text_row, 2)
+        image, text = as_residual(hidden_states), as_residual(encoder_hidden_states)
+
+        (x, n), (text_x, text_n) = gated_residual_norms([normed(image, attn), normed(text, text_attn)])
         mixed = self.attention(text_n, n, rotary=image_rotary_emb)
-        layers = [block.attn.to_add_out, block.attn.to_out[0]]
-        after_text, after = attention_outputs(layers, mixed, [(text, text_gate), (x, gate)])
-        attended = Attended(after, feed, block.ff), Attended(after_text, text_feed, block.ff_context)
-        found, found_text = attend_and_feed(attended, recompute=self.recompute)
-        if carried is None:
-            return within_half(found_text.joined()), found.joined()
-        return found_text.x, found.x, (*found[1:], *found_text[1:])
+        outs = [Out(block.attn.to_add_out, text_x, text_attn.gate), Out(block.attn.to_out[0], x, attn.gate)]
+        text, image = into_residuals(mixed, outs)
+
+        fed = [Fed(text, text_ff, block.ff_context), Fed(image, ff, block.ff)]
+        text, image = feed(fed, recompute=self.recompute)
+        return within_half(like_input(text, encoder_hidden_states)), like_input(image, hidden_states)
 
 
 class FusedSingleBlock:
@@ -70,46 +73,47 @@ class FusedSingleBlock:
     def __init__(self, block: Any, settings: Settings) -> None:
         self.block = block
         self.recompute = settings.recompute_fc1
-        self.attention = StreamAttention(block.attn, settings, rotary=True)
+        self.attention = JointAttention(block.attn, settings, rotary=True)
         self.joints = self.attention.joints
-        self.norms = (block.norm,)
+
+    def modulation_layers(self) -> list[Any]:
+        """Of its one norm."""
+        return [self.block.norm.linear]
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Hidden,
         encoder_hidden_states: Tensor | None,
         temb: Tensor,
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
-        modulation: tuple[Tensor | None] = (None,),
-        carried: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> tuple[Any, ...]:
-        """As the block's own. Without `encoder_hidden_states`, `hidden_states` are text and image tokens, joined.
-
-        With `carried`, the last gated output of these and its gate, the sum is made here, and this block's own output
-        and gate are handed on: None, the tokens, `carried`.
-        """
-        text, x = encoder_hidden_states, hidden_states
+        modulation: Rows | None = None,
+    ) -> tuple[Tensor | None, Hidden]:
+        """As the block's own. Without `encoder_hidden_states`, `hidden_states` are text and image tokens, joined."""
+        (row,) = rows_of(self, temb, modulation)
+        (both,) = modulations(row, 1)
+        text, tokens = encoder_hidden_states, hidden_states
         if text is not None:
-            x = torch.cat([text, x], 1)
-        shift, scale, gate = modulation_of(self.block.norm, temb, modulation[0]).chunk(3, 1)
-        ((x, n),) = gated_residual_norms([Residual(x, *carried or ()).to_norm(scale, shift)])
-        found = self._out(n, self.attention(n, rotary=image_rotary_emb), x, gate)
-        if carried is not None:
-            return None, found.x, found[1:]
-        x = within_half(found.joined())
-        if text is None:
-            return None, x
-        text, x = x.split([text.shape[1], hidden_states.shape[1]], 1)
-        return text, x
+            tokens = torch.cat([text, as_residual(hidden_states).joined()], 1)
 
-    def _out(self, n: Tensor, mixed: Tensor, x: Tensor, gate: Tensor) -> Residual:
-        """`proj_out` of attention and feed-forward side by side: the sum of two products, nothing is joined."""
-        up, down = parts_of(self.block.proj_mlp), parts_of(self.block.proj_out)
-        if up.lora_a is not None or down.lora_a is not None:
-            both = torch.cat([mixed, project(self.block.proj_mlp, n, gelu=True)], 2)
-            return attention_outputs([self.block.proj_out], both, [(x, gate)])[0]
-        return Residual(x, feed_forward(n, *up[:2], *down[:2], beside=mixed, recompute=self.recompute), gate)
+        ((x, n),) = gated_residual_norms([normed(as_residual(tokens), both)])
+        mixed = self.attention(n, rotary=image_rotary_emb)
+        found = within_half(like_input(self._out(n, mixed, x, both.gate), tokens))
+
+        if text is None or isinstance(found, Residual):
+            return None, found
+        return found[:, : text.shape[1]], found[:, text.shape[1] :]
+
+    def _out(self, n: Tensor, mixed: Tensor, x: Tensor, gate: Tensor | None) -> Residual:
+        """`proj_out` of attention and feed-forward side by side: without adapters the sum of two products."""
+        up, down = projection_of(self.block.proj_mlp), projection_of(self.block.proj_out)
+        if up.adapter is not None or down.adapter is not None:
+            side_by_side = torch.cat([mixed, gelu_of(self.block.proj_mlp, n)], 2)
+            return into_residuals(side_by_side, [Out(self.block.proj_out, x, gate)])[0]
+        y = feed_forward(
+            n, up.weight, up.bias, down.weight, down.bias, beside=mixed, recompute=self.recompute
+        )  # fmt: skip
+        return Residual(x, y, gate)
 
 
 class FusedFlux:
@@ -120,8 +124,7 @@ class FusedFlux:
         double = [FusedDoubleBlock(block, settings) for block in model.transformer_blocks]
         single = [FusedSingleBlock(block, settings) for block in model.single_transformer_blocks]
         self.blocks: list[FusedDoubleBlock | FusedSingleBlock] = [*double, *single]
-        norms = [norm for block in self.blocks for norm in block.norms]
-        self.modulations = Modulations([*norms, model.norm_out], rehome=settings.rehome)
+        self.modulations = Modulations(self.blocks, model.norm_out, rehome=settings.rehome)
 
     def forward(
         self,
@@ -153,35 +156,31 @@ class FusedFlux:
         told = [1000 * t.to(x.dtype) for t in (timestep, guidance) if t is not None]
         temb = model.time_text_embed(*told, pooled_projections)
         rotary = model.pos_embed(torch.cat([unbatched(txt_ids), unbatched(img_ids)]))
-        residual, temb, last = self._blocks(x, text, temb, rotary)
-        sample = final_layer(model, residual, temb, last)
+        rows, last = self.modulations(temb)
+        sample = final_layer(model, self._blocks(x, text, temb, rotary, rows), temb, last)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _blocks(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Residual, Tensor, Tensor | None]:
-        """Image tokens after all blocks, `temb`, and the modulation of the last norm.
-
-        Blocks hand on their last gated output, as SD3's do; not in float16, whose sums are clipped.
-        """
-        model, tokens, double = self.model, text.shape[1], len(self.model.transformer_blocks)
-        *rows, last = self.modulations(temb)
-        carries = not is_checkpointed(model) and x.dtype != torch.float16
-        carried: Any = NOTHING if carries else None
-        for i, block in enumerate(model.transformer_blocks):
-            found = run_block(model, block, x, text, temb, rotary, None, (rows[2 * i], rows[2 * i + 1]), carried)
-            text, x, carried = found if carries else (*found, None)
-        if carries:
-            text, x, carried = Residual(text, *carried[2:]).joined(), Residual(x, *carried[:2]).joined(), NOTHING[:2]
-        joined = torch.cat([text, x], 1)
-        for row, block in zip(rows[2 * double :], model.single_transformer_blocks, strict=True):
-            found = run_block(model, block, joined, None, temb, rotary, None, (row,), carried)
-            _, joined, carried = found if carries else (*found, None)
-        y, gate = carried or NOTHING[:2]
-        return Residual(joined[:, tokens:], None if y is None else y[:, tokens:], gate), temb, last
+    def _blocks(self, x: Hidden, text: Hidden, temb: Tensor, rotary: Rotary, rows: Sequence[Rows]) -> Hidden:
+        """Image tokens after all blocks. They hand on Residuals as SD3's do; not in float16, whose sums are clipped."""
+        model, first, of_block = self.model, as_residual(text).x.shape[1], iter(rows)
+        unsummed = not is_checkpointed(model) and as_residual(x).x.dtype != torch.float16
+        if unsummed:
+            x, text = as_residual(x), as_residual(text)
+        for block in model.transformer_blocks:
+            text, x = run_block(model, block, x, text, temb, rotary, None, next(of_block))
+        tokens: Hidden = torch.cat([as_residual(text).joined(), as_residual(x).joined()], 1)
+        if unsummed:
+            tokens = as_residual(tokens)
+        for block in model.single_transformer_blocks:
+            _, tokens = run_block(model, block, tokens, None, temb, rotary, None, next(of_block))
+        return last_tokens(as_residual(tokens), first)
 
 
-def within_half(x: Tensor) -> Tensor:
-    """Clipped to what float16 holds, where that is the dtype, as diffusers does."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+def within_half(hidden: Hidden) -> Hidden:
+    """Clipped to what float16 holds, as diffusers does, where that is the dtype; Residuals are of others."""
+    if isinstance(hidden, Residual) or hidden.dtype != torch.float16:
+        return hidden
+    return hidden.clip(-65504, 65504)
 
 
 def unbatched(ids: Any) -> Tensor:

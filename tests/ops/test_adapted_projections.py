@@ -1,13 +1,16 @@
-"""`lora_linear_streams`: both streams of tokens through their layers at once, against the layers one by one."""
+"""Both streams of tokens through their projections at once, against the projections one by one."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from numerics import assert_as_good_as
 from ops.exact import draw
-from ops.test_lora_linear import NAMES, SCALING, inputs
+from ops.test_adapted_projection import NAMES, SCALING, described, inputs
 from torch.nn import functional
 
 from fdfo_engine import ops
+from fdfo_engine.ops import Packed
 
 TOKENS = (7, 3)
 
@@ -29,6 +32,14 @@ def streams_of(dtype, device, *, ranks=((4, 4, 4), (4, 4, 4)), bias=True):
     return x, linears
 
 
+def projections_of(linears, *, packed=False):
+    """Of each stream; the last ones packed along tokens, if so."""
+    found = [[described(*layer) for layer in layers] for layers in linears]
+    if packed:
+        found = [[*layers, replace(last, end=Packed())] for *layers, last in found]
+    return found
+
+
 def streams_run(x, linears, upstream, *, packed, whole, backend):
     """Outputs and gradients; without a backend in float64, by the formula."""
     parts = x.split([*TOKENS, 2], 1)[:2]
@@ -40,9 +51,9 @@ def streams_run(x, linears, upstream, *, packed, whole, backend):
         joined = torch.cat([layers.pop() for layers in ys], 1) if packed else None
     else:
         given = {"x": x, "tokens": TOKENS} if whole else {"x": parts}
-        ys, joined = ops.lora_linear_streams(
-            linears=linears, scaling=SCALING, packed=packed, backend=backend, **given
-        )  # fmt: skip
+        projections = projections_of(linears, packed=packed)
+        ys, joined, _ = ops.adapted_projections(projections=projections, backend=backend, **given)
+        (joined,) = joined or [None]
     out = [y for layers in ys for y in layers] + ([joined] if packed else [])
     leaves = [x, *(t for layers in linears for layer in layers for t in layer if t is not None)]
     return [*out, *torch.autograd.grad(out, leaves, upstream)]
@@ -55,7 +66,7 @@ def streams_run(x, linears, upstream, *, packed, whole, backend):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_streams_are_their_layers(dtype, packed, whole, ranks, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, linears = streams_of(dtype, device, ranks=ranks, bias=whole)
     wide = x.detach().double().requires_grad_()
@@ -84,10 +95,10 @@ def short(linears):
 
 
 def test_a_stream_whose_outputs_are_not_used(backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, linears = streams_of(torch.float32, device)
-    (used, _), _ = ops.lora_linear_streams(x, linears, SCALING, tokens=TOKENS, backend=backend)
+    used, _ = ops.adapted_projections(x, projections_of(linears), tokens=TOKENS, backend=backend).streams
     dx, da = torch.autograd.grad(used[1].sum(), (x, linears[0][1][2]))
     weight, _, a, b = (t.detach() for t in linears[0][1])
     want = (weight + SCALING * b @ a).sum(0).expand(2, TOKENS[0], -1)
@@ -101,7 +112,7 @@ def test_streams_in_one_tensor_are_not_copied_where_triton_runs():
     x, linears = streams_of(torch.float32, "cpu")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.lora_linear_streams(x, linears, SCALING, tokens=TOKENS, backend="triton")
+        ops.adapted_projections(x, projections_of(linears), tokens=TOKENS, backend="triton")
     given = {x.data_ptr(), *(t.data_ptr() for layers in linears for layer in layers for t in layer)}
     others = [t for t in saved if t.data_ptr() not in given]
     assert [tuple(t.shape) for t in others] == [(2 * count, 12) for count in TOKENS]  # s x A^T alone
@@ -110,14 +121,62 @@ def test_streams_in_one_tensor_are_not_copied_where_triton_runs():
 def test_streams_refuse():
     x, linears = streams_of(torch.float32, "cpu")
     for bad, message in (
-        ({"linears": []}, r"linears is of lengths \[\]"),
-        ({"linears": [linears[0], []]}, r"linears is of lengths \[3, 0\]"),
+        ({"linears": []}, r"projections is of lengths \[\]"),
+        ({"linears": [linears[0], []]}, r"projections is of lengths \[3, 0\]"),
         ({"tokens": None}, "x is 1 tensors"),
         ({"tokens": (7, 30)}, r"tokens is \[7, 30\]"),
         ({"tokens": (7,)}, r"tokens is \[7\]"),
         ({"x": [x, x[:1]], "tokens": None}, r"x\[1\] is"),
         ({"x": [x, x[..., :3]], "tokens": None}, r"x\[1\] is"),
-        ({"linears": [linears[0], [[linears[1][0][0][:5], *linears[1][0][1:]]]]}, "bias is"),
+        ({"linears": [linears[0], [[linears[1][0][0][:5], *linears[1][0][1:]]]]}, r"projections\[1\]\[0\].bias is"),
     ):
-        with pytest.raises(ValueError, match=f"lora_linear_streams: {message}"):
-            ops.lora_linear_streams(**{"x": x, "linears": linears, "scaling": 1.0, "tokens": TOKENS} | bad)
+        given = {"x": x, "linears": linears, "tokens": TOKENS} | bad
+        projections = projections_of(given.pop("linears"))
+        with pytest.raises(ValueError, match=f"adapted_projections: {message}"):
+            ops.adapted_projections(projections=projections, **given)
+
+
+def test_packed_projections_need_their_counterparts():
+    x, linears = streams_of(torch.float32, "cpu")
+    first, second = projections_of(linears, packed=True)
+    alone = [first, projections_of(linears)[1]]
+    small = [*second[:-1], replace(second[-1], weight=second[-1].weight[:8], bias=None, adapter=None)]
+    for projections in (alone, [first, small]):
+        with pytest.raises(ValueError, match="adapted_projections: projections is packed to sizes"):
+            ops.adapted_projections(x, projections, tokens=TOKENS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_have_scales_of_their_own(dtype, backend, device):
+    """Of different projections, and of the two streams; by the formula, and alone each projection is the same."""
+    if backend not in ops.implementations()["adapted_projections"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears = streams_of(dtype, device)
+    scales, upstream = [[0.75, -2.0, 0.5], [3.0, 0.75, 0.1]], draw(2, max(TOKENS), 20, dtype=dtype, device=device)
+
+    def outputs(x, linears, dtype):
+        parts = x.split([*TOKENS, 2], 1)[:2]
+        return [
+            functional.linear(part, w, c) + scale * (part @ a.to(dtype).T) @ b.to(dtype).T
+            for part, layers, of_stream in zip(parts, linears, scales, strict=True)
+            for (w, c, a, b), scale in zip(layers, of_stream, strict=True)
+        ]
+
+    def gradients(ys, x, linears, dtype):
+        leaves = [x, *(t for layers in linears for layer in layers for t in layer)]
+        return torch.autograd.grad(ys, leaves, [upstream[:, : y.shape[1]].to(dtype) for y in ys])
+
+    wide = x.detach().double().requires_grad_()
+    wide_linears = [[[t.detach().double().requires_grad_() for t in n] for n in layers] for layers in linears]
+    exact = outputs(wide, wide_linears, torch.float64)
+    plain = outputs(x, linears, dtype)
+    described_ = [
+        [described(*layer, scaling=scale) for layer, scale in zip(layers, of_stream, strict=True)]
+        for layers, of_stream in zip(linears, scales, strict=True)
+    ]
+    found = ops.adapted_projections(x, described_, tokens=TOKENS, backend=backend).streams
+    found = [y for of_stream in found for y in of_stream]
+    runs = ((found, x, linears, dtype), (plain, x, linears, dtype), (exact, wide, wide_linears, torch.float64))
+    results = ([*run[0], *gradients(*run)] for run in runs)
+    for i, (actual, other, value) in enumerate(zip(*results, strict=True)):
+        assert_as_good_as(actual, other, value, name=f"output or gradient {i}", floor=2e-6)

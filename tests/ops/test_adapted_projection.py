@@ -5,8 +5,8 @@ from ops.exact import draw
 from torch.nn import functional
 
 from fdfo_engine import ops
-from fdfo_engine.ops import _lora_torch
-from fdfo_engine.ops.lora_linear import lora_linear_reference
+from fdfo_engine.ops import Adapter, Gelu, HeadNorm, Projection, _projection_torch
+from fdfo_engine.ops.adapted_projections import adapted_projection_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "weight", "bias", "lora_a", "lora_b")
@@ -43,29 +43,35 @@ def plain(arguments, upstream, gelu=False):
     return [y, *torch.autograd.grad(y, arguments.values(), upstream)]
 
 
+def described(weight, bias, lora_a, lora_b, *, scaling=SCALING, gelu=False):
+    """A projection of these tensors; without factors it has no adapter."""
+    adapter = None if lora_a is None and lora_b is None else Adapter(lora_a, lora_b, scaling)
+    return Projection(weight, bias, adapter, Gelu() if gelu else None)
+
+
 @pytest.fixture
-def lora_linear(backend):
-    if backend not in ops.implementations()["lora_linear"]:
+def project(backend):
+    if backend not in ops.implementations()["adapted_projection"]:
         pytest.skip(f"not written in {backend}")
 
-    def lora_linear(*arguments, **settings):
-        return ops.lora_linear(*arguments, SCALING, backend=backend, **settings)
+    def project(x, *parts, gelu=False):
+        return ops.adapted_projection(x, described(*parts, gelu=gelu), backend=backend)
 
-    return lora_linear
+    return project
 
 
-def run(lora_linear, arguments, upstream, **settings):
-    y = lora_linear(*arguments.values(), **settings)
+def run(project, arguments, upstream, **settings):
+    y = project(*arguments.values(), **settings)
     return [y, *torch.autograd.grad(y, list(arguments.values()), upstream)]
 
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_value_and_gradients(shape, dtype, gelu, device, lora_linear):
+def test_value_and_gradients(shape, dtype, gelu, device, project):
     arguments = inputs(*shape, dtype=dtype, device=device)
     upstream = draw(*shape[0], shape[2], seed=9, dtype=dtype, device=device)
-    found, want = run(lora_linear, arguments, upstream, gelu=gelu), exact(arguments, upstream, gelu)
+    found, want = run(project, arguments, upstream, gelu=gelu), exact(arguments, upstream, gelu)
     for name, actual, other, value in zip(("y", *NAMES), found, plain(arguments, upstream, gelu), want, strict=True):
         assert actual.dtype == (torch.float32 if name.startswith("lora") else dtype)
         assert actual.shape == value.shape
@@ -80,21 +86,22 @@ def floor(shape, dtype):
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 def test_the_reference_is_the_formula(gelu):
     arguments = inputs()
+    x, *parts = arguments.values()
     upstream = draw(2, 3, 5, seed=9)
-    y = lora_linear_reference(*arguments.values(), SCALING, gelu)
+    y = adapted_projection_reference(x, described(*parts, gelu=gelu))
     found = [y, *torch.autograd.grad(y, list(arguments.values()), upstream)]
     for name, actual, value in zip(("y", *NAMES), found, exact(arguments, upstream, gelu), strict=True):
         assert_as_good_as(actual, value, value, name=name)
 
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
-def test_without_adapter_or_bias(gelu, device, lora_linear):
+def test_without_adapter_or_bias(gelu, device, project):
     arguments = inputs(device=device)
     x, weight, bias, a, b = arguments.values()
     want = functional.linear(x, weight, bias)
     want = functional.gelu(want, approximate="tanh") if gelu else want
-    assert_as_good_as(lora_linear(x, weight, bias, None, None, gelu=gelu), want, want, name="y")
-    y = lora_linear(x, weight, None, a, b)
+    assert_as_good_as(project(x, weight, bias, None, None, gelu=gelu), want, want, name="y")
+    y = project(x, weight, None, a, b)
     want = functional.linear(x, weight) + SCALING * (x @ a.T) @ b.T
     assert_as_good_as(y, want, want, name="y")
     got = torch.autograd.grad(y.sum(), (x, a))
@@ -102,18 +109,19 @@ def test_without_adapter_or_bias(gelu, device, lora_linear):
         assert_as_good_as(actual, value, value, name=name)
 
 
-def test_an_adapter_at_its_start_changes_nothing(device, lora_linear):
+def test_an_adapter_at_its_start_changes_nothing(device, project):
     x, weight, bias, a, b = inputs((70,), 24, 20, 4, device=device).values()
-    got = lora_linear(x, weight, bias, a, torch.zeros_like(b))
-    assert torch.equal(got, lora_linear(x, weight, bias, a, torch.zeros_like(b) * 3))
+    got = project(x, weight, bias, a, torch.zeros_like(b))
+    assert torch.equal(got, project(x, weight, bias, 5 - 3 * a, torch.zeros_like(b)))
+    assert not torch.equal(got, project(x, weight, bias, a, b))
     want = functional.linear(x.double(), weight.double(), bias.double())
     assert_as_good_as(got, functional.linear(x, weight, bias), want, name="y")
 
 
 @pytest.mark.parametrize("trained", [("x",), ("lora_a", "lora_b"), ("lora_b",), ("weight", "bias"), ("bias",)], ids=str)
-def test_only_what_is_trained_gets_a_gradient(trained, device, lora_linear):
+def test_only_what_is_trained_gets_a_gradient(trained, device, project):
     arguments = {name: t.detach().requires_grad_(name in trained) for name, t in inputs(device=device).items()}
-    lora_linear(*arguments.values(), gelu=True).sum().backward()
+    project(*arguments.values(), gelu=True).sum().backward()
     want = exact(inputs(device=device), torch.ones(2, 3, 5, device=device), gelu=True)[1:]
     for (name, t), value in zip(arguments.items(), want, strict=True):
         assert (t.grad is not None) == (name in trained)
@@ -122,27 +130,27 @@ def test_only_what_is_trained_gets_a_gradient(trained, device, lora_linear):
 
 
 @pytest.mark.parametrize("rank", [2, 24, 70])
-def test_gradients_of_the_factors_beside_a_frozen_weight(rank, device, lora_linear):
+def test_gradients_of_the_factors_beside_a_frozen_weight(rank, device, project):
     """By g^T x where that is less work, by thin products else; on a GPU in one or two blocks of the rank."""
     arguments = inputs((70,), 24, 20, rank, device=device)
     upstream = draw(70, 20, device=device)
     factors = arguments["lora_a"], arguments["lora_b"]
-    y = lora_linear(arguments["x"], arguments["weight"].detach(), None, *factors)
+    y = project(arguments["x"], arguments["weight"].detach(), None, *factors)
     found = torch.autograd.grad(y, (arguments["x"], *factors), upstream)
     want, other = exact(arguments, upstream), plain(arguments, upstream)
     for name, actual, i in zip(("x", "lora_a", "lora_b"), found, (1, 4, 5), strict=True):
         assert_as_good_as(actual, other[i], want[i], name=name)
 
 
-def test_saves_no_copy_of_a_weight_and_not_x_where_nobody_needs_it(device, lora_linear):
+def test_saves_no_copy_of_a_weight_and_not_x_where_nobody_needs_it(device, project):
     x, weight, bias, a, b = (t.detach() for t in inputs((2, 35), 24, 20, 4, device=device).values())
     for parts in ((weight, bias, a, b), (weight, bias, None, None)):
-        y = lora_linear(x.requires_grad_(), *parts)
+        y = project(x.requires_grad_(), *parts)
         saved = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
         assert saved <= {t.data_ptr() for t in parts if t is not None}
 
 
-def test_strided_input(device, lora_linear):
+def test_strided_input(device, project):
     arguments = inputs((4, 5), 16, 12, 4, device=device)
     strided = {}
     for name, t in arguments.items():
@@ -153,38 +161,38 @@ def test_strided_input(device, lora_linear):
     for t in strided.values():
         t.requires_grad_()
     upstream = draw(12, 5, 4, device=device).permute(2, 1, 0)
-    found = [run(lora_linear, tensors, g) for tensors, g in ((arguments, upstream.contiguous()), (strided, upstream))]
+    found = [run(project, tensors, g) for tensors, g in ((arguments, upstream.contiguous()), (strided, upstream))]
     for name, actual, value in zip(("y", *NAMES), *reversed(found), strict=True):
         assert_as_good_as(actual, value, value, name=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_bit_for_bit_and_writes_into_no_input(dtype, device, lora_linear):
+def test_repeats_bit_for_bit_and_writes_into_no_input(dtype, device, project):
     arguments = inputs((67,), 40, 24, 5, dtype=dtype, device=device)
     upstream = draw(67, 24, dtype=dtype, device=device)
     before = [t.detach().clone() for t in (*arguments.values(), upstream)]
-    runs = [run(lora_linear, arguments, upstream, gelu=True) for _ in range(2)]
+    runs = [run(project, arguments, upstream, gelu=True) for _ in range(2)]
     assert all(map(torch.equal, *runs))
     assert all(map(torch.equal, (*arguments.values(), upstream), before))
 
 
-def test_the_same_without_gradients(device, lora_linear):
+def test_the_same_without_gradients(device, project):
     arguments = inputs((9,), 16, 12, 4, device=device)
     with torch.no_grad():
-        quiet = lora_linear(*arguments.values(), gelu=True)
+        quiet = project(*arguments.values(), gelu=True)
     assert not quiet.requires_grad
-    assert torch.equal(quiet, lora_linear(*arguments.values(), gelu=True))
+    assert torch.equal(quiet, project(*arguments.values(), gelu=True))
 
 
-def test_no_rows(device, lora_linear):
+def test_no_rows(device, project):
     arguments = inputs((0,), device=device)
     for settings in ({}, {"gelu": True}):
-        y, dx, *rest = run(lora_linear, arguments, torch.zeros(0, 5, device=device), **settings)
+        y, dx, *rest = run(project, arguments, torch.zeros(0, 5, device=device), **settings)
         assert (y.shape, dx.shape) == ((0, 5), (0, 7))
         assert all((g == 0).all() for g in rest)
 
 
-def test_a_step_down_the_gradient_lowers_the_error(device, lora_linear):
+def test_a_step_down_the_gradient_lowers_the_error(device, project):
     """The adapter alone, trained to a layer of low rank beside its own."""
     x, weight, bias, a, b = (t.detach() for t in inputs((64,), 12, 10, 3, device=device).values())
     target = functional.linear(x, weight, bias) + 0.5 * (x @ a.T) @ b.T
@@ -192,7 +200,7 @@ def test_a_step_down_the_gradient_lowers_the_error(device, lora_linear):
     optimizer, errors = torch.optim.SGD(factors, lr=0.3), []
     for _ in range(20):
         optimizer.zero_grad()
-        error = (lora_linear(x, weight, bias, *factors) - target).square().mean()
+        error = (project(x, weight, bias, *factors) - target).square().mean()
         error.backward()
         optimizer.step()
         errors.append(error.item())
@@ -217,12 +225,14 @@ def gradients(ys, x, layers, upstream):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [3, 66])
 def test_a_group_is_its_layers(rows, dtype, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projection"]:
         pytest.skip(f"not written in {backend}")
     x, layers = group_of(rows, dtype, device)
     upstream = [draw(rows, len(layer[0]), seed=i, dtype=dtype, device=device) for i, layer in enumerate(layers[:3])]
-    together = ops.lora_linear_group(x, layers, SCALING, backend=backend)
-    apart = [ops.lora_linear(x, *layer, SCALING, backend=backend) for layer in layers]
+    projections = [described(*layer) for layer in layers]
+    ((*together,),) = ops.adapted_projections(x[None], [projections], backend=backend).streams
+    together = [y[0] for y in together]
+    apart = [ops.adapted_projection(x, projection, backend=backend) for projection in projections]
     found, other = ([*ys, *gradients(ys, x, layers, upstream)] for ys in (together, apart))
     wide = x.detach().double().requires_grad_()
     wide_layers = [[None if t is None else t.detach().double().requires_grad_() for t in layer] for layer in layers]
@@ -240,8 +250,8 @@ def test_a_merged_weight_is_made_where_it_is_less_work():
     few, many = inputs((3,), 96, 80, 8), inputs((70,), 96, 80, 8)
     for arguments, merges in ((few, False), (many, True)):
         x, *parts = arguments.values()
-        assert _lora_torch.merges(x, [_lora_torch.Linear(*parts)]) == merges
-        assert not _lora_torch.merges(x.bfloat16(), [_lora_torch.Linear(*parts)])
+        assert _projection_torch.merges(x, [described(*parts)]) == merges
+        assert not _projection_torch.merges(x.bfloat16(), [described(*parts)])
 
 
 GOOD = {name: t.detach() for name, t in inputs().items()}
@@ -254,23 +264,31 @@ REFUSALS = [
     ({"weight": GOOD["weight"].to("meta")}, "weight is on meta"),
     ({"bias": GOOD["bias"][:2]}, "bias is"),
     ({"bias": GOOD["bias"].half()}, "bias is torch.float16"),
-    ({"lora_a": None}, "lora_a is None"),
-    ({"lora_b": None}, "lora_b is None"),
-    ({"lora_a": GOOD["lora_a"].bfloat16()}, "lora_a is torch.bfloat16"),
-    ({"lora_a": GOOD["lora_a"][:, :2]}, "lora_a is"),
-    ({"lora_b": GOOD["lora_b"][:, :2]}, "lora_b is"),
-    ({"lora_b": GOOD["lora_b"].half()}, "lora_b is torch.float16"),
-    ({"scaling": float("nan")}, "scaling is nan"),
+    ({"lora_a": None}, "adapter.a is NoneType"),
+    ({"lora_b": None}, "adapter.b is NoneType"),
+    ({"lora_a": GOOD["lora_a"].bfloat16()}, "adapter.a is torch.bfloat16"),
+    ({"lora_a": GOOD["lora_a"][:, :2]}, "adapter.a is"),
+    ({"lora_b": GOOD["lora_b"][:, :2]}, "adapter.b is"),
+    ({"lora_b": GOOD["lora_b"].half()}, "adapter.b is torch.float16"),
+    ({"scaling": float("nan")}, "adapter.scale is nan"),
     ({"backend": "fast"}, "backend is 'fast'"),
 ]
 
 
 @pytest.mark.parametrize(("bad", "message"), REFUSALS, ids=[f"{i}-{m}" for i, (_, m) in enumerate(REFUSALS)])
 def test_refuses(bad, message):
-    with pytest.raises(ValueError, match=f"lora_linear: {message}"):
-        ops.lora_linear(**GOOD | {"scaling": 1.0} | bad)
+    given = GOOD | {"backend": None} | bad
+    x, backend = given.pop("x"), given.pop("backend")
+    with pytest.raises(ValueError, match=f"adapted_projection: {message}"):
+        ops.adapted_projection(x, described(**given), backend=backend)
 
 
-def test_refuses_an_empty_group():
-    with pytest.raises(ValueError, match="lora_linear_group: linears is empty"):
-        ops.lora_linear_group(GOOD["x"], [], 1.0)
+def test_refuses_what_is_no_projection_and_ends_of_several():
+    good = [GOOD[name] for name in NAMES[1:]]
+    with pytest.raises(ValueError, match="adapted_projection: projection is tuple; it takes a Projection"):
+        ops.adapted_projection(GOOD["x"], tuple(good))
+    ended = Projection(*good[:2], end=HeadNorm(None, 5))
+    with pytest.raises(ValueError, match="adapted_projection: end is HeadNorm; it takes None or Gelu"):
+        ops.adapted_projection(GOOD["x"], ended)
+    with pytest.raises(ValueError, match=r"adapted_projections: projections is of lengths \[0\]"):
+        ops.adapted_projections(GOOD["x"], [[]])

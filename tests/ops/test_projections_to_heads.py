@@ -7,6 +7,7 @@ from ops.exact import draw
 from torch.nn import functional
 
 from fdfo_engine import ops
+from fdfo_engine.ops import Adapter, HeadNorm, Packed, Projection
 
 SCALING, EPS = 0.75, 1e-6
 
@@ -24,6 +25,21 @@ def make(tokens=(9, 4), heads=3, size=16, *, K=40, adapted=(0, 1, 2), dtype=torc
         linears.append(layers)
         norms.append(tuple((1 + 0.3 * draw(size, seed=i + n, device=device)).to(weights or dtype) for n in (5, 7)))
     return x, linears, norms
+
+
+def project(x, linears, norms, *, head_size, eps=EPS, invertible=True, backend=None):
+    """Queries, keys and values `[B, sum S_i, H, E]`, by the op."""
+    projections = []
+    for layers, weights in zip(linears, norms, strict=True):
+        ends = [*(HeadNorm(weight, head_size, eps, invertible=invertible) for weight in weights), Packed()]
+        projections.append(
+            [
+                Projection(w, b, None if a is None else Adapter(a, c, SCALING), end)
+                for (w, b, a, c), end in zip(layers, ends, strict=False)
+            ]
+        )
+    packed = ops.adapted_projections(x, projections, backend=backend).packed
+    return [part.unflatten(2, (-1, head_size)) for part in packed]
 
 
 def formula(x, linears, norms, size, dtype):
@@ -55,24 +71,24 @@ def formula(x, linears, norms, size, dtype):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values(tokens, heads, size, adapted, dtype, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, linears, norms = make(tokens, heads, size, adapted=adapted, dtype=dtype, device=device)
-    given = {"head_size": size, "eps": EPS, "backend": backend, "invertible": True}
-    found = ops.lora_qkv(x, linears, norms, SCALING, **given)
+    given = {"head_size": size, "backend": backend}
+    found = project(x, linears, norms, **given)
     exact = formula([t.double() for t in x], linears, norms, size, torch.float64)
     for name, y, plain, true in zip("qkv", found, formula(x, linears, norms, size, dtype), exact, strict=True):
         assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, true.shape, True)
         assert_as_good_as(y, plain, true, name=name)
-    assert all(map(torch.equal, found, ops.lora_qkv(x, linears, norms, SCALING, **given)))
+    assert all(map(torch.equal, found, project(x, linears, norms, **given)))
 
 
 @torch.no_grad()
 def test_float32_weights_of_norms(backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, linears, norms = make(dtype=torch.bfloat16, weights=torch.float32, device=device)
-    found = ops.lora_qkv(x, linears, norms, SCALING, head_size=16, invertible=True, backend=backend)
+    found = project(x, linears, norms, head_size=16, backend=backend)
     plain = formula(x, linears, norms, 16, torch.bfloat16)
     exact = formula([t.double() for t in x], linears, norms, 16, torch.float64)
     for name, y, own, true in zip("qkv", found, plain, exact, strict=True):
@@ -99,7 +115,7 @@ EVERY = (0, 1, 2)
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients(tokens, heads, size, adapted, used, dtype, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, linears, norms = make(tokens, heads, size, adapted=adapted, dtype=dtype, device=device)
     upstream = [draw(2, sum(tokens), heads, size, seed=60 + i, dtype=dtype, device=device) for i in range(3)]
@@ -113,23 +129,19 @@ def test_gradients(tokens, heads, size, adapted, used, dtype, backend, device):
         return torch.autograd.grad([outs[i] for i in used], leaves, wanted, allow_unused=True)
 
     found, again = (
-        gradients(
-            lambda x, n: ops.lora_qkv(x, n, norms, SCALING, head_size=size, eps=EPS, invertible=True, backend=backend),
-            None,
-        )
-        for _ in range(2)
-    )  # fmt: skip
+        gradients(lambda x, n: project(x, n, norms, head_size=size, backend=backend), None) for _ in range(2)
+    )
     true = gradients(lambda x, n: formula(x, n, norms, size, torch.float64), torch.float64)
     plain = gradients(lambda x, n: formula(x, n, norms, size, dtype), dtype)
     assert_gradients_as_good_as(found, again, plain, true, floor=3e-6)
 
 
 def test_norms_that_are_trained_get_their_gradient(backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, linears, norms = make(device=device)
     trained = [tuple(w.clone().requires_grad_() for w in pair) for pair in norms]
-    q, k, v = ops.lora_qkv(x, linears, trained, SCALING, head_size=16, invertible=True, backend=backend)
+    q, k, v = project(x, linears, trained, head_size=16, backend=backend)
     found = torch.autograd.grad((q.square().sum() + k.sum() + v.sum()), [w for pair in trained for w in pair])
     exact = [tuple(w.double().clone().requires_grad_() for w in pair) for pair in norms]
     q, k, v = formula([t.double() for t in x], linears, exact, 16, torch.float64)
@@ -140,13 +152,16 @@ def test_norms_that_are_trained_get_their_gradient(backend, device):
 
 def test_refuses():
     x, linears, norms = make()
-    good = {"x": x, "linears": linears, "weights": norms, "scaling": SCALING, "head_size": 16}
+    good = {"x": x, "linears": linears, "norms": norms, "head_size": 16}
     two, third = [linears[0][:2], linears[1][:2]], [norms[0], (norms[1][0], norms[1][1][:3])]
+    mixed = [norms[0], tuple(w.to(torch.bfloat16) for w in norms[1])]
+    name = r"projections\[0\]\[0\].end"
     for bad, message in (
-        ({"head_size": 0}, "head_size is 0"), ({"head_size": 7}, "linears is of sizes"),
-        ({"linears": two}, "linears is"), ({"weights": norms[:1]}, "weights is of length 1"),
-        ({"weights": third}, r"weights\[1\]\[1\] is"), ({"eps": -1.0}, "eps is -1.0"),
-        ({"scaling": float("inf")}, "scaling is inf"), ({"x": [x[0], x[1].double()]}, r"x\[1\] is torch.float64"),
+        ({"head_size": 0}, rf"{name}.size is 0"), ({"head_size": 7}, rf"{name}.size is 7; it takes a divisor of 48"),
+        ({"linears": two}, r"projections is packed as \[\['HeadNorm', 'HeadNorm'\]"),
+        ({"norms": third}, r"projections\[1\]\[1\].end.weight is"), ({"eps": -1.0}, rf"{name}.eps is -1.0"),
+        ({"norms": mixed}, r"projections\[1\]\[0\].end.weight is torch.bfloat16"),
+        ({"x": [x[0], x[1].double()]}, r"x\[1\] is torch.float64"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"lora_qkv: {message}"):
-            ops.lora_qkv(**good | bad)
+        with pytest.raises(ValueError, match=f"adapted_projections: {message}"):
+            project(**good | bad)

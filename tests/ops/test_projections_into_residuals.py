@@ -1,13 +1,16 @@
-"""`lora_linear_residuals`: layers whose outputs join their residual streams, against float64 by the formula."""
+"""Projections whose outputs join their residual streams, against float64 by the formula."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from numerics import assert_as_good_as, assert_gradients_as_good_as
 from ops.exact import draw
-from ops.test_lora_linear import DTYPES, SCALING, inputs
+from ops.test_adapted_projection import DTYPES, SCALING, described, inputs
 from torch.nn import functional
 
 from fdfo_engine import ops
+from fdfo_engine.ops import IntoResidual
 
 
 def residual_case(dtype, device, sizes=((66, 4), (9, 3)), *, N=40):
@@ -20,6 +23,17 @@ def residual_case(dtype, device, sizes=((66, 4), (9, 3)), *, N=40):
         for n, _ in sizes
     ]  # fmt: skip
     return x, layers, residuals
+
+
+def project_into(x, layers, residuals, backend=None):
+    """The sums, by the op."""
+    projections = [
+        [replace(described(*layer), end=IntoResidual(*residual))]
+        for layer, residual in zip(layers, residuals, strict=True)
+    ]
+    tokens = [residual.shape[1] if residual.ndim == 3 else 0 for residual, _ in residuals]
+    found = ops.adapted_projections(x, projections, tokens=tokens, backend=backend).residuals
+    return [residual.joined(backend=backend) for residual in found]
 
 
 def residual_sums(x, layers, residuals, dtype):
@@ -39,18 +53,18 @@ def residual_sums(x, layers, residuals, dtype):
 @pytest.mark.parametrize("adapted", [(0, 1), (0,), (1,), ()], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_residuals(dtype, adapted, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, layers, residuals = residual_case(dtype, device)
     layers = [[*layer[:2], *(layer[2:] if i in adapted else (None, None))] for i, layer in enumerate(layers)]
-    found = ops.lora_linear_residuals(x, layers, SCALING, residuals, backend=backend)
+    found = project_into(x, layers, residuals, backend)
     want = residual_sums(x.double(), layers, residuals, torch.float64)
     for y, plain, exact_y in zip(found, residual_sums(x, layers, residuals, dtype), want, strict=True):
         assert (y.dtype, y.is_contiguous()) == (dtype, True)
         assert_as_good_as(y, plain, exact_y, name="sum")
-    assert all(map(torch.equal, found, ops.lora_linear_residuals(x, layers, SCALING, residuals, backend=backend)))
+    assert all(map(torch.equal, found, project_into(x, layers, residuals, backend)))
     closed = [(r, torch.zeros_like(gate)) for r, gate in residuals]
-    for y, (r, _) in zip(ops.lora_linear_residuals(x, layers, SCALING, closed, backend=backend), closed, strict=True):
+    for y, (r, _) in zip(project_into(x, layers, closed, backend), closed, strict=True):
         assert torch.equal(y, r)
 
 
@@ -58,11 +72,12 @@ def test_residuals_are_refused_where_they_do_not_fit():
     x, layers, residuals = residual_case(torch.float32, "cpu")
     (r, gate), other = residuals
     for bad, message in (
-        ((r[..., :3], gate), r"residuals\[0\] is"), ((r.double(), gate), r"residuals\[0\] is torch.float64"),
-        ((r, gate[:1]), "gate is"), ((r[0], gate), "tokens is"),
+        ((r[..., :3], gate), r"projections\[0\]\[0\].end.residual is"),
+        ((r.double(), gate), r"projections\[0\]\[0\].end.residual is torch.float64"),
+        ((r, gate[:1]), r"projections\[0\]\[0\].end.gate is"), ((r[0], gate), "tokens is"),
     ):  # fmt: skip
-        with torch.no_grad(), pytest.raises(ValueError, match=f"lora_linear_residuals: {message}"):
-            ops.lora_linear_residuals(x, layers, SCALING, [bad, other])
+        with torch.no_grad(), pytest.raises(ValueError, match=f"adapted_projections: {message}"):
+            project_into(x, layers, [bad, other])
 
 
 def leaves_of(x, layers, residuals, dtype=None):
@@ -81,7 +96,7 @@ def leaves_of(x, layers, residuals, dtype=None):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_residual_gradients(dtype, adapted, used, backend, device):
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, layers, residuals = residual_case(dtype, device)
     layers = [[*layer[:2], *(layer[2:] if i in adapted else (None, None))] for i, layer in enumerate(layers)]
@@ -93,9 +108,7 @@ def test_residual_gradients(dtype, adapted, used, backend, device):
         wanted = [upstream[i].to(outs[i].dtype) for i in used]
         return torch.autograd.grad([outs[i] for i in used], flat, wanted, allow_unused=True)
 
-    found, again = (
-        gradients(lambda x, n, r: ops.lora_linear_residuals(x, n, SCALING, r, backend=backend)) for _ in range(2)
-    )
+    found, again = (gradients(lambda x, n, r: project_into(x, n, r, backend)) for _ in range(2))
     true = gradients(lambda x, n, r: residual_sums(x, n, r, torch.float64), torch.float64)
     plain = gradients(lambda x, n, r: residual_sums(x, n, r, dtype), dtype)
     assert_gradients_as_good_as(found, again, plain, true, floor=3e-6)
@@ -103,15 +116,15 @@ def test_residual_gradients(dtype, adapted, used, backend, device):
 
 def test_only_what_is_asked_for(backend, device):
     """A frozen layer and gate: x and residual get the same gradients, and nothing is kept that these do not need."""
-    if backend not in ops.implementations()["lora_linear"]:
+    if backend not in ops.implementations()["adapted_projections"]:
         pytest.skip(f"not written in {backend}")
     x, layers, residuals = residual_case(torch.float32, device)
     whole = leaves_of(x, layers, residuals)
     upstream = [torch.ones_like(r) for r, _ in residuals]
-    outs = ops.lora_linear_residuals(*whole[:2], SCALING, whole[2], backend=backend)
+    outs = project_into(*whole[:3], backend)
     want = torch.autograd.grad(outs, [whole[0], *(r for r, _ in whole[2])], upstream)
     x, added = x.detach().requires_grad_(), [(r.detach().requires_grad_(), gate) for r, gate in residuals]
     layers = [[t.detach() for t in n] for n in layers]
-    outs = ops.lora_linear_residuals(x, layers, SCALING, added, backend=backend)
+    outs = project_into(x, layers, added, backend)
     found = torch.autograd.grad(outs, [x, *(r for r, _ in added)], upstream)
     assert all(map(torch.equal, found, want))
