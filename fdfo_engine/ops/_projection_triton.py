@@ -279,11 +279,11 @@ def _gradients_of(layer: BackwardLayer | None, x: Tensor | None, grad: Tensor | 
     """Of the tensors of a projection, where they are needed; `grad` is that of its output."""
     if layer is None or grad is None:
         return Operands()
-    needed, rows = layer.needed, layer.grad.flatten(0, 1)
+    needed = layer.needed
     da, db = (None, None) if layer.factors is None else layer.factors
     return Operands(
-        weight=rows.T @ x.flatten(0, 1) if needed.weight and x is not None else None,
-        bias=rows.sum(0) if needed.bias else None,
+        weight=layer.grad.flatten(0, 1).T @ x.flatten(0, 1) if needed.weight and x is not None else None,
+        bias=layer.grad.flatten(0, 1).sum(0) if needed.bias else None,
         lora_a=da if needed.lora_a else None,
         lora_b=db if needed.lora_b else None,
         residual=grad if needed.residual else None,

@@ -145,8 +145,8 @@ def route(description: Description, backend: str) -> Route:
     raise AssertionError("torch's products take every call without ends")
 
 
-def ends_inside(backend: str) -> dict[str, list[str]]:
-    """Reasons why `backend` takes an end behind its product, by the end's name; empty where it takes it inside.
+def ends_inside(name: str) -> dict[str, list[str]]:
+    """Reasons why the backend of this name takes an end behind its product, by the end's; empty where inside.
 
     Asked of bfloat16 projections of one token with an adapter, and of heads of 64 with frozen, invertible norms.
     """
@@ -158,7 +158,7 @@ def ends_inside(backend: str) -> dict[str, list[str]]:
     for ends in examples:
         projections = [Projection(weight, adapter=adapter, end=end) for end in ends]
         description = Description([x], [1], shared=False, projections=[projections])
-        found[type(ends[0]).__name__] = _PRODUCTS[backend][0].supports(description)
+        found[type(ends[0]).__name__] = _PRODUCTS[name][0].supports(description)
     return found
 
 
@@ -184,11 +184,11 @@ class _AdaptedProjections(torch.autograd.Function):
         made, given = products.forward(description, keep=True), description.arguments()
         _, _, *flags = ctx.needs_input_grad
         needed = restore_like(given, flags)
-        kept = Kept(given, made.rank_products, made.beside, _normed(made.outputs, made.beside))
+        read = [[operands._replace(residual=None) for operands in of_stream] for of_stream in given.operands]
+        inputs, rank_products = given.inputs, made.rank_products
         if not any(_reads_input(operands) for of_stream in needed.operands for operands in of_stream):
-            inputs = blank(given.inputs)
-            kept = kept._replace(arguments=given._replace(inputs=inputs), rank_products=blank(made.rank_products))
-        save(ctx, kept)
+            inputs, rank_products = blank(inputs), blank(rank_products)
+        save(ctx, Kept(Arguments(inputs, read), rank_products, made.beside, _normed(made.outputs, made.beside)))
         ctx.products, ctx.needed, ctx.shapes = products, needed, [x.shape for x in description.inputs]
         ctx.description = description.with_arguments(blank(given))
         ctx.set_materialize_grads(False)
