@@ -111,7 +111,7 @@ def _require_kernels() -> None:
 def _backends() -> Iterator[Finding]:
     import torch
 
-    from fdfo_engine.ops import backends, chosen_backend, implementations
+    from fdfo_engine.ops import backends, chosen_backend, ends_inside, implementations
 
     for name, reasons in backends().items():
         yield Finding(f"ops backend {name}", "; ".join(reasons), needed=name == "torch")
@@ -119,6 +119,10 @@ def _backends() -> Iterator[Finding]:
     for op, offered in implementations().items():
         chosen = ", ".join(f"{chosen_backend(op, torch.device(device))} on {device}" for device in devices)
         yield Finding(f"op {op} runs {chosen}; made for {', '.join(offered)}")
+    for device in devices:
+        for end, reasons in ends_inside(chosen_backend("adapted_projections", torch.device(device))).items():
+            where = f"behind it: {'; '.join(reasons)}" if reasons else "inside it"
+            yield Finding(f"end {end} of an adapted product on {device}: {where}")
 
 
 def _attention() -> Iterator[Finding]:

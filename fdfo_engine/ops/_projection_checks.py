@@ -54,9 +54,11 @@ def check_streams(op: str, inputs: Sequence[Tensor], streams: Sequence[Sequence[
         if len(x) != len(inputs[0]) or x.shape[2] != inputs[0].shape[2]:
             takes = f"[{len(inputs[0])}, any, {inputs[0].shape[2]}], as of x[0]"
             _checks.refuse(op, f"x[{i}]", list(x.shape), takes)
-    if tokens is None:
-        return
-    most = inputs[0].shape[1]
+    if tokens is not None:
+        _check_tokens(op, inputs[0].shape[1], streams, tokens)
+
+
+def _check_tokens(op: str, most: int, streams: Sequence[Any], tokens: Sequence[int]) -> None:
     if len(tokens) != len(streams) or min(tokens) < 1 or sum(tokens) > most:
         _checks.refuse(op, "tokens", list(tokens), f"{len(streams)} counts, together at most {most}")
 
@@ -95,21 +97,30 @@ def _check_norm(op: str, name: str, x: Tensor, projection: Projection, end: Head
 
 
 def _check_packing(op: str, description: Description) -> None:
-    """Refuses packed projections that have no counterpart in other streams, and norms of others than q and k."""
+    """Refuses packed projections that have no counterpart in other streams."""
     packed = [packed_of(of_stream) for of_stream in description.projections]
     sizes = [[len(p.weight) for p in of_stream] for of_stream in packed]
     if any(of_stream != sizes[0] for of_stream in sizes):
         _checks.refuse(op, "projections", f"packed to sizes {sizes}", "as many of the same sizes in each stream")
     norms = [p.end for of_stream in packed for p in of_stream if isinstance(p.end, HeadNorm)]
-    if not norms:
-        return
-    kinds = [[type(p.end) for p in of_stream] for of_stream in packed]
-    if any(of_stream != [HeadNorm, HeadNorm, Packed] for of_stream in kinds) or len(set(sizes[0])) > 1:
-        takes = "HeadNorm, HeadNorm and Packed of one size in each stream: queries, keys and values"
-        _checks.refuse(op, "projections", f"packed as {[[kind.__name__ for kind in of] for of in kinds]}", takes)
-    for norm in norms:
-        if (norm.size, norm.eps, norm.rotary is None) != (norms[0].size, norms[0].eps, norms[0].rotary is None):
-            _checks.refuse(op, "projections", "norms of different size, eps or rotary", "one of each")
-    dtypes = {norm.weight.dtype for norm in norms if norm.weight is not None}
+    if norms:
+        _check_order(op, packed, sizes[0])
+        _check_alike(op, norms)
+
+
+def _check_order(op: str, packed: Sequence[Sequence[Projection]], sizes: Sequence[int]) -> None:
+    """Refuses norms of others than queries and keys."""
+    kinds = [[type(p.end).__name__ for p in of_stream] for of_stream in packed]
+    heads = [HeadNorm.__name__, HeadNorm.__name__, Packed.__name__]
+    if any(of_stream != heads for of_stream in kinds) or len(set(sizes)) > 1:
+        takes = f"{', '.join(heads)} of one size in each stream: queries, keys and values"
+        _checks.refuse(op, "projections", f"packed as {kinds} of sizes {list(sizes)}", takes)
+
+
+def _check_alike(op: str, norms: Sequence[HeadNorm]) -> None:
+    """Refuses norms that differ in more than their weights."""
+    if any((n.size, n.eps) != (norms[0].size, norms[0].eps) or n.rotary is not norms[0].rotary for n in norms):
+        _checks.refuse(op, "projections", "with norms of different size, eps or rotary", "one of each")
+    dtypes = {str(norm.weight.dtype) for norm in norms if norm.weight is not None}
     if len(dtypes) > 1:
-        _checks.refuse(op, "projections", f"norms with weights of {sorted(map(str, dtypes))}", "weights of one dtype")
+        _checks.refuse(op, "projections", f"with weights of norms in {sorted(dtypes)}", "one dtype")

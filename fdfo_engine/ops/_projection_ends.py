@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.ops import _gelu
-from fdfo_engine.ops._description import Description, Outputs, packed_of
+from fdfo_engine.ops._description import Description, Outputs
 from fdfo_engine.ops.gated_residual_norm import Residual
 from fdfo_engine.ops.projection import PACKING, Gelu, HeadNorm, IntoResidual, Projected, Projection
 from fdfo_engine.ops.qk_rms_norm import QKV, qk_rms_norm
@@ -54,18 +54,21 @@ def _packed(
     description: Description, made: Sequence[Sequence[Tensor]], packed: list[Tensor], backend: str
 ) -> list[Tensor]:
     """Queries, keys and values, or others to be packed; `packed` are values that lie so already."""
-    to_pack = [
-        [y for p, y in zip(projections, ys, strict=True) if isinstance(p.end, PACKING)]
-        for projections, ys in zip(description.projections, made, strict=True)
-    ]
-    norm = next((p.end for p in description.every() if isinstance(p.end, HeadNorm)), None)
-    if norm is None:
+    to_pack = []
+    for projections, ys in zip(description.projections, made, strict=True):
+        to_pack.append([y for p, y in zip(projections, ys, strict=True) if isinstance(p.end, PACKING)])
+    norms = [[p.end for p in of_stream if isinstance(p.end, HeadNorm)] for of_stream in description.projections]
+    if not any(norms):
         return [ys[0] if len(ys) == 1 else torch.cat(ys, 1) for ys in zip(*to_pack, strict=True)]
     streams = []
-    for projections, (q, k, v) in zip(description.projections, to_pack, strict=True):
-        q_weight, k_weight = (p.end.weight for p in packed_of(projections) if isinstance(p.end, HeadNorm))
-        streams.append(QKV(q, k, None if packed else v, q_weight, k_weight))
+    for (q_norm, k_norm), (q, k, v) in zip(norms, to_pack, strict=True):
+        streams.append(QKV(q, k, None if packed else v, q_norm.weight, k_norm.weight))
+    return _normed_heads(streams, norms[0][0], backend) + packed
+
+
+def _normed_heads(streams: Sequence[QKV], norm: HeadNorm, backend: str) -> list[Tensor]:
+    """Queries, keys, and values where these are not packed yet, `[B, sum S_i, N]`; all norms are like this one."""
     heads = qk_rms_norm(
         streams, head_size=norm.size, rotary=norm.rotary, eps=norm.eps, invertible=norm.invertible, backend=backend
     )
-    return [part.flatten(2) for part in heads if part is not None] + packed
+    return [part.flatten(2) for part in heads if part is not None]

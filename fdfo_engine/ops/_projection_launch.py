@@ -25,7 +25,7 @@ from fdfo_engine.ops._projection_tiles import (
     tile_of,
     wide,
 )
-from fdfo_engine.ops.projection import Adapter, Gelu, HeadNorm, IntoResidual, Operands, Projection
+from fdfo_engine.ops.projection import Gelu, HeadNorm, IntoResidual, Operands, Projection
 
 Tuple = tuple[Any, ...]
 
@@ -91,15 +91,14 @@ def rank_products(streams: Sequence[ForwardStream]) -> None:
     """`s x A^T` of each layer, which all have an adapter."""
     from fdfo_engine.kernels.lora_linear import lora_linear_rank_product_kernel  # triton: only where it runs
 
-    xs, every = [stream.x for stream in streams], _every(streams)
-    adapters = [_adapter(layer.projection) for layer in every]
-    ranks, t = [len(adapter.a) for adapter in adapters], rank_tile(xs[0].dtype)
+    xs, layers = [stream.x for stream in streams], _layers(streams)
+    projections, t = [layer.projection for layer in layers], rank_tile(xs[0].dtype)
+    ranks = _column(projections, "rank")
     block = rank_block(max(ranks))
     with torch.cuda.device_of(xs[0]):  # triton launches on the current device, not on the tensor's
         lora_linear_rank_product_kernel[_row_tiles(xs, t), -(-max(ranks) // block)](
-            tuple(xs), _contiguous(adapter.a for adapter in adapters), tuple(layer.rank_product for layer in every),
-            *_tokens(xs), _rank_strides(streams, "rank_product"), tuple(ranks),
-            tuple(adapter.scale for adapter in adapters), xs[0].shape[2],
+            tuple(xs), _contiguous(_column(projections, "lora_a")), _column(layers, "rank_product"), *_tokens(xs),
+            _rank_strides(streams, "rank_product"), ranks, _column(projections, "scale"), xs[0].shape[2],
             **_counts(streams), WIDE=wide(xs[0].dtype), ROWS=t.rows, RANK=block, INNER=t.inner, num_warps=t.warps,
             num_stages=t.stages,
         )  # fmt: skip
@@ -112,69 +111,60 @@ def products(streams: Sequence[ForwardStream]) -> None:
     """
     from fdfo_engine.kernels.lora_linear import lora_linear_kernel  # triton: only where it runs
 
-    xs, every = [stream.x for stream in streams], _every(streams)
-    projections = [layer.projection for layer in every]
-    end, ranks, sizes = projections[0].end, [p.rank for p in projections], [len(p.weight) for p in projections]
+    xs, layers = [stream.x for stream in streams], _layers(streams)
+    projections = [layer.projection for layer in layers]
+    end, ranks = projections[0].end, _column(projections, "rank")
     t = tile_of(xs[0], more=isinstance(end, Gelu | IntoResidual))
-    tiles = [
-        -(-rows // t.rows) * -(-len(layer.projection.weight) // t.columns)
-        for rows, stream in zip(_row_counts(xs), streams, strict=True)
-        for layer in stream.layers
-    ]
     eps, head = (end.eps, end.size) if isinstance(end, HeadNorm) and end.weight is not None else (0.0, 0)
     with torch.cuda.device_of(xs[0]):
-        lora_linear_kernel[(sum(tiles),)](
-            tuple(xs), _contiguous(p.weight for p in projections), _biases(projections),
-            _stood_in(layer.rank_product for layer in every), _contiguous(_stood_in(map(_second_factor, projections))),
-            *_end_tensors(every), tuple(layer.out for layer in every), *_tokens(xs),
-            _rank_strides(streams, "rank_product"), tuple(sizes), tuple(ranks), *_residual_strides(projections),
-            tuple(_sample_stride(layer.out) for layer in every), xs[0].shape[2], eps,
+        lora_linear_kernel[(sum(_tiles(layer.out, t) for layer in layers),)](
+            tuple(xs), _contiguous(_column(projections, "weight")), _biases(projections),
+            _stood_in(_column(layers, "rank_product")), _contiguous(_stood_in(_column(projections, "lora_b"))),
+            *_end_tensors(layers), _column(layers, "out"), *_tokens(xs), _rank_strides(streams, "rank_product"),
+            tuple(len(p.weight) for p in projections), ranks, *_residual_strides(projections),
+            tuple(map(_sample_stride, _column(layers, "out"))), xs[0].shape[2], eps,
             **_counts(streams), HEAD=head, GELU=isinstance(end, Gelu), **_blocks(xs[0], t, ranks),
         )  # fmt: skip
 
 
 def _end_tensors(layers: Sequence[ForwardLayer]) -> Sequence[Tuple]:
     """What GELU was taken of, residuals, gates, and weights and 1 / rms of norms; Nones of what the end has not."""
-    none, end = (None,) * len(layers), layers[0].projection.end
-    ends = [layer.projection.end for layer in layers]
-    beside = _stood_in(layer.beside for layer in layers)
-    if isinstance(end, Gelu):
+    none, ends = (None,) * len(layers), [layer.projection.end for layer in layers]
+    beside = _stood_in(_column(layers, "beside"))
+    if isinstance(ends[0], Gelu):
         return beside, none, none, none, none
-    if isinstance(end, IntoResidual):
-        sums = [one for one in ends if isinstance(one, IntoResidual)]
-        return none, tuple(one.residual for one in sums), tuple(one.gate for one in sums), none, none
-    weights = [one.weight if isinstance(one, HeadNorm) else None for one in ends]
+    if isinstance(ends[0], IntoResidual):
+        return none, _column(ends, "residual"), _column(ends, "gate"), none, none
+    weights = [end.weight if isinstance(end, HeadNorm) else None for end in ends]
     return none, none, none, _contiguous(_stood_in(weights)), beside
 
 
 def _residual_strides(projections: Sequence[Projection]) -> Sequence[Tuple]:
     """Strides of samples and rows of each residual, and of rows of its gate."""
-    sums = [p.end for p in projections if isinstance(p.end, IntoResidual)]
-    if not sums:
+    ends = [p.end for p in projections if isinstance(p.end, IntoResidual)]
+    if not ends:
         return ((0,) * len(projections),) * 3
-    rows = tuple(one.residual.stride(1) for one in sums)
-    return tuple(_sample_stride(s.residual) for s in sums), rows, tuple(_sample_stride(s.gate) for s in sums)
+    residuals, gates = _column(ends, "residual"), _column(ends, "gate")
+    return tuple(map(_sample_stride, residuals)), tuple(map(_row_stride, residuals)), tuple(map(_sample_stride, gates))
 
 
 def rank_gradients(streams: Sequence[BackwardStream]) -> None:
     """`s g B` of each layer into its `rank_gradient`, and g into its `product_grad`, where these are."""
     from fdfo_engine.kernels.lora_linear import lora_linear_rank_gradient_kernel  # triton: only where it runs
 
-    every, firsts = _every(streams), [stream.layers[0].grad for stream in streams]
-    ranks, normed = [layer.projection.rank for layer in every], [layer.normed for layer in every]
-    gates = tuple(layer.gate for layer in every)
-    t = rank_tile(firsts[0].dtype, through_end=any(layer.product_grad is not None for layer in every))
-    block, head = rank_block(max(*ranks, 1)), _head_size(normed)
-    grid = _row_tiles(firsts, t), max(1, -(-max(ranks) // block)), len(streams[0].layers)
+    layers, firsts = _layers(streams), [stream.layers[0].grad for stream in streams]
+    projections, normed = [layer.projection for layer in layers], _column(layers, "normed")
+    t = rank_tile(firsts[0].dtype, through_end=any(layer.product_grad is not None for layer in layers))
+    rank, head = max(1, *_column(projections, "rank")), _head_size(normed)
+    block = rank_block(rank)
     with torch.cuda.device_of(firsts[0]):
-        lora_linear_rank_gradient_kernel[grid](
-            tuple(layer.grad for layer in every), _second_factors(every),
-            _stood_in((layer.rank_gradient for layer in every), other=firsts[0]), gates, *_norm_tensors(normed),
-            _stood_in(layer.product_grad for layer in every), tuple(_row_counts(firsts)),
-            tuple(first.shape[1] for first in firsts),
-            _rank_strides(streams, "rank_gradient"), *_gradients(every),
-            tuple(0 if gate is None else _sample_stride(gate) for gate in gates),
-            tuple(0 if n is None else _sample_stride(n.y) for n in normed), tuple(map(_scale, every)),
+        lora_linear_rank_gradient_kernel[_row_tiles(firsts, t), -(-rank // block), len(streams[0].layers)](
+            _column(layers, "grad"), _second_factors(layers), _stood_in(_column(layers, "rank_gradient"), firsts[0]),
+            _column(layers, "gate"), *_norm_tensors(normed), _stood_in(_column(layers, "product_grad")),
+            tuple(_row_counts(firsts)), tuple(first.shape[1] for first in firsts),
+            _rank_strides(streams, "rank_gradient"), *_gradients(layers),
+            tuple(map(_sample_stride, _column(layers, "gate"))),
+            tuple(0 if n is None else _sample_stride(n.y) for n in normed), _column(projections, "scale"),
             **_counts(streams), NORMED=_bits(n is not None for n in normed), HEAD=head, WIDE=wide(firsts[0].dtype),
             ROWS=t.rows, RANK=block, INNER=max(t.inner, head), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -184,19 +174,17 @@ def input_gradients(streams: Sequence[BackwardStream], *, pre_activation: Tensor
     """`sum_i g_i W_i + (s_i g_i B_i) A_i` of each stream, times GELU's slope at `pre_activation`, into `input_grad`."""
     from fdfo_engine.kernels.lora_linear import lora_linear_input_kernel  # triton: only where it runs
 
-    every, into = _every(streams), [stream.input_grad for stream in streams if stream.input_grad is not None]
-    K = into[0].shape[2]
-    ranks = [layer.projection.rank for layer in every]
-    weights = [_compiled.last_contiguous(layer.projection.weight) for layer in every]  # perhaps columns of a wider one
+    layers, into = _layers(streams), _column(streams, "input_grad")
+    projections, K = [layer.projection for layer in layers], into[0].shape[2]
+    weights = [_compiled.last_contiguous(p.weight) for p in projections]  # perhaps columns of a wider one
     t = tile_of(into[0], more=len(streams[0].layers) > 1 or pre_activation is not None)
     with torch.cuda.device_of(into[0]):
         lora_linear_input_kernel[(_row_tiles(into, t) * -(-K // t.columns),)](
-            tuple(layer.grad for layer in every), tuple(weights), _stood_in(layer.rank_gradient for layer in every),
-            _contiguous(_stood_in(_first_factor(layer.projection) for layer in every)), pre_activation, tuple(into),
-            tuple(_row_counts(into)), tuple(dx.shape[1] for dx in into),
-            _rank_strides(streams, "rank_gradient"),
-            tuple(map(_sample_stride, into)), *_gradients(every), tuple(weight.stride(0) for weight in weights), K,
-            **_counts(streams), **_blocks(into[0], t, ranks),
+            _column(layers, "grad"), tuple(weights), _stood_in(_column(layers, "rank_gradient")),
+            _contiguous(_stood_in(_column(projections, "lora_a"))), pre_activation, into, tuple(_row_counts(into)),
+            tuple(dx.shape[1] for dx in into), _rank_strides(streams, "rank_gradient"),
+            tuple(map(_sample_stride, into)), *_gradients(layers), tuple(weight.stride(0) for weight in weights), K,
+            **_counts(streams), **_blocks(into[0], t, _column(projections, "rank")),
         )  # fmt: skip
 
 
@@ -204,9 +192,9 @@ def factor_gradients(streams: Sequence[BackwardStream]) -> None:
     """dA `[r, K]` and dB `[N, r]` of each layer, float32: partial sums over parts of the rows, then their sum."""
     from fdfo_engine.kernels.lora_linear import lora_linear_factors_kernel, lora_linear_sum_kernel
 
-    every, xs = _every(streams), [_compiled.last_contiguous(stream.x) for stream in streams if stream.x is not None]
-    K = xs[0].shape[2]
-    ranks, sizes = [layer.projection.rank for layer in every], [layer.grad.shape[2] for layer in every]
+    layers, xs = _layers(streams), [_compiled.last_contiguous(x) for x in _column(streams, "x")]
+    K, ranks = xs[0].shape[2], [layer.projection.rank for layer in layers]
+    sizes = [layer.grad.shape[2] for layer in layers]
     elements = [rank * size for rank, N in zip(ranks, sizes, strict=True) for size in (K, N)]
     total, block = sum(elements), rank_block(max(ranks))
     partial = torch.empty(SPLITS, total, dtype=torch.float32, device=xs[0].device)
@@ -214,21 +202,25 @@ def factor_gradients(streams: Sequence[BackwardStream]) -> None:
     tiles = sum(-(-K // FACTORS.columns) + -(-N // FACTORS.columns) for N in sizes)
     with torch.cuda.device_of(out):
         lora_linear_factors_kernel[(tiles, -(-max(ranks) // block), SPLITS)](
-            tuple(xs), tuple(layer.grad for layer in every), tuple(layer.rank_product for layer in every),
-            tuple(layer.rank_gradient for layer in every), partial, *_tokens(xs),
-            _rank_strides(streams, "rank_product"), _rank_strides(streams, "rank_gradient"), *_gradients(every), K,
-            total, **_counts(streams), SPLITS=SPLITS, WIDE=wide(xs[0].dtype), ROWS=FACTORS.rows, RANK=block,
-            COLUMNS=FACTORS.columns, num_warps=FACTORS.warps, num_stages=FACTORS.stages,
+            tuple(xs), _column(layers, "grad"), _column(layers, "rank_product"), _column(layers, "rank_gradient"),
+            partial, *_tokens(xs), _rank_strides(streams, "rank_product"), _rank_strides(streams, "rank_gradient"),
+            *_gradients(layers), K, total, **_counts(streams), SPLITS=SPLITS, WIDE=wide(xs[0].dtype),
+            ROWS=FACTORS.rows, RANK=block, COLUMNS=FACTORS.columns, num_warps=FACTORS.warps, num_stages=FACTORS.stages,
         )  # fmt: skip
         lora_linear_sum_kernel[(-(-total // SUM_BLOCK),)](partial, out, total, SPLITS, BLOCK=SUM_BLOCK)
     parts = iter(out.split(elements))
-    for layer, rank in zip(every, ranks, strict=True):
+    for layer, rank in zip(layers, ranks, strict=True):
         layer.factors = next(parts).view(rank, K), next(parts).view(-1, rank)
 
 
-def _every(streams: Sequence[Any]) -> list[Any]:
-    """All layers, stream by stream."""
+def _layers(streams: Sequence[Any]) -> list[Any]:
+    """Of all streams, one stream after the other."""
     return [layer for stream in streams for layer in stream.layers]
+
+
+def _column(records: Sequence[Any], name: str) -> Tuple:
+    """Field `name` of each record: what a kernel takes as a tuple."""
+    return tuple(getattr(record, name) for record in records)
 
 
 def _counts(streams: Sequence[Any]) -> dict[str, int]:
@@ -236,27 +228,10 @@ def _counts(streams: Sequence[Any]) -> dict[str, int]:
     return {"STREAMS": len(streams), "LAYERS": len(streams[0].layers)}
 
 
-def _adapter(projection: Projection) -> Adapter:
-    assert projection.adapter is not None
-    return projection.adapter
-
-
-def _scale(layer: BackwardLayer) -> float:
-    return 1.0 if layer.projection.adapter is None else layer.projection.adapter.scale
-
-
-def _first_factor(projection: Projection) -> Tensor | None:
-    return None if projection.adapter is None else projection.adapter.a
-
-
-def _second_factor(projection: Projection) -> Tensor | None:
-    return None if projection.adapter is None else projection.adapter.b
-
-
 def _second_factors(layers: Sequence[BackwardLayer]) -> Tuple:
     """Any float32 where there is no adapter at all: of a rank of 0 nothing is read."""
-    factors = [_second_factor(layer.projection) for layer in layers]
-    return _contiguous(_stood_in(factors, other=layers[0].grad.new_empty(1, dtype=torch.float32)))
+    factors = [layer.projection.lora_b for layer in layers]
+    return _contiguous(_stood_in(factors, layers[0].grad.new_empty(1, dtype=torch.float32)))
 
 
 def _biases(projections: Sequence[Projection]) -> Tuple:
@@ -306,29 +281,38 @@ def _row_tiles(xs: Sequence[Tensor], t: Tile) -> int:
     return sum(-(-rows // t.rows) for rows in _row_counts(xs))
 
 
-def _sample_stride(x: Tensor) -> int:
-    """Stride from sample to sample; 0 where there is one, whose stride may be past 32 bits."""
-    return x.stride(0) if len(x) > 1 else 0
+def _tiles(out: Tensor, t: Tile) -> int:
+    """Of the rows and columns of an output."""
+    return -(-out.shape[0] * out.shape[1] // t.rows) * -(-out.shape[2] // t.columns)
+
+
+def _sample_stride(x: Tensor | None) -> int:
+    """Stride from sample to sample; 0 where there is one, whose stride may be past 32 bits, or no tensor."""
+    return 0 if x is None or len(x) == 1 else x.stride(0)
+
+
+def _row_stride(x: Tensor) -> int:
+    """Stride from token to token."""
+    return x.stride(1)
 
 
 def _tokens(xs: Sequence[Tensor]) -> Sequence[Tuple]:
     """Rows, tokens a sample, and strides of samples and rows of each stream."""
-    tokens, strides = tuple(x.shape[1] for x in xs), tuple(x.stride(1) for x in xs)
-    return tuple(_row_counts(xs)), tokens, tuple(map(_sample_stride, xs)), strides
+    tokens = tuple(x.shape[1] for x in xs)
+    return tuple(_row_counts(xs)), tokens, tuple(map(_sample_stride, xs)), tuple(map(_row_stride, xs))
 
 
 def _gradients(layers: Sequence[BackwardLayer]) -> Sequence[Tuple]:
     """Columns, ranks, and strides of samples and rows, of each layer's gradient."""
-    grads = [layer.grad for layer in layers]
-    columns, rows = tuple(g.shape[2] for g in grads), tuple(g.stride(1) for g in grads)
-    return columns, tuple(layer.projection.rank for layer in layers), tuple(map(_sample_stride, grads)), rows
+    grads, ranks = _column(layers, "grad"), tuple(layer.projection.rank for layer in layers)
+    return tuple(g.shape[2] for g in grads), ranks, tuple(map(_sample_stride, grads)), tuple(map(_row_stride, grads))
 
 
 def _rank_strides(streams: Sequence[Any], name: str) -> tuple[int, ...]:
     """Stride of rows of each stream's `rank_product`s, or other field, which lie in one tensor; 0 where it has none."""
     strides = []
     for stream in streams:
-        present = [getattr(layer, name) for layer in stream.layers if getattr(layer, name) is not None]
+        present = [tensor for tensor in _column(stream.layers, name) if tensor is not None]
         strides.append(present[0].stride(0) if present else 0)
     return tuple(strides)
 

@@ -38,14 +38,19 @@ def supports(description: Description) -> list[str]:
     """Reasons why these kernels can't compute all of it, or leave it to a library; empty where they do."""
     reasons = [] if all(x.numel() for x in description.inputs) else ["there are no tokens"]
     ends = [p.end for p in description.every()]
-    gelus, sums = ([isinstance(end, kind) for end in ends] for kind in (Gelu, IntoResidual))
-    if not (description.adapted or (all(gelus) and takes_gelu(description.inputs[0].dtype))):
+    if not description.adapted and not (_all_or_none(ends, Gelu) and takes_gelu(description.inputs[0].dtype)):
         reasons.append("no projection has an adapter: a plain product is left to a library")
-    if any(gelus) and not all(gelus):
+    if _all_or_none(ends, Gelu) is None:
         reasons.append("a launch takes GELU of all its products or of none")
-    if any(sums) and not all(sums):
+    if _all_or_none(ends, IntoResidual) is None:
         reasons.append("a launch adds all its products to residual streams or none")
     return reasons + _norm_refusals([end for end in ends if isinstance(end, HeadNorm)])
+
+
+def _all_or_none(ends: Sequence[End | None], kind: type) -> bool | None:
+    """Whether all are of this kind; None where some are and others are not."""
+    found = {isinstance(end, kind) for end in ends}
+    return found.pop() if len(found) == 1 else None
 
 
 def _norm_refusals(norms: Sequence[HeadNorm]) -> list[str]:

@@ -104,14 +104,28 @@ class Projection:
     end: End | None = None
 
     @property
+    def lora_a(self) -> Tensor | None:
+        """A of the adapter; None without one."""
+        return None if self.adapter is None else self.adapter.a
+
+    @property
+    def lora_b(self) -> Tensor | None:
+        """B of the adapter; None without one."""
+        return None if self.adapter is None else self.adapter.b
+
+    @property
+    def scale(self) -> float:
+        """Of the adapter; 1 without one."""
+        return 1.0 if self.adapter is None else self.adapter.scale
+
+    @property
     def rank(self) -> int:
         """Of the adapter; 0 without one."""
         return 0 if self.adapter is None else len(self.adapter.a)
 
     def operands(self) -> Operands:
         """Its tensors."""
-        a, b = (None, None) if self.adapter is None else (self.adapter.a, self.adapter.b)
-        tensors = Operands(self.weight, self.bias, a, b)
+        tensors = Operands(self.weight, self.bias, self.lora_a, self.lora_b)
         if isinstance(self.end, IntoResidual):
             return tensors._replace(residual=self.end.residual, gate=self.end.gate)
         if isinstance(self.end, HeadNorm):

@@ -85,6 +85,9 @@ def test_doctor_gives_a_line_and_a_reason_for_each_check(tmp_path, capsys):
     assert cuda.startswith("missing") == bool(reasons)
     assert all(reason in cuda for reason in reasons)
     assert {line.split()[2] for line in lines if line.startswith("ok      op ")} == set(implementations())
+    ends = [line for line in lines if line.startswith("ok      end ") and " on cpu: " in line]
+    assert [line.split()[2] for line in ends] == ["Gelu", "IntoResidual", "HeadNorm"]
+    assert all("behind it: a library's product ends with its bias" in line for line in ends)
     assert (code, lines[-1]) == (0, "ready to train"), lines
     assert list(tmp_path.iterdir()) == []
 

@@ -180,3 +180,40 @@ def test_adapters_have_scales_of_their_own(dtype, backend, device):
     results = ([*run[0], *gradients(*run)] for run in runs)
     for i, (actual, other, value) in enumerate(zip(*results, strict=True)):
         assert_as_good_as(actual, other, value, name=f"output or gradient {i}", floor=2e-6)
+
+
+@pytest.mark.parametrize("ended", [(True, True), (True, False)], ids=["all", "the first of each stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_of_several_projections(dtype, ended, backend, device):
+    """Of all of a call, which backend triton takes inside its products, or of some, which it can't."""
+    if backend not in ops.implementations()["adapted_projections"]:
+        pytest.skip(f"not written in {backend}")
+    x, linears = streams_of(dtype, device, ranks=((4, 4), (4, 4)))
+    upstream = draw(2, max(TOKENS), 20, dtype=dtype, device=device)
+
+    def formula(x, linears, dtype):
+        ys = []
+        for part, layers in zip(x.split([*TOKENS, 2], 1), linears, strict=False):
+            for (w, c, a, b), gelu in zip(layers, ended, strict=True):
+                y = functional.linear(part, w, c) + SCALING * (part @ a.to(dtype).T) @ b.to(dtype).T
+                ys.append(functional.gelu(y, approximate="tanh") if gelu else y)
+        return ys
+
+    def op(x, linears, dtype):
+        projections = [[described(*n, gelu=gelu) for n, gelu in zip(layers, ended, strict=True)] for layers in linears]
+        found = ops.adapted_projections(x, projections, tokens=TOKENS, backend=backend).streams
+        return [y for of_stream in found for y in of_stream]
+
+    def run(function, dtype, given=dtype):
+        own_x = x.detach().to(given).requires_grad_()
+        own = [
+            [[t.detach().to(torch.promote_types(t.dtype, given)).requires_grad_() for t in n] for n in layers]
+            for layers in linears
+        ]
+        ys = function(own_x, own, dtype)
+        leaves = [own_x, *(t for layers in own for layer in layers for t in layer)]
+        return [*ys, *torch.autograd.grad(ys, leaves, [upstream[:, : y.shape[1]].to(y.dtype) for y in ys])]
+
+    exact = run(formula, torch.float64, torch.float64)
+    for i, (actual, plain, value) in enumerate(zip(run(op, dtype), run(formula, dtype), exact, strict=True)):
+        assert_as_good_as(actual, plain, value, name=f"output or gradient {i}", floor=2e-6)

@@ -1,5 +1,7 @@
 """Projections with norms of heads, against float64 and the two ops that they stand for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from numerics import assert_as_good_as, assert_gradients_as_good_as
@@ -7,7 +9,9 @@ from ops.exact import draw
 from torch.nn import functional
 
 from fdfo_engine import ops
-from fdfo_engine.ops import Adapter, HeadNorm, Packed, Projection
+from fdfo_engine.ops import Adapter, HeadNorm, Packed, Projection, _projection_torch, _projection_triton
+from fdfo_engine.ops._description import Description
+from fdfo_engine.ops.adapted_projections import route
 
 SCALING, EPS = 0.75, 1e-6
 
@@ -165,3 +169,40 @@ def test_refuses():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"adapted_projections: {message}"):
             project(**good | bad)
+
+
+def test_where_ends_are_taken_is_told():
+    assert set(ops.ends_inside("triton")) == {"Gelu", "IntoResidual", "HeadNorm"}
+    assert not any(ops.ends_inside("triton").values())
+    assert all("a library's product" in reasons[0] for reasons in ops.ends_inside("cpp").values())
+
+
+def described(linears, norms, size=16, **settings):
+    """A call whose first projections of each stream are normed."""
+    x, projections = [torch.zeros(1, 2, 40)] * 2, []
+    for layers, weights in zip(linears, norms, strict=True):
+        ends = [*(HeadNorm(weight, size, invertible=True) for weight in weights), Packed()]
+        ends = [replace(end, **settings) if isinstance(end, HeadNorm) else end for end in ends]
+        of_stream = zip(layers, ends, strict=True)
+        projections.append([Projection(w, b, None if a is None else Adapter(a, c), e) for (w, b, a, c), e in of_stream])
+    return Description(x, [2, 2], shared=False, projections=projections)
+
+
+def test_a_norm_that_does_not_fit_follows_behind_the_product():
+    """Values are still packed by the product where that has an adapter; without any, a library makes all three."""
+    _, linears, norms = make()
+    _, plain, _ = make(adapted=())
+    _, wide, wide_norms = make(size=24, heads=2)
+    tables = torch.ones(4, 16), torch.zeros(4, 16)
+    cases = [
+        (described(linears, norms), _projection_triton, 6),
+        (described(linears, norms, rotary=tables), _projection_triton, 2),
+        (described(linears, norms, invertible=False), _projection_triton, 2),
+        (described(wide, wide_norms, size=24), _projection_triton, 2),
+        (described(plain, norms), _projection_torch, 0),
+    ]
+    for call, products, inside in cases:
+        chosen = route(call, "triton")
+        assert chosen.products is products
+        assert sum(p.end is not None for p in chosen.description.every()) == inside
+        assert route(call, "cpp").products is _projection_torch
