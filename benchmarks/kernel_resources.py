@@ -117,7 +117,7 @@ def _qk_rms_norm_cases() -> Iterator[Case]:
             yield Case(kernels.qk_rms_norm_backward_kernel, types, known | {"WEIGHT_GRADS": weight_grads} | tile)
 
 
-_ODD_SIZES = ("B", "tokens", "HEADS")
+_ODD_SIZES = ("B", "tokens", "HEADS", "kinds")
 
 
 RANK = 64  # of the adapters; from 32 on the kernels are the same for every rank
@@ -241,7 +241,10 @@ def _block_cases(size: int) -> list[Case]:
         ),
         Case(
             layer_norm_modulate.layer_norm_modulate_backward_kernel,
-            [*5 * [two(bf16)], two(f32), *5 * [two(bf16)], two(f32), "i32", two("i32"), "i32", *13 * [two("i32")]],
+            [
+                *5 * [two(bf16)], two(f32), *5 * [two(bf16)], two(f32), two("i32"), "i32", two("i32"), "i32",
+                *13 * [two("i32")],
+            ],
             {"STREAMS": STREAMS, "SUM_MODULATIONS": True} | tile, launch(2 * warps),
         ),
         Case(

@@ -57,7 +57,7 @@ def forward_of(
 
 @triton.jit
 def layer_norm_modulate_backward_kernel(
-    xs, ys, gates, scales, scale2s, statistics, upstreams, upstream2s, upstream_xs, dxs, dys, partials, B, Ss, D,
+    xs, ys, gates, scales, scale2s, statistics, upstreams, upstream2s, upstream_xs, dxs, dys, partials, kinds, B, Ss, D,
     x_samples, x_tokens, y_samples, y_tokens, gate_rows, scale_rows, scale2_rows, up_samples, up_tokens,
     up2_samples, up2_tokens, up_x_samples, up_x_tokens,
     STREAMS: tl.constexpr, SUM_MODULATIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,21 +69,23 @@ def layer_norm_modulate_backward_kernel(
         if (program < first_programs) == (i == 0):
             backward_of(
                 program - i * first_programs, xs[i], ys[i], gates[i], scales[i], scale2s[i], statistics[i],
-                upstreams[i], upstream2s[i], upstream_xs[i], dxs[i], dys[i], partials[i], Ss[i], D, x_samples[i],
-                x_tokens[i], y_samples[i], y_tokens[i], gate_rows[i], scale_rows[i], scale2_rows[i], up_samples[i],
-                up_tokens[i], up2_samples[i], up2_tokens[i], up_x_samples[i], up_x_tokens[i], SUM_MODULATIONS, TOKENS,
-                BLOCK,
+                upstreams[i], upstream2s[i], upstream_xs[i], dxs[i], dys[i], partials[i], kinds[i], Ss[i], D,
+                x_samples[i], x_tokens[i], y_samples[i], y_tokens[i], gate_rows[i], scale_rows[i], scale2_rows[i],
+                up_samples[i], up_tokens[i], up2_samples[i], up2_tokens[i], up_x_samples[i], up_x_tokens[i],
+                SUM_MODULATIONS, TOKENS, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def backward_of(
     program, x_ptr, y_ptr, gate_ptr, scale_ptr, scale2_ptr, statistics_ptr, upstream_ptr, upstream2_ptr, upstream_x_ptr,
-    dx_ptr, dy_ptr, partial_ptr, S, D, x_sample, x_token, y_sample, y_token, gate_row, scale_row, scale2_row,
+    dx_ptr, dy_ptr, partial_ptr, kinds, S, D, x_sample, x_token, y_sample, y_token, gate_row, scale_row, scale2_row,
     up_sample, up_token, up2_sample, up2_token, up_x_sample, up_x_token,
     SUM_MODULATIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of a stream; `partial` gets those sums of scale, shift, scale2, shift2 and gate that are needed."""
+    """TOKENS tokens of a stream; `partial` gets those sums of scale, shift, scale2, shift2 and gate that are needed:
+    `kinds` in number.
+    """
     blocks = tl.cdiv(S, TOKENS)
     sample, first = program // blocks, program % blocks * TOKENS
     offs = tl.arange(0, BLOCK)  # [BLOCK]
@@ -115,8 +117,8 @@ def backward_of(
             write(dy_ptr + row * D, offs, mask, read(gate_ptr + sample * gate_row, offs, mask) * d)
         if y_ptr is not None:
             d_gate += d * read(y_ptr + sample * y_sample + token * y_token, offs, mask)
+    partial_ptr += program * D * kinds
     if SUM_MODULATIONS:
-        partial_ptr += program * D * (4 if upstream2_ptr is not None else 2) + (program * D if y_ptr is not None else 0)
         tl.store(partial_ptr + offs, d_scale, mask=mask)
         tl.store(partial_ptr + D + offs, d_shift, mask=mask)
         partial_ptr += 2 * D
@@ -124,8 +126,6 @@ def backward_of(
             tl.store(partial_ptr + offs, d_scale2, mask=mask)
             tl.store(partial_ptr + D + offs, d_shift2, mask=mask)
             partial_ptr += 2 * D
-    else:
-        partial_ptr += program * D
     if y_ptr is not None:
         tl.store(partial_ptr + offs, d_gate, mask=mask)
 

@@ -57,9 +57,8 @@ def describe(run_dir: Path, status: dict[str, Any]) -> list[str]:
     """The record in words, a line each; text from the run is shown with its control characters escaped."""
     state, code = str(status.get("state", "unknown")), status.get("exit_code")
     age = time.time() - float(status.get("heartbeat") or 0)
-    phase = f", in {status['phase']}" if status.get("phase") and state in ("starting", "running") else ""
     lines = [
-        f"{run_dir}: {state}{phase}" + (f" (exit code {code})" if code else ""),
+        f"{run_dir}: {state}{_phase(status)}" + (f" (exit code {code})" if code else ""),
         f"  epoch       {status.get('epoch')} of {status.get('epochs') or '?'}",
         f"  checkpoint  {status.get('last_checkpoint') or 'none by this process'}",
         f"  heartbeat   {age:.0f} s ago, process {status.get('pid')} on {status.get('host')}",
@@ -68,3 +67,8 @@ def describe(run_dir: Path, status: dict[str, Any]) -> list[str]:
     advice = _STOPPED_BY_GUARD if state == "stopped" and code == GuardStop.exit_code else _ADVICE.get(state)
     lines += [f"  {advice}"] if advice else []
     return [visible(line) for line in lines]
+
+
+def _phase(status: dict[str, Any]) -> str:
+    going = status.get("state") in ("starting", "running")
+    return f", in {status['phase']}" if status.get("phase") and going else ""

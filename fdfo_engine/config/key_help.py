@@ -72,8 +72,7 @@ def describe_keys() -> str:
 def _walk(schema: dict[str, Any], defs: dict[str, Any], prefix: str, variant: str | None) -> Iterator[KeyHelp]:
     for name, given in schema.get("properties", {}).items():
         key, node = prefix + name, _resolved(given, defs)
-        variants = [_resolved(v, defs) for v in node["oneOf"]] if "oneOf" in node else []
-        is_section = bool(node.get("properties") or variants)
+        is_section = bool(node.get("properties") or node.get("oneOf"))
         yield KeyHelp(
             key=key,
             takes=_takes(node, defs),
@@ -81,13 +80,18 @@ def _walk(schema: dict[str, Any], defs: dict[str, Any], prefix: str, variant: st
             required=name in schema.get("required", ()) and not is_section,
             default="" if is_section or "default" not in given else json.dumps(given["default"]),
             variant=variant,
-            takes_text=node.get("type") == "string" or any(v.get("type") == "string" for v in node.get("anyOf", ())),
+            takes_text=_takes_text(node),
         )
         yield from _walk(node, defs, f"{key}.", variant)
-        for option in variants:
-            yield from _walk(option, defs, f"{key}.", option["properties"]["schedule"]["const"])
+        for option in node.get("oneOf", ()):
+            of_variant = _resolved(option, defs)
+            yield from _walk(of_variant, defs, f"{key}.", of_variant["properties"]["schedule"]["const"])
         if "items" in node:
             yield from _walk(_resolved(node["items"], defs), defs, f"{key}.*.", variant)
+
+
+def _takes_text(node: dict[str, Any]) -> bool:
+    return any(kind.get("type") == "string" for kind in (node, *node.get("anyOf", ())))
 
 
 def _resolved(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,9 @@ def last_in_order(evaluations: Sequence[Record]) -> int | None:
 
 def _falls(evaluations: Sequence[Record], limit: float) -> Iterator[str]:
     for name in ["held-out reward", *evaluations[-1]["metrics"]]:
-        figures = [f for record in evaluations if (f := _figure(record, name)) is not None]
-        if len(figures) < 2 or _figure(evaluations[-1], name) is None:
+        every = [_figure(record, name) for record in evaluations]
+        figures = [figure for figure in every if figure is not None]
+        if len(figures) < 2 or every[-1] is None:
             continue
         (best, best_error), (now, error) = max(figures), figures[-1]
         errors = math.hypot(best_error, error)

@@ -73,22 +73,44 @@ def build_measures(
     of_run = asked(config)
     known = labelled([*of_run.values(), *more])
     _refuse_unknown(names, known)
-    asked_for = [*names, *list(known)[len(known) - len(more) :]] if names else [*known, "diversity", "health"]
-    wanted = list(dict.fromkeys(n for name in asked_for for n in GROUPS.get(name, (name,))))
-    diverse = [n for n in wanted if n in DIVERSITY or n in MODEL_DIVERSITY]
-    if images_per_prompt < 2:
-        if names and diverse:
+    added = list(known)[len(known) - len(more) :]
+    wanted = _members([*names, *added] if names else [*known, "diversity", "health"])
+    diverse = [name for name in wanted if name in DIVERSITY or name in MODEL_DIVERSITY]
+    if diverse and images_per_prompt < 2:
+        if names:
             raise UsageError(f"--metrics {diverse[0]}: needs two or more images a prompt; set --images-per-prompt")
         diverse = []
-    parts = dict(named for n in wanted if n not in (*HEALTH, *diverse, *DIVERSITY) for named in _named(known, n))
     keys = dict(zip(known, [*of_run, *["--metric"] * len(more)], strict=True))
-    rewards = WeightedRewards.from_labelled(parts, keys=[keys.get(label, "--metrics") for label in parts])
+    rewards = _rewards(wanted, known, keys)
     if not allow_download:
         rewards.forbid_downloads()
-    special = {"clip_diversity": lambda: clip_diversity(clip, device, allow_download=allow_download),
-               "dreamsim_diversity": lambda: dreamsim_diversity(device, allow_download=allow_download)}  # fmt: skip
-    diversity = {n: DIVERSITY[n] if n in DIVERSITY else special[n]() for n in diverse}
-    return Measures(rewards, tuple(n for n in wanted if n in HEALTH), diversity)
+    diversity = {name: _diversity(name, device, clip, allow_download=allow_download) for name in diverse}
+    return Measures(rewards, tuple(name for name in wanted if name in HEALTH), diversity)
+
+
+def _members(names: Sequence[str]) -> list[str]:
+    """Each name once, and in the place of a group its members."""
+    found: list[str] = []
+    for name in names:
+        found += GROUPS.get(name, (name,))
+    return list(dict.fromkeys(found))
+
+
+def _rewards(wanted: Sequence[str], known: Mapping[str, RewardConfig], keys: Mapping[str, str]) -> WeightedRewards:
+    """Those among the `wanted` names; `keys` say where a known one was asked for."""
+    parts: dict[str, RewardConfig] = {}
+    for name in wanted:
+        if name not in (*HEALTH, *DIVERSITY, *MODEL_DIVERSITY):
+            parts |= _named(known, name)
+    return WeightedRewards.from_labelled(parts, keys=[keys.get(label, "--metrics") for label in parts])
+
+
+def _diversity(name: str, device: torch.device, clip: str, *, allow_download: bool) -> DiversityMeasure:
+    if name == "clip_diversity":
+        return clip_diversity(clip, device, allow_download=allow_download)
+    if name == "dreamsim_diversity":
+        return dreamsim_diversity(device, allow_download=allow_download)
+    return DIVERSITY[name]
 
 
 def _refuse_unknown(names: Sequence[str], known: Mapping[str, RewardConfig]) -> None:

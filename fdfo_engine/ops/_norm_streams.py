@@ -237,7 +237,7 @@ def _forward_triton(work: Sequence[_Forward], eps: float) -> None:
     of, out, x = by_field(streams), by_field(outputs), streams[0].x
     x_news = tuple(None if s.gate is None else o.x_new for s, _, o in work)
     block, warps = tile(x.shape[2])
-    tokens = tuple(x.shape[1] for x in of.x)
+    tokens = tuple(s.x.shape[1] for s in streams)
     with torch.cuda.device_of(x):  # triton launches on the current device, not on the tensor's
         layer_norm_modulate_forward_kernel[(len(x) * sum(tokens),)](
             xs=of.x, ys=of.y, gates=of.gate, scales=of.scale, shifts=of.shift, scale2s=of.scale2, shift2s=of.shift2,
@@ -258,16 +258,14 @@ def _backward_triton(work: Sequence[_Backward]) -> list[Tensor]:
     B, _, D = work[0].dx.shape
     tokens = TOKENS if any(w.kinds for w in work) else 1
     programs = [B * -(-w.dx.shape[1] // tokens) for w in work]
-    partials = tuple(
-        torch.empty(count, w.kinds, D, dtype=torch.float32, device=w.dx.device)
-        for count, w in zip(programs, work, strict=True)
-    )
+    partials = tuple(map(_partial_sums, work, programs))
     block, warps = tile(D)
     with torch.cuda.device_of(work[0].dx):
         layer_norm_modulate_backward_kernel[(sum(programs),)](
             xs=kept.normed_from, ys=kept.y, gates=kept.gate, scales=kept.scale, scale2s=kept.scale2,
             statistics=kept.statistics, upstreams=of.upstream, upstream2s=of.upstream2, upstream_xs=of.upstream_x,
-            dxs=of.dx, dys=of.dy, partials=partials, B=B, Ss=tuple(w.dx.shape[1] for w in work), D=D,
+            dxs=of.dx, dys=of.dy, partials=partials, kinds=tuple(w.kinds for w in work), B=B,
+            Ss=tuple(w.dx.shape[1] for w in work), D=D,
             x_samples=_strides(kept.normed_from, 0), x_tokens=_strides(kept.normed_from, 1),
             y_samples=_strides(kept.y, 0), y_tokens=_strides(kept.y, 1), gate_rows=_strides(kept.gate, 0),
             scale_rows=_strides(kept.scale, 0), scale2_rows=_strides(kept.scale2, 0),
@@ -279,6 +277,11 @@ def _backward_triton(work: Sequence[_Backward]) -> list[Tensor]:
         )  # fmt: skip
     dtype = work[0].dx.dtype
     return [partial.unflatten(0, (B, -1)).sum(1).to(dtype).transpose(0, 1) for partial in partials]
+
+
+def _partial_sums(w: _Backward, programs: int) -> Tensor:
+    """Of each program, `[programs, kinds, D]`."""
+    return torch.empty(programs, w.kinds, w.dx.shape[2], dtype=torch.float32, device=w.dx.device)
 
 
 def _strides(tensors: Sequence[Tensor | None], axis: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,19 +39,27 @@ def check_streams(op: str, streams: Sequence[QKV], head_size: int) -> None:
     _checks.tensor(op, "streams[0].q", first, _checks.MODEL_DTYPES)
     if first.ndim != 3 or first.shape[2] == 0 or first.shape[2] % head_size:
         _checks.refuse(op, "streams[0].q", list(first.shape), f"[B, S, H * {head_size}]")
-    dtypes, device = (first.dtype,), first.device
-    weights = [w for s in streams for w in (s.q_weight, s.k_weight) if isinstance(w, Tensor)]
-    of_weights = (weights[0].dtype,) if weights and weights[0].dtype == torch.float32 else dtypes
-    names = ("q", "k") if all(s.v is None for s in streams) else ("q", "k", "v")
+    have_v = any(s.v is not None for s in streams)
     for i, stream in enumerate(streams):
+        name = f"streams[{i}]"
         tokens = stream.q.shape[1] if isinstance(stream.q, Tensor) and stream.q.ndim == 3 else 0
-        for name in names:
-            shape = (first.shape[0], tokens, first.shape[2])
-            _checks.tensor(op, f"streams[{i}].{name}", getattr(stream, name), dtypes, shape=shape, device=device)
-        for name in ("q_weight", "k_weight"):
-            weight = getattr(stream, name)
-            if weight is not None:
-                _checks.tensor(op, f"streams[{i}].{name}", weight, of_weights, shape=(head_size,), device=device)
+        shape = (first.shape[0], tokens, first.shape[2])
+        for part in ("q", "k", "v") if have_v else ("q", "k"):
+            x = getattr(stream, part)
+            _checks.tensor(op, f"{name}.{part}", x, (first.dtype,), shape=shape, device=first.device)
+    check_norm_weights(op, streams, first, head_size)
+
+
+def check_norm_weights(op: str, streams: Sequence[QKV], like: Tensor, head_size: int) -> None:
+    """Refuses weights that are not `[E]`, on the device of `like`, and all in float32 or all in its dtype."""
+    weights: dict[str, Any] = {}
+    for i, stream in enumerate(streams):
+        weights |= {f"streams[{i}].q_weight": stream.q_weight, f"streams[{i}].k_weight": stream.k_weight}
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    first = next(iter(given.values()), None)
+    dtype = torch.float32 if isinstance(first, Tensor) and first.dtype == torch.float32 else like.dtype
+    for name, weight in given.items():
+        _checks.tensor(op, name, weight, (dtype,), shape=(head_size,), device=like.device)
 
 
 def check_rotary(op: str, rotary: Rotary, streams: Sequence[QKV], head_size: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _checks, _compiled, _dispatch
+from fdfo_engine.ops._records import blank, save, saved
 
 OFFERED = ("triton", "cuda", "cpp", "torch")
 BLOCK = 4096  # elements a Triton program; not tuned on a GPU yet
@@ -71,7 +72,8 @@ def fdfo_loss(
     total, A_B = _positive(op, "normalizer", total), advantage.detach()
     if implementation == "torch":
         return fdfo_loss_reference(v, v_old, u[pair_B], (1 - 2 * branch_B).double(), A_B.double(), clip, total)
-    found: tuple[Tensor, Tensor] = _FdfoLoss.apply(v, v_old, u, pair_B, branch_B, A_B, clip, total, implementation)
+    settings = _Settings(clip, total, implementation)
+    found: tuple[Tensor, Tensor] = _FdfoLoss.apply(settings, A_B, *Batch(v, v_old, u, pair_B, branch_B))
     return found
 
 
@@ -101,6 +103,11 @@ class Batch(NamedTuple):
         """Elements of one latent."""
         return _compiled.latent_size(self.v, 1)
 
+    def readable(self) -> Batch:
+        """With latents contiguous: copied where they are not."""
+        v, v_old, u = (_compiled.inner_contiguous(t, 1) for t in (self.v, self.v_old, self.u))
+        return self._replace(v=v, v_old=v_old, u=u)
+
     @property
     def strides(self) -> tuple[int, int, int]:
         """Of the rows of v, v_old and u."""
@@ -128,33 +135,46 @@ class Outputs(NamedTuple):
         )
 
 
+class _Settings(NamedTuple):
+    clip_range: float
+    normalizer: float
+    backend: str
+
+
+class _Kept(NamedTuple):
+    """What the backward reads: `scale` and `grad` are those of `Outputs`."""
+
+    batch: Batch
+    scale: Tensor
+    grad: Tensor | None
+
+
 class _FdfoLoss(torch.autograd.Function):
+    """`fields`: those of a `Batch`, of which v takes a gradient."""
+
     @staticmethod
-    def forward(
-        ctx: Any, v: Tensor, v_old: Tensor, u: Tensor, pair: Tensor, branch: Tensor, advantage: Tensor,
-        clip_range: float, normalizer: float, backend: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        v, v_old, u = (_compiled.inner_contiguous(t, 1) for t in (v, v_old, u))
-        batch = Batch(v, v_old, u, pair, branch)
-        out = Outputs.empty(v, with_grad=backend == "cpp" and ctx.needs_input_grad[0])
-        if len(v):
-            FORWARD[backend](batch, advantage.contiguous(), clip_range, normalizer, out)
-        ctx.save_for_backward(*batch, out.scale, out.grad)
-        ctx.backend = backend
+    def forward(ctx: Any, settings: _Settings, advantage: Tensor, *fields: Tensor) -> tuple[Tensor, Tensor]:
+        batch = Batch(*fields).readable()
+        needs_grad = ctx.needs_input_grad[2]  # of v, the first of the fields
+        out = Outputs.empty(batch.v, with_grad=needs_grad and settings.backend == "cpp")
+        if len(batch.v):
+            FORWARD[settings.backend](batch, advantage.contiguous(), settings.clip_range, settings.normalizer, out)
+        save(ctx, _Kept(batch, out.scale, out.grad))
+        ctx.backend = settings.backend
         ctx.mark_non_differentiable(out.log_ratio)
         return out.loss, out.log_ratio
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _log_ratio: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, scale, ready = ctx.saved_tensors
-        if ready is not None and upstream.item() == 1:
-            return ready, *[None] * 8
-        batch = Batch(*tensors)
-        grad = torch.empty(batch.v.shape, dtype=batch.v.dtype, device=batch.v.device)
-        if len(grad):
-            BACKWARD[ctx.backend](batch, scale, upstream, grad)
-        return grad, *[None] * 8
+        kept: _Kept = saved(ctx)
+        grad = kept.grad
+        if grad is None or upstream.item() != 1:
+            v = kept.batch.v
+            grad = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            if len(v):
+                BACKWARD[ctx.backend](kept.batch, kept.scale, upstream, grad)
+        return None, None, *blank(kept.batch)._replace(v=grad)
 
 
 def _arguments(batch: Batch) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fdfo_engine.ops import _compiled, _dispatch
+from fdfo_engine.ops import _dispatch
 from fdfo_engine.ops.fdfo_loss import BACKWARD, FORWARD, Batch, Outputs, check_tensors, items_of
 
 OFFERED = ("triton", "cuda", "cpp", "torch")
@@ -63,9 +63,8 @@ class _LogRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, v_old: Tensor, u: Tensor, pair: Tensor, branch: Tensor, backend: str) -> Tensor:
-        v, v_old, u = (_compiled.inner_contiguous(t, 1) for t in (v, v_old, u))
-        batch = Batch(v, v_old, u, pair, branch)
-        out = Outputs.empty(v)
+        batch = Batch(v, v_old, u, pair, branch).readable()
+        out = Outputs.empty(batch.v)
         if len(v):
             no_advantage = torch.zeros(len(v), dtype=torch.float64, device=v.device)
             FORWARD[backend](batch, no_advantage, 1.0, 1.0, out)

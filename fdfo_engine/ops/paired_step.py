@@ -18,7 +18,7 @@ INTERPRETED_BLOCK = 16384  # the interpreter takes milliseconds a program, whate
 
 
 @torch.no_grad()
-def paired_step(
+def paired_step(  # noqa: PLR0913
     x: Tensor,
     v: Tensor,
     *,

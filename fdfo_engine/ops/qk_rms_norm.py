@@ -301,7 +301,7 @@ def _launch(settings: _Settings, streams: Sequence[QKV], packed: _Packed) -> _La
     height, width = tile(E)
     tokens = tuple(s.q.shape[1] for s in streams)
     programs = tuple(-(-B * count * H // height) for count in tokens)
-    x_batches, x_tokens = (tuple(s.q.stride(axis) for s in streams) for axis in (0, 1))
+    x_batches, x_tokens = tuple(s.q.stride(0) for s in streams), tuple(s.q.stride(1) for s in streams)
     sizes = {"B": B, "tokens": tokens, "HEADS": H, "x_batches": x_batches, "x_tokens": x_tokens, "eps": settings.eps}
     normed = sum(1 << i for i, weight in enumerate(_norm_weights(streams)) if weight is not None)
     constants = {
@@ -336,7 +336,7 @@ def _forward_triton(settings: _Settings, streams: Sequence[QKV], packed: _Packed
 
     streams = [_evenly_strided(s) for s in streams]
     launch, outs = _launch(settings, streams, packed), tuple(out for out in packed if out is not None)
-    cos, sin = (packed.q if table is None else table for table in (settings.cos, settings.sin))
+    cos, sin = _tables(settings, packed.q)
     with torch.cuda.device_of(packed.q):  # triton launches on the current device, not on the tensor's
         qk_rms_norm_forward_kernel[(sum(launch.programs), len(outs))](
             xs=_heads_of(streams), weights=_weights_or_any(streams), outs=outs, roots_ptr=roots, cos_ptr=cos,
@@ -350,10 +350,8 @@ def _backward_triton(
     from fdfo_engine.kernels.qk_rms_norm import qk_rms_norm_backward_kernel  # triton: only where it runs
 
     streams = [_evenly_strided(s) for s in streams]
-    launch, ups = _launch(settings, streams, upstream), tuple(grad for grad in upstream if grad is not None)
-    if len({grad.stride() for grad in ups}) > 1:
-        ups = tuple(grad.contiguous() for grad in ups)
-    cos, sin = (ups[0] if table is None else table for table in (settings.cos, settings.sin))
+    launch, ups = _launch(settings, streams, upstream), _one_stride(upstream)
+    cos, sin = _tables(settings, ups[0])
     up_batch, up_token, up_head, _ = ups[0].stride()
     all_programs = sum(launch.programs)
     needed = any(weight is not None for weight in _norm_weights(gradients))
@@ -365,11 +363,30 @@ def _backward_triton(
             up_token=up_token, up_head=up_head, WEIGHT_GRADS=needed, **launch.sizes, **launch.constants,
             enable_fp_fusion=False,
         )  # fmt: skip
-    of_q, of_k = (sums.split(launch.programs) if needed else () for sums in partial)
-    for to, q_sums, k_sums in zip(gradients if needed else (), of_q, of_k, strict=True):
-        for grad, sums in ((to.q_weight, q_sums), (to.k_weight, k_sums)):
-            if grad is not None:
-                grad.copy_(sums.sum(0, dtype=torch.float64))
+    if needed:
+        of_q, of_k = (sums.split(launch.programs) for sums in partial)
+        for to, q_sums, k_sums in zip(gradients, of_q, of_k, strict=True):
+            _add_up(q_sums, to.q_weight)
+            _add_up(k_sums, to.k_weight)
+
+
+def _one_stride(upstream: _Packed) -> tuple[Tensor, ...]:
+    """Of q, k and v, where it is there: copied where they lie differently."""
+    there = tuple(grad for grad in upstream if grad is not None)
+    if len({grad.stride() for grad in there}) == 1:
+        return there
+    return tuple(grad.contiguous() for grad in there)
+
+
+def _tables(settings: _Settings, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines; without rotary embedding any tensor, which is not read."""
+    return (other, other) if settings.cos is None or settings.sin is None else (settings.cos, settings.sin)
+
+
+def _add_up(sums: Tensor, grad: Tensor | None) -> None:
+    """The sums of all programs, in order, to the gradient of a weight where it is needed."""
+    if grad is not None:
+        grad.copy_(sums.sum(0, dtype=torch.float64))
 
 
 _FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}

@@ -71,14 +71,18 @@ def trade_off_chart(points: Sequence[tuple[str, float, float]], label: str) -> s
         told = escape(f"{name}: {x:.5g}, {y:.5g}")
         spots.append(f'<circle class="spot" {style} {where}><title>{told}</title></circle>')
         anchor, shift = ("end", -7) if axes.x(x) > WIDTH / 2 else ("start", 7)
-        # above its point, or below where an earlier name stands
-        left, height = axes.x(x) + shift, axes.y(y) - 6
-        while any(abs(left - a) < _LABEL_WIDTH and abs(height - b) < _LABEL_HEIGHT for a, b in taken):
-            height += _LABEL_HEIGHT
+        left, height = _free_place(axes.x(x) + shift, axes.y(y) - 6, taken)
         taken.append((left, height))
         place = f'x="{left:.1f}" y="{height:.1f}" text-anchor="{anchor}"'
         spots.append(f"<text {place}>{escape(name)}</text>")
     return _svg(label, [axes.grid(whole=False), path, *spots])
+
+
+def _free_place(left: float, height: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of a name: the given place, or below it where earlier names stand."""
+    while any(abs(left - x) < _LABEL_WIDTH and abs(height - y) < _LABEL_HEIGHT for x, y in taken):
+        height += _LABEL_HEIGHT
+    return left, height
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:

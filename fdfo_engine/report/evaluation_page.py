@@ -42,17 +42,26 @@ def evaluation_table(result: Mapping[str, Any]) -> list[str]:
     """Lines for the terminal: a table for each set of weights, then what image health says."""
     lines = []
     for name in list(result["differences"]) or [result["sets"][0]["name"]]:
-        rows = [["metric", *_head(result, name)], *([visible(r["name"]), *r["cells"]] for r in _rows(result, name))]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        rows = [[visible(row["name"]), *row["cells"]] for row in _rows(result, name)]
+        lines += _aligned([["metric", *_head(result, name)], *rows])
         lines += [f"image health, {name}: {sentence}" for sentence in result["health_findings"].get(name, [])]
-    larger = result["larger"] or {"health_findings": {}}
+    return lines + _larger_health(result["larger"] or {})
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row, its cells under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [map(str.ljust, row, widths) for row in rows]
+    return ["  ".join(cells).rstrip() for cells in padded]
+
+
+def _larger_health(larger: Mapping[str, Any]) -> list[str]:
+    """What image health says of larger images."""
     size = f"image health at {larger.get('width')} x {larger.get('height')}"
-    lines += [f"{size} was not measured: {visible(larger['note'])}"] if "note" in larger else []
-    found = (larger.get("health_findings") or {}).items()
-    return lines + [f"{size}, {name}: {sentence}" for name, sentences in found for sentence in sentences]
+    lines = [f"{size} was not measured: {visible(larger['note'])}"] if "note" in larger else []
+    for name, sentences in (larger.get("health_findings") or {}).items():
+        lines += [f"{size}, {name}: {sentence}" for sentence in sentences]
+    return lines
 
 
 def shown_prompts(result: Mapping[str, Any], count: int) -> list[int]:

@@ -277,11 +277,11 @@ def _phase_seconds(record: Mapping[str, Any]) -> list[float]:
 
 
 def _optimiser_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    pairs = [
-        Series(name, points, color=color)
-        for color, (key, name) in enumerate(_NO_OPINION.items())
-        if (points := _points(metrics, key))
-    ]
+    pairs = []
+    for color, (key, name) in enumerate(_NO_OPINION.items()):
+        points = _points(metrics, key)
+        if points:
+            pairs.append(Series(name, points, color=color))
     charts = _chart("Pairs without an opinion", pairs)
     for key, title in _OPTIMISER.items():
         charts += _chart(title, [Series(title, _points(metrics, key))])

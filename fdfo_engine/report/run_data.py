@@ -71,7 +71,8 @@ def read_run(path: Path) -> RunData:
         )
     data.settings = _settings(data.config_text)
     data.environment = _json_object(path / ENVIRONMENT_NAME)
-    data.galleries = [g for file in _gallery_files(path) if (g := _gallery(file)) is not None]
+    galleries = [_gallery(file) for file in _gallery_files(path)]
+    data.galleries = [gallery for gallery in galleries if gallery is not None]
     data.pairs = _last_sheet(path / IMAGES_NAME)
     data.missing = _missing(data)
     return data

@@ -273,7 +273,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     A missing file has none.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    return [record for line in lines if line.endswith(b"\n") and (record := _parsed(line)) is not None]
+    records = [_parsed(line) for line in lines if line.endswith(b"\n")]
+    return [record for record in records if record is not None]
 
 
 def _belongs(line: bytes, epoch: int, path: Path) -> bool:
