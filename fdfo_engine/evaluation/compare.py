@@ -73,7 +73,7 @@ def measure_weights(engine: Engine, request: Request, measures: Measures, *, nam
         prompts = list(request.prompts[first : first + size * world_size()])
         images = _generate(engine, request, prompts, first, weights)
         own = slice(rank() * size, (rank() + 1) * size)
-        scores = together_patiently(partial(measures, prompts[own], images[own]))
+            scores = together_patiently(partial(measures, prompts[own], images[own]), phase.look)
         parts.append({metric: all_gather_rows(values) for metric, values in scores.items()})
         if is_main():
             previews.append(_previews(images[:, 0]))

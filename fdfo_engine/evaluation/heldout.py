@@ -17,6 +17,7 @@ from fdfo_engine.rewards import WeightedRewards, labelled
 from fdfo_engine.rollout.prompts import PromptList, load_prompts
 from fdfo_engine.runtime.console import equal_warnings_counted
 from fdfo_engine.runtime.distributed import all_gather_rows, rank, together_patiently, world_size
+from fdfo_engine.runtime.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,29 @@ def asked(config: Config) -> dict[str, RewardConfig]:
 def evaluate(
     engine: Engine, prompts: list[str], metrics: WeightedRewards, *, seed: int, weights: Weights = "auto"
 ) -> Evaluation:
-    """Generates one image a prompt and scores it; collective, and the result is the same on every rank."""
-    images = engine.generate(prompts, seed=seed, weights=weights)
-    parts, health = together_patiently(lambda: _measured(prompts, images, metrics, engine.config.evaluation))
+    """Generates one image a prompt and scores it; collective, and the result is the same on every rank.
+
+    Raises:
+        Cancelled: `Engine.cancel` was called; `metrics` that wait for a server have given up and are of no more use.
+    """
+    progress, settings = engine.progress, engine.config.evaluation
+    with progress.phase("evaluation", total=len(prompts)):
+        images = engine.generate(prompts, seed=seed, weights=weights)
+    with progress.phase("scoring", total=len(prompts)) as phase:
+
+        def look() -> None:
+            try:
+                phase.look()
+            except BaseException:
+                metrics.cancel()
+                raise
+
+        parts, health = together_patiently(lambda: _measured(prompts, images, metrics, settings, phase), look)
     return Evaluation(prompts, images, _gathered(parts), _gathered(health), metrics.note_means())
 
 
 def _measured(
-    prompts: list[str], images: Tensor, metrics: WeightedRewards, settings: EvaluationConfig
+    prompts: list[str], images: Tensor, metrics: WeightedRewards, settings: EvaluationConfig, phase: Phase
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Scores and health of this rank's share: whole batches, which do not depend on how many ranks there are."""
     batches, ranks = -(-len(prompts) // settings.batch), world_size()
@@ -106,6 +122,7 @@ def _measured(
                             (measure_health(images[rows], settings.health), health)):  # fmt: skip
             for name, values in found.items():
                 kept[name].append(values.cpu())
+        phase.count(len(prompts[rows]) * ranks)  # the others have scored about as many
     return _joined(scores), _joined(health)
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from fdfo_engine.report.curves import Point, Series, line_chart, short, smoothed, stacked_chart
 from fdfo_engine.report.run_data import Gallery, RunData, read_run
 from fdfo_engine.runtime.durable import replace_file
-from fdfo_engine.runtime.run_log import duration
+from fdfo_engine.runtime.terminal import duration
 
 REPORT_NAME = "report.html"
 PHASES = ("rollout", "reward", "update")

@@ -22,7 +22,7 @@ from fdfo_engine.runtime.run_folder import (
     runs_beside,
     stored_config,
 )
-from fdfo_engine.runtime.run_log import IMAGES_NAME
+from fdfo_engine.runtime.run_pictures import IMAGES_NAME
 from fdfo_engine.runtime.run_status import read_status
 
 _MAX_SIDE = 320

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TextIO
+
+_hearers: list[Callable[[str], None]] = []
 
 
 def visible(text: str) -> str:
@@ -80,6 +83,19 @@ _repeats = _Repeats()
 
 def _warn_now(line: str, *, everywhere: bool) -> None:
     complain(f"warning: {line}", everywhere=everywhere)
+    if is_printing_rank():
+        for hearer in list(_hearers):
+            hearer(line)
+
+
+@contextmanager
+def warnings_heard(hearer: Callable[[str], None]) -> Iterator[None]:
+    """Within it `hearer` gets the line of every warning of this process, on rank 0, from the thread that warns."""
+    _hearers.append(hearer)
+    try:
+        yield
+    finally:
+        _hearers.remove(hearer)
 
 
 def complain(block: str, *, everywhere: bool = False) -> None:
@@ -96,4 +112,11 @@ def is_printing_rank() -> bool:
 
 def _write(stream: TextIO, text: str) -> None:
     if is_printing_rank():
-        print(text, file=stream, flush=True)
+        with _bars_aside():
+            print(text, file=stream, flush=True)
+
+
+def _bars_aside() -> AbstractContextManager[Any]:
+    """Takes progress bars off the screen meanwhile; where nobody has imported their library there are none."""
+    library = sys.modules.get("tqdm")
+    return contextlib.nullcontext() if library is None else library.tqdm.external_write_mode()

@@ -131,18 +131,17 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
-def together_patiently(action: Callable[[], T]) -> T:
+def together_patiently(action: Callable[[], T], look: Callable[[], None]) -> T:
     """As `together`, for work that may take one rank longer than a collective waits: it runs in a thread meanwhile.
 
-    The ranks exchange a flag every second until all are done.
+    The ranks exchange a flag every second until all are done. `look` is called that often on each; it may be
+    collective, and what it raises ends the waiting once the thread is done.
     """
-    if _alone():
-        return action()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     with ThreadPoolExecutor(1, "patient", use_device, (device,)) as pool:
         future = pool.submit(action)
         while any_rank(bool(wait([future], timeout=_PATIENCE_S).not_done), "work that takes long"):
-            pass
+            look()
         return together(future.result)
 
 

@@ -20,8 +20,9 @@ EventType = Literal[
 ]  # fmt: skip
 RunState = Literal["starting", "running", "paused", "finished", "failed", "stopped"]
 PhaseName = Literal[
-    "prompts", "rollout", "reward", "update", "evaluation", "generation", "export", "loading", "counting", "pretraining"
-]
+    "loading", "prompts", "rollout", "reward", "update", "evaluation", "scoring", "generation", "export", "counting",
+    "pretraining",
+]  # fmt: skip
 Pixels: TypeAlias = Any
 """A torch tensor; its type is not named, since a frontend reads events without torch."""
 
@@ -106,7 +107,9 @@ class Images(EventData):
     files: tuple[str, ...]
     """Relative to the run folder."""
     captions: tuple[str, ...] = ()
-    """Of the images, which may be more than the files: a grid holds many."""
+    """One an image: its prompt, in a grid with its score behind."""
+    columns: int | None = None
+    """Images a row, where all are in one file; null: each has its own."""
     scores: dict[str, tuple[float | None, ...]] = Field(default={})
     """By metric, one value an image."""
     pixels: Pixels = Field(default=None, exclude=True, repr=False)

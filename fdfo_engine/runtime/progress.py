@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ from fdfo_engine.runtime.errors import Cancelled
 _EVERY_PART = 50
 _EVERY_S = 1.0
 _OF_THE_NEXT_EPOCH = ("prompts", "rollout", "reward", "update")
+_DOING: dict[str, str] = {
+    "rollout": "while pairs were sampled",
+    "reward": "while images were scored",
+    "update": "amid the update",
+    "evaluation": "while images were evaluated",
+    "scoring": "while images were evaluated",
+    "generation": "while images were generated",
+}
 
 
 class Progress:
@@ -38,6 +47,11 @@ class Progress:
     def tell(self, data: events.AnyData) -> None:
         """Tells an event, on rank 0; collective, so that all ranks learn of a listener's error."""
         on_main(lambda: self.stream.tell(data))
+
+    @property
+    def current(self) -> Phase | None:
+        """The phase that is open."""
+        return self._open
 
     @contextmanager
     def phase(self, name: events.PhaseName, *, total: int | None = None, unit: str = "images") -> Iterator[Phase]:
@@ -71,15 +85,25 @@ class Phase:
     """One phase in progress."""
 
     def __init__(self, progress: Progress, name: events.PhaseName, total: int | None, unit: str) -> None:
-        self._progress, self._name, self._unit = progress, name, unit
+        self._progress, self.name, self._unit = progress, name, unit
         self._epoch = progress.epoch + (name in _OF_THE_NEXT_EPOCH)
         self.total = total
-        self.base = self._done = 0
+        self.base = self._done = self._counted = 0
         self._start = self._told_s = time.monotonic()
         self._told: int | None = None
+        self._is_over = False
+        self._lock = threading.Lock()
 
     def __str__(self) -> str:
-        return f"{self._name} at {self._done} of {self.total} {self._unit}"
+        doing = _DOING.get(self.name, f"in {self.name}")
+        return f"{doing}, at {self._done} of {self.total or '?'} {self._unit}"
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at the speed so far, where that is known; from any thread."""
+        if self.total is None or not self._done:
+            return None
+        return (self.total - self._done) * (time.monotonic() - self._start) / self._done
 
     def reach(self, done: int, total: int | None = None) -> None:
         """`done` units are there, and the next part may begin; collective.
@@ -90,7 +114,26 @@ class Phase:
         """
         self.total = self.total if total is None else total
         self._done = self.base + done
-        together(self._between)
+        try:
+            together(self._between)
+        except BaseException:
+            self._is_over = True
+            raise
+
+    def count(self, number: int) -> None:
+        """`number` more units are there: from a helper thread, while the caller's thread calls `look`.
+
+        Raises:
+            Cancelled: the phase ended, and what the thread does is of no use.
+        """
+        with self._lock:
+            self._counted += number
+        if self._is_over:
+            raise Cancelled("the phase was ended")
+
+    def look(self) -> None:
+        """As `reach`, for what `count` has counted; collective."""
+        self.reach(self._counted if self.total is None else min(self._counted, self.total))
 
     def finish(self) -> None:
         """Tells that all of it is done."""
@@ -98,9 +141,9 @@ class Phase:
         self._tell()
 
     def _between(self) -> None:
+        self._progress.poll()
         if self._is_news():
             self._tell()
-        self._progress.poll()
         self._progress.stop_if_cancelled(self)
 
     def _is_news(self) -> bool:
@@ -112,10 +155,10 @@ class Phase:
     def _tell(self) -> None:
         self._told, self._told_s = self._done, time.monotonic()
         speed = self._done / max(self._told_s - self._start, 1e-6)
-        left = None if self.total is None or not self._done else (self.total - self._done) / speed
         if is_main():
             data = events.Phase(
-                epoch=self._epoch, name=self._name, done=self._done, total=self.total, unit=self._unit, eta_s=left,
+                epoch=self._epoch, name=self.name, done=self._done, total=self.total, unit=self._unit,
+                eta_s=None if self.total is None or not self._done else (self.total - self._done) / speed,
                 per_second=speed if self._done else None,
             )  # fmt: skip
             self._progress.stream.tell(data)

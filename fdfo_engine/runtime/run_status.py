@@ -5,50 +5,103 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fdfo_engine.runtime import events
+from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.durable import plain_json, replace_file
+from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.run_lock import is_alive
 
 STATUS_NAME = "status.json"
-HEARTBEAT_S = 10.0
-State = Literal["starting", "running", "finished", "failed", "stopped"]
+HEARTBEAT_S = 3.0
 
 
 class RunStatus:
-    """Writes `status.json` of a run folder, replaced atomically each time.
+    """Writes `status.json` of a run folder, replaced atomically each time; a listener of a run's events.
 
-    Keys: `state`, `exit_code` (null until the end), `message`, `epoch`, `epochs`, `last_checkpoint`, `phase`,
-    `heartbeat` (seconds since 1970), `pid`, `host`. Only the process that holds the folder's lock may write it.
+    Keys: `state`, `exit_code` (null until the end), `message`, `epoch`, `epochs`, `last_checkpoint`; of what is being
+    done `phase`, `done`, `total`, `unit`, `eta_s`; of the last epoch `reward_mean` and `images_per_second`; `pid`,
+    `host`. `heartbeat` is when the process last said that it lives, `progress_at` when anything last moved, both in
+    seconds since 1970: a fresh heartbeat beside an old `progress_at` is a process that lives and does not get on. Only
+    the process that holds the folder's lock may write it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / STATUS_NAME
+        self._lock = threading.RLock()
         self._fields: dict[str, Any] = {
             "state": "starting", "exit_code": None, "message": "", "epoch": 0, "epochs": None, "last_checkpoint": None,
-            "phase": None,
+            "phase": None, "done": None, "total": None, "unit": None, "eta_s": None, "reward_mean": None,
+            "images_per_second": None, "progress_at": time.time(),
         }  # fmt: skip
         self._written = float("-inf")
 
-    def update(self, state: State | None = None, **fields: Any) -> None:
+    def update(self, state: events.RunState | None = None, **fields: Any) -> None:
         """Writes the status with `state` and `fields` changed: `exit_code`, `message`, `epoch`, `epochs`, ...
 
         Raises:
             CheckpointError: the storage refuses.
         """
-        unknown = fields.keys() - self._fields.keys()
-        assert not unknown, f"status.json has no {sorted(unknown)}"
-        self._fields |= fields if state is None else {"state": state} | fields
-        record = self._fields | {"heartbeat": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
-        replace_file(self.path, json.dumps(plain_json(record), indent=1).encode())
-        self._written = time.monotonic()
+        with self._lock:
+            self._change(fields if state is None else {"state": state} | fields)
+            record = self._fields | {"heartbeat": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+            self._written = time.monotonic()  # where that fails it is not tried again at once
+            replace_file(self.path, json.dumps(plain_json(record), indent=1).encode())
 
     def beat(self) -> None:
-        """Renews the heartbeat if it is older than ten seconds; cheap enough for every micro-step."""
+        """Renews the heartbeat if it is older than three seconds; from any thread."""
         if time.monotonic() - self._written > HEARTBEAT_S:
-            self.update()
+            with self._lock:
+                self._write_or_warn({"progress_at": self._fields["progress_at"]})
+
+    def __call__(self, event: events.Event) -> None:
+        """Takes the event in. Progress within a phase is written with the next beat, all else at once."""
+        fields = _told(event.data)
+        with self._lock:
+            if fields.get("phase") is not None and fields["phase"] == self._fields["phase"]:
+                self._change(fields)
+            elif fields:
+                self._write_or_warn(fields)
+
+    def _change(self, fields: dict[str, Any]) -> None:
+        unknown = fields.keys() - self._fields.keys()
+        assert not unknown, f"status.json has no {sorted(unknown)}"
+        self._fields |= {"progress_at": time.time()} | fields
+
+    def _write_or_warn(self, fields: dict[str, Any]) -> None:
+        """It is one rank's, amid what all do together: where it fails, the next real write fails for all."""
+        try:
+            self.update(**fields)
+        except CheckpointError as error:
+            warn(f"no status: {error}")
+
+
+_NO_PHASE = {"phase": None, "done": None, "total": None, "unit": None, "eta_s": None}
+
+
+def _told(data: events.AnyData) -> dict[str, Any]:
+    """The fields that an event sets. How a run ended comes with its last event: then the exit code is there too."""
+    match data:
+        case events.State(state="starting" | "running" | "paused"):
+            return {"state": data.state, "epoch": data.epoch, "epochs": data.epochs, "message": data.message, **_NO_PHASE}
+        case events.State():
+            return {"message": data.message}
+        case events.Phase():
+            return {"phase": data.name, "done": data.done, "total": data.total, "unit": data.unit, "eta_s": data.eta_s}
+        case events.Metrics(kind="epoch"):
+            known = {name: data.values.get(name) for name in ("reward_mean", "images_per_second")}
+            return {"epoch": data.epoch, **known, **_NO_PHASE}
+        case events.Checkpoint():
+            return {"epoch": data.epoch, "last_checkpoint": data.name}
+        case events.Done(state="finished"):
+            return {"state": data.state, "exit_code": data.exit_code, **_NO_PHASE}
+        case events.Done():
+            return {"state": data.state, "exit_code": data.exit_code}
+    return {}
 
 
 def read_status(folder: Path | str) -> dict[str, Any] | None:
@@ -60,7 +113,7 @@ def read_status(folder: Path | str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     status: dict[str, Any] = json.loads(path.read_text())
-    unfinished = status.get("state") in ("starting", "running")
+    unfinished = status.get("state") in ("starting", "running", "paused")
     if unfinished and status.get("host") == socket.gethostname() and not is_alive(int(status.get("pid", 0))):
         status["state"] = "died"
     return status
