@@ -20,6 +20,7 @@ from fdfo_engine.exporting import Weights
 from fdfo_engine.metrics import bootstrap_interval, health_drift, t_interval
 from fdfo_engine.runtime.console import equal_warnings_counted
 from fdfo_engine.runtime.distributed import all_gather_rows, is_main, rank, together_patiently, world_size
+from fdfo_engine.runtime.progress import Phase
 
 SCHEMA_VERSION = 1
 PREVIEW_SIDE = 256
@@ -66,6 +67,18 @@ def measure_weights(engine: Engine, request: Request, measures: Measures, *, nam
     Work is cut at multiples of `evaluation.batch` prompts, which also are what a reward sees at once: the number of
     ranks does not change a bit of a score.
     """
+    count = len(request.prompts) * request.images_per_prompt
+    with engine.progress.phase("evaluation", total=count) as phase:
+        parts, previews = _measured_parts(engine, request, measures, weights, phase)
+    joined = {metric: torch.cat([part[metric] for part in parts]) for metric in measures.kinds}
+    used = "raw" if weights == "raw" or engine.ema is None else "ema"
+    return Measured(name, engine.epoch, used, joined, torch.cat(previews) if previews else None)
+
+
+def _measured_parts(
+    engine: Engine, request: Request, measures: Measures, weights: Weights, phase: Phase
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """Of each stretch of the prompts the scores, and on rank 0 the pictures that are shown."""
     size = engine.config.evaluation.batch
     parts: list[dict[str, Tensor]] = []
     previews: list[Tensor] = []
@@ -73,13 +86,11 @@ def measure_weights(engine: Engine, request: Request, measures: Measures, *, nam
         prompts = list(request.prompts[first : first + size * world_size()])
         images = _generate(engine, request, prompts, first, weights)
         own = slice(rank() * size, (rank() + 1) * size)
-            scores = together_patiently(partial(measures, prompts[own], images[own]), phase.look)
+        scores = together_patiently(partial(measures, prompts[own], images[own]), phase.look)
         parts.append({metric: all_gather_rows(values) for metric, values in scores.items()})
         if is_main():
             previews.append(_previews(images[:, 0]))
-    joined = {metric: torch.cat([part[metric] for part in parts]) for metric in measures.kinds}
-    used = "raw" if weights == "raw" or engine.ema is None else "ema"
-    return Measured(name, engine.epoch, used, joined, torch.cat(previews) if previews else None)
+    return parts, previews
 
 
 def summarize(

@@ -85,6 +85,16 @@ class BackgroundScorer:
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
     @property
+    def submitted(self) -> int:
+        """Blocks queued so far."""
+        return len(self._futures)
+
+    @property
+    def scored(self) -> int:
+        """How many of them are scored, or failed."""
+        return sum(future.done() for future in self._futures)
+
+    @property
     def hidden_s(self) -> float:
         """Seconds of scoring that nobody waited for."""
         return max(0.0, self.busy_s - self.waited_s)

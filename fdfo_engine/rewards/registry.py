@@ -4,12 +4,13 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from fdfo_engine.config import Config, RewardConfig
 from fdfo_engine.config.section import Section
 from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.errors import FdfoError, UsageError
@@ -39,6 +40,8 @@ _BUILT_IN = {
 """Registered name to the module of this package that registers it: imported only when asked for."""
 
 _registered: dict[str, Callable[..., Any]] = {}
+_own: set[str] = set()
+"""Names in it that `with_own_rewards` gave."""
 
 
 def register(name: str) -> Callable[[F], F]:
@@ -55,6 +58,37 @@ def register(name: str) -> Callable[[F], F]:
         return reward
 
     return keep
+
+
+def with_own_rewards(config: Config, functions: Sequence[Callable[..., Any]]) -> Config:
+    """`config` with these functions as its rewards, at weight 1; or as it is, if there are none.
+
+    A function of a module is named `module:name`, so that other commands find it too; one that lives in this process
+    only, such as a notebook's, by its name alone. Defined anew, it takes the place of the one before.
+
+    Raises:
+        UsageError: something that can't be called; two of one name; the name of a bundled or registered reward.
+    """
+    labels = [_own_name(function) for function in functions]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UsageError(f"rewards: two are named {twice[0]!r}; give each a name of its own")
+    for label, function in zip(labels, functions, strict=True):
+        if label in _BUILT_IN or (label in _registered and label not in _own):
+            raise UsageError(f"rewards: {label!r} is the name of a registered reward; rename the function")
+        _registered[label] = function
+        _own.add(label)
+    parts = tuple(RewardConfig(name=label, weight=1.0) for label in labels)
+    return config.model_copy(update={"rewards": parts}) if parts else config
+
+
+def _own_name(function: Callable[..., Any]) -> str:
+    if not callable(function):
+        raise UsageError(f"rewards: {function!r} is a {type(function).__name__}; takes functions (prompts, images)")
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    module = getattr(function, "__module__", "__main__")
+    if module == "__main__" or not name.isidentifier():
+        return name.rsplit(".", 1)[-1]
+    return f"{module}:{name}"
 
 
 def names() -> list[str]:

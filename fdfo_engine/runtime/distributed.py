@@ -131,7 +131,7 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
-def together_patiently(action: Callable[[], T], look: Callable[[], None]) -> T:
+def together_patiently(action: Callable[[], T], look: Callable[[], None] = lambda: None) -> T:
     """As `together`, for work that may take one rank longer than a collective waits: it runs in a thread meanwhile.
 
     The ranks exchange a flag every second until all are done. `look` is called that often on each; it may be

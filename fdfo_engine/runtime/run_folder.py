@@ -18,6 +18,7 @@ from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
 from fdfo_engine.runtime.environment import describe_environment
 from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
+from fdfo_engine.runtime.event_log import truncate_events
 from fdfo_engine.runtime.run_lock import RunLock
 from fdfo_engine.runtime.run_status import RunStatus
 
@@ -90,9 +91,10 @@ class RunFolder:
         return cls.open(config.run.dir, dump_config(config), base=base, has_moved=has_moved, may_change=may_change)
 
     def truncate_logs(self, epoch: int) -> None:
-        """Drops records after `epoch`, and a half-written last line, from the metrics and the evaluations."""
+        """Drops records after `epoch`, and a half-written last line, from metrics, evaluations and events."""
         for name in (METRICS_NAME, EVALUATIONS_NAME):
             truncate_log(self.path / name, epoch)
+        truncate_events(self.path, epoch)
 
     def require_prompts(self, sha256: str) -> None:
         """Keeps the hash of a new run's prompt list, and holds that of an old run against it.

@@ -27,7 +27,7 @@ def evaluation_images(
     """The event of the first 24 images of an evaluation, a file each, with prompts and scores by metric."""
     name, count = f"evaluation_epoch_{epoch:06d}", min(len(prompts), MAX_EVALUATION_IMAGES)
     files = tuple(f"{IMAGES_NAME}/{name}/{n:03d}.png" for n in range(count))
-    kept = {metric: tuple(values[:count]) for metric, values in scores.items()}
+    kept: dict[str, tuple[float | None, ...]] = {metric: tuple(values[:count]) for metric, values in scores.items()}
     return events.Images(
         epoch=epoch, name=name, files=files, captions=tuple(prompts[:count]), scores=kept, pixels=pixels[:count]
     )

@@ -87,7 +87,13 @@ def _told(data: events.AnyData) -> dict[str, Any]:
     """The fields that an event sets. How a run ended comes with its last event: then the exit code is there too."""
     match data:
         case events.State(state="starting" | "running" | "paused"):
-            return {"state": data.state, "epoch": data.epoch, "epochs": data.epochs, "message": data.message, **_NO_PHASE}
+            return {
+                "state": data.state,
+                "epoch": data.epoch,
+                "epochs": data.epochs,
+                "message": data.message,
+                **_NO_PHASE,
+            }
         case events.State():
             return {"message": data.message}
         case events.Phase():

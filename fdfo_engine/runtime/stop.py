@@ -9,6 +9,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from fdfo_engine.runtime.distributed import any_rank
+from fdfo_engine.runtime.errors import Stopped
+from fdfo_engine.runtime.progress import Progress
+
 AGAIN_S = 1.0
 """A launcher repeats signals within a moment; a person who presses Ctrl-C once more takes longer."""
 
@@ -72,3 +76,30 @@ class StopRequest:
             self.is_urgent = True
             if self.raises:
                 raise KeyboardInterrupt
+
+
+class Stopping:
+    """Acts on a stop request: cancels at once what can be done again to the bit; an update only if it is urgent."""
+
+    def __init__(self, progress: Progress, request: StopRequest) -> None:
+        """`look` becomes the poll of `progress`. From here on there is something to lose."""
+        self._progress, self._request = progress, request
+        self._request.raises = False
+        progress.poll = self.look
+
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._request.poll()
+
+    def look(self) -> None:
+        """Between two parts of work."""
+        phase = self._progress.current
+        is_update = phase is not None and phase.name == "update"
+        if self.is_asked() and (self._request.is_urgent or not is_update):
+            self._progress.cancel(self._request.reason or "")
+
+    def stop_between_epochs(self) -> None:
+        """Raises Stopped on all ranks if any was asked to; collective."""
+        if any_rank(self.is_asked()):
+            reason = self._request.reason or "asked on another rank"
+            raise Stopped(f"{reason}: stopped after epoch {self._progress.epoch}")

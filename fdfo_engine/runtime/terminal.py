@@ -89,7 +89,7 @@ class Terminal:
 def _bar(phase: events.Phase) -> Any:
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):
         monitor_interval = 0  # no thread of tqdm's beside ours
 
     layout = _NO_TOTAL if phase.total is None else _BAR

@@ -13,7 +13,7 @@ from fdfo_engine import loop
 from fdfo_engine.config import load_config
 from fdfo_engine.models import registry
 from fdfo_engine.rewards import background, register
-from fdfo_engine.runtime import run_log
+from fdfo_engine.runtime import event_log, run_log, run_pictures
 from fdfo_engine.runtime.distributed import close_distributed
 from fdfo_engine.runtime.errors import CheckpointError, report_and_exit_code
 from fdfo_engine.runtime.process import end_process
@@ -26,6 +26,15 @@ def failing(write):
         if os.environ.get("FAIL") in path.name:
             raise CheckpointError(f"no space left on {path.name}")
         return write(path, *arguments)
+
+    return fails
+
+
+def failing_amid_update(write):
+    def fails(log, event):
+        if os.environ.get("FAIL") == log.path.name and event.type == "phase" and event.data.name == "update":
+            raise CheckpointError(f"no space left on {log.path.name}")
+        write(log, event)
 
     return fails
 
@@ -45,8 +54,9 @@ class Slow:
 def main(config):
     if "FAIL" in os.environ:
         run_log.append_line = failing(run_log.append_line)
-        save_png = run_log.save_png
-        run_log.save_png = lambda picture, path: failing(lambda path: save_png(picture, path))(path)
+        save_png = run_pictures.save_png
+        run_pictures.save_png = lambda picture, path: failing(lambda path: save_png(picture, path))(path)
+        event_log.EventLog.__call__ = failing_amid_update(event_log.EventLog.__call__)
     if os.environ["RANK"] == "1" and "OTHER_BASE" in os.environ:
         find = registry.find_base
         other = {"id": os.environ["OTHER_BASE"]}

@@ -64,7 +64,7 @@ def test_a_cancelled_call_leaves_the_engine_as_it_was(tiny_sd3, tmp_path, name):
     engine, other = (make(tiny_sd3, tmp_path / n, evaluation={"batch": 2, "count": 2}) for n in ("a", "b"))
     call = {"rollout": lambda e: e.rollout(PROMPTS).images, "generation": lambda e: e.generate(PROMPTS)}[name]
     listen = cancel_at(engine, name, {"rollout": 4, "generation": 2}[name])
-    with pytest.raises(Cancelled, match=rf"no more of it: stopped {name} at . of . images") as caught:
+    with pytest.raises(Cancelled, match=r"no more of it: stopped while .*, at . of . images") as caught:
         call(engine)
     assert caught.value.exit_code == 75
     engine.progress.stream.listeners.remove(listen)
@@ -80,7 +80,9 @@ def test_a_cancelled_update_says_what_the_weights_are(tiny_sd3, tmp_path, done, 
     words = (
         f"after {steps} optimiser steps of epoch 1: Engine.load goes back" if steps else "the weights are as they were"
     )
-    with pytest.raises(Cancelled, match=rf"no more of it: stopped update at {done} of 8 micro-batches, {words}"):
+    with pytest.raises(
+        Cancelled, match=rf"no more of it: stopped amid the update, at {done} of 8 micro-batches, {words}"
+    ):
         engine.update(rollout, REWARDS)
     assert engine.epoch == 0
     assert engine.is_amid_epoch == (steps > 0)

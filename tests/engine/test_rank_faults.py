@@ -34,6 +34,7 @@ def two_ranks(pipeline, folder, *, epochs=1, **variables):
     "name",
     [
         "metrics.jsonl",
+        "events.jsonl",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluations.jsonl", "pairs_epoch_000001.png")),
     ],
 )

@@ -9,6 +9,8 @@ from engine.launching import TRAIN, launch
 from safetensors.torch import load_file
 from tiny_sd3 import tiny_tree
 
+from fdfo_engine.runtime.event_log import read_events
+
 EPOCHS = 5
 TIMINGS = ("images_per_second", "time", "eta_seconds", "peak_gib")
 
@@ -66,6 +68,17 @@ def test_logs_are_the_same_and_no_line_is_doubled(runs, name):
     epochs = [row["epoch"] for row in whole]
     assert epochs == sorted(set(epochs))
     assert broken == whole
+
+
+def test_events_are_numbered_by_line_and_tell_each_epoch_once(runs):
+    whole, broken = (list(read_events(runs / run / "run")) for run in ("whole", "broken"))
+    for told in (whole, broken):
+        assert [event.seq for event in told] == list(range(1, len(told) + 1))
+        assert (told[-1].type, told[-1].data.state) == ("done", "finished")
+    metrics = [[(e.data.kind, e.data.epoch) for e in told if e.type == "metrics"] for told in (whole, broken)]
+    assert metrics[0] == metrics[1]
+    starts = [event.data.epoch for event in broken if event.type == "state" and event.data.state == "running"]
+    assert starts == [0, 2]
 
 
 def test_nothing_before_the_checkpoint_is_sampled_again(runs):

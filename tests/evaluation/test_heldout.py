@@ -10,6 +10,7 @@ from fdfo_engine.evaluation import heldout
 from fdfo_engine.loop import run
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime.errors import RewardError
+from fdfo_engine.runtime.progress import Progress
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])
@@ -26,7 +27,9 @@ def test_ranks_score_whole_batches_and_all_of_them(tiny_sd3, tmp_path, monkeypat
     for rank in range(3):
         monkeypatch.setattr(heldout, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(heldout, "world_size", lambda: 3)
-        parts.append(heldout._measured(prompts, images, WeightedRewards({"mean": (1.0, reward)}), settings))
+        rewards = WeightedRewards({"mean": (1.0, reward)})
+        with Progress().phase("scoring") as phase:
+            parts.append(heldout._measured(prompts, images, rewards, settings, phase))
     assert seen == [prompts[i : i + 2] for i in range(0, count, 2)]
     assert torch.cat([scores["mean"] for scores, _ in parts]).allclose(images.flatten(1).mean(1))
     assert all(sum(len(health[name]) for _, health in parts) == count for name in settings.health)
@@ -51,7 +54,7 @@ def test_an_evaluation_that_failed_is_made_on_resume(tiny_sd3, tmp_path, monkeyp
             raise RewardError("the server died")
         return original(engine, *arguments, **more)
 
-    monkeypatch.setattr("fdfo_engine.loop.evaluate", second_one_fails)
+    monkeypatch.setattr("fdfo_engine.training.evaluating.evaluate", second_one_fails)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n{"prompt": "b"}\n')
     evaluation = {"every": 1, "count": 2, "prompts": str(tmp_path / "p.jsonl")}
     config = tiny_config(tiny_sd3, tmp_path / "run", run={"epochs": 1}, evaluation=evaluation)

@@ -8,10 +8,13 @@ import torch
 
 from fdfo_engine.report import write_report
 from fdfo_engine.report.curves import Series, line_chart, short, smoothed, stacked_chart, ticks
+from fdfo_engine.runtime import events
 from fdfo_engine.runtime.environment import describe_environment
 from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.run_log import RunLog
+from fdfo_engine.runtime.run_pictures import RunPictures, evaluation_images, grid
 
 CONFIG = """
 run: {dir: runs/x, seed: 7, epochs: 12}
@@ -67,25 +70,30 @@ def metrics(epoch):
     }  # fmt: skip
 
 
+def logging(folder):
+    return EventStream([RunLog(folder, tensorboard=False), RunPictures(folder)])
+
+
 def evaluate(log, epoch):
     for weights, offset in (("raw", 0.0), ("ema", 0.05)):
         record = {"epoch": epoch, "count": 64, "seed": 0, "weights": weights, "metrics_stderr": {"strict": 0.03}}
-        log.evaluation(record | {"metrics": {"strict": 0.2 + epoch / 20 + offset, "<i>odd</i>": 1.0}})
+        values = record | {"metrics": {"strict": 0.2 + epoch / 20 + offset, "<i>odd</i>": 1.0}}
+        log.tell(events.Metrics(epoch=epoch, kind="evaluation", values=values))
     images = torch.rand(len(NASTY), 3, 32, 48)
-    log.evaluation_images(epoch, NASTY, images, {"strict": [0.25] * (len(NASTY) - 1) + [float("nan")]})
+    log.tell(evaluation_images(epoch, NASTY, images, {"strict": [0.25] * (len(NASTY) - 1) + [float("nan")]}))
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     path = tmp_path / "shapes & more"
     with RunFolder.open(path, CONFIG) as folder:
-        log = RunLog(path, epochs=12, tensorboard=False)
+        log = logging(path)
         evaluate(log, 0)
         for epoch in range(1, 13):
-            log.epoch(metrics(epoch))
+            log.tell(events.Metrics(epoch=epoch, kind="epoch", values=metrics(epoch)))
             if epoch % 4 == 0:
                 evaluate(log, epoch)
-        log.images("rollout_epoch_000012", torch.rand(4, 3, 32, 48), ["0.1", "0.9", "0.4", "0.4"])
+        log.tell(grid("rollout_epoch_000012", 12, torch.rand(4, 3, 32, 48), ["0.1", "0.9", "0.4", "0.4"]))
         folder.status.update("finished", exit_code=0, epoch=12, epochs=12)
     return path
 
@@ -190,8 +198,7 @@ def test_not_a_run(tmp_path):
 
 def test_large_pictures_are_scaled_down(tmp_path):
     with RunFolder.open(tmp_path, CONFIG):
-        log = RunLog(tmp_path, epochs=1, tensorboard=False)
-        log.evaluation_images(0, ["a"], torch.rand(1, 3, 768, 768), {})
+        logging(tmp_path).tell(evaluation_images(0, ["a"], torch.rand(1, 3, 768, 768), {}))
     out = write_report(tmp_path)
     assert "data:image/jpeg" in out.read_text()
     assert out.stat().st_size < 150_000

@@ -5,10 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fdfo_engine.runtime import events
 from fdfo_engine.runtime.durable import append_line
 from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem
+from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.picture import draw_grid, to_picture
-from fdfo_engine.runtime.run_log import RunLog, SilentLog, duration, open_run_log
+from fdfo_engine.runtime.run_log import RunLog
+from fdfo_engine.runtime.run_pictures import RunPictures, evaluation_images, grid
+from fdfo_engine.runtime.terminal import Terminal, duration
 
 NASTY = ["<script>alert(1)</script>", "\x1b[31mred", "{} %s {0}", "../../etc", "😀" * 5000, "line\nbreak", ""]
 
@@ -23,13 +27,17 @@ def record(epoch, **changes):
 
 
 def plain_log(folder, **options):
-    return RunLog(folder, epochs=10, **{"tensorboard": False} | options)
+    return RunLog(folder, **{"tensorboard": False} | options)
+
+
+def tell(record, *listeners, kind="epoch"):
+    EventStream(listeners).tell(events.Metrics(epoch=record["epoch"], kind=kind, values=record))
 
 
 def test_epoch_writes_one_whole_line_and_prints_one(tmp_path, capsys):
-    log = plain_log(tmp_path)
-    log.epoch(record(1, kl=float("nan")))
-    log.epoch(record(2))
+    log, terminal = plain_log(tmp_path), Terminal(epochs=10)
+    tell(record(1, kl=float("nan")), log, terminal)
+    tell(record(2), log, terminal)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     assert json.loads(lines[0])["kl"] is None
@@ -41,7 +49,7 @@ def test_epoch_writes_one_whole_line_and_prints_one(tmp_path, capsys):
 
 
 def test_epoch_without_optional_numbers_still_prints(tmp_path, capsys):
-    plain_log(tmp_path).epoch({"epoch": 1, "reward_mean": None})
+    tell({"epoch": 1, "reward_mean": None}, plain_log(tmp_path), Terminal(epochs=10))
     assert "reward      nan" in capsys.readouterr().out
 
 
@@ -63,14 +71,13 @@ def test_append_after_a_failure_leaves_no_half_line(tmp_path, monkeypatch):
 def test_evaluation(tmp_path, capsys):
     log = plain_log(tmp_path)
     metrics = {"epoch": 10, "count": 64, "seed": 0, "weights": "ema", "metrics": {"strict": 0.5}}
-    log.evaluation(metrics | {"metrics_stderr": {"strict": 0.06}})
+    tell(metrics | {"metrics_stderr": {"strict": 0.06}}, log, Terminal(), kind="evaluation")
     assert json.loads((tmp_path / "evaluations.jsonl").read_text())["metrics"] == {"strict": 0.5}
     assert capsys.readouterr().out == "evaluation after epoch 10 (64 images, ema): strict 0.5000 ±0.0600\n"
 
 
 def test_grid_takes_any_caption(tmp_path):
-    log = plain_log(tmp_path)
-    log.images("rollout_000001", torch.rand(7, 3, 12, 16), NASTY)
+    EventStream([RunPictures(tmp_path)]).tell(grid("rollout_000001", 1, torch.rand(7, 3, 12, 16), NASTY))
     with Image.open(tmp_path / "images" / "rollout_000001.png") as sheet:
         assert sheet.width > 2 * 64
         assert sheet.height > 4 * 48
@@ -98,7 +105,8 @@ def test_evaluation_images_layout(tmp_path):
     count = 30
     images = torch.linspace(0, 1, count).reshape(-1, 1, 1, 1).expand(count, 3, 8, 8)
     prompts = (NASTY * 5)[:count]
-    plain_log(tmp_path).evaluation_images(7, prompts, images, {"strict": [n / 10 for n in range(count)]})
+    told = evaluation_images(7, prompts, images, {"strict": [n / 10 for n in range(count)]})
+    EventStream([RunPictures(tmp_path)]).tell(told)
     listing = json.loads((tmp_path / "images" / "evaluation_epoch_000007.json").read_text())
     assert listing["epoch"] == 7
     assert [item["prompt"] for item in listing["items"]] == prompts[:24]
@@ -113,15 +121,15 @@ def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = plain_log(tmp_path, tensorboard=True)
-    log.epoch(record(1))
-    log.epoch(record(2))
+    tell(record(1), log)
+    tell(record(2), log)
     log.close()
     log = plain_log(tmp_path, tensorboard=True, first_epoch=1)
-    log.epoch(record(2, reward_mean=9.0))
+    tell(record(2, reward_mean=9.0), log)
     log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, round(e.value, 3)) for e in events.Scalars("train/reward_mean")] == [(1, 2.1), (2, 9.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, round(e.value, 3)) for e in board.Scalars("train/reward_mean")] == [(1, 2.1), (2, 9.0)]
 
 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
@@ -149,26 +157,29 @@ def test_wandb_gets_the_numbers_and_one_identity(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     for epoch in (1, 2):
         log = plain_log(tmp_path, wandb=True, settings={"run": {"seed": 0}})
-        log.epoch(record(epoch))
+        tell(record(epoch), log)
         log.close()
     assert Wandb.calls[0] == Wandb.calls[1]
     assert Wandb.calls[0]["config"] == {"run": {"seed": 0}}
     assert Wandb.logged[1]["train/reward_mean"] == pytest.approx(2.2)
 
 
-def test_other_ranks_keep_silent(tmp_path, monkeypatch, capsys, no_group):
+def test_other_ranks_keep_silent(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    log = open_run_log(tmp_path, epochs=3)
-    assert type(log) is SilentLog
-    public = [name for name in vars(RunLog) if not name.startswith("_")]
-    assert set(public) <= set(vars(SilentLog)), "the silent log must take every call"
-    log.epoch(record(1))
-    log.evaluation({})
-    log.images("a", torch.zeros(1, 3, 8, 8), ["x"])
-    log.evaluation_images(0, ["x"], torch.zeros(1, 3, 8, 8), {})
-    log.close()
-    assert list(tmp_path.iterdir()) == []
+    terminal = Terminal(epochs=3)
+    tell(record(1), terminal)
+    EventStream([terminal]).tell(events.Phase(epoch=1, name="rollout", done=0, total=4))
+    terminal.tick()
+    terminal.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_parts_of_a_reward_are_on_the_line(capsys):
+    parts = {"reward_clip_mean": 0.25, "reward_a_b_mean": -3.0}
+    tell(record(1, **parts), Terminal(epochs=1))
+    assert "(+0.0000) [clip 0.25, a_b -3]" in capsys.readouterr().out
+    tell(record(1, reward_clip_mean=0.25), Terminal(epochs=1))
+    assert "clip" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

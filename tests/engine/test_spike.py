@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fdfo_engine.rewards.spike import LEAST, SpikeWatch
+from fdfo_engine.training.watch import LEAST, SpikeWatch
 
 
 def noise(i):

@@ -1,0 +1,60 @@
+"""A run's own evaluations, and what its guard does about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fdfo_engine.engine import Engine
+from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation.guard_watch import GuardWatch, Save
+from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.runtime import events
+from fdfo_engine.runtime.distributed import any_rank, on_main
+from fdfo_engine.runtime.run_events import RunEvents
+from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, read_log
+from fdfo_engine.runtime.run_pictures import evaluation_images
+
+
+class Evaluations:
+    """Every `evaluation.every` epochs and at the end. Every method is collective."""
+
+    def __init__(self, engine: Engine, rewards: WeightedRewards, told: RunEvents, save: Save) -> None:
+        self._engine, self._told = engine, told
+        self._metrics = metric_rewards(engine.config)
+        self._guard = GuardWatch(engine, rewards, save)
+
+    def is_due(self) -> bool:
+        """Whether the epoch that has just ended is one to evaluate."""
+        epoch, config = self._engine.epoch, self._engine.config
+        every = config.evaluation.every
+        return bool(every) and (epoch % every == 0 or epoch == config.run.epochs)
+
+    def catch_up(self, *, resumed: bool) -> None:
+        """Evaluates what a run evaluates before it begins, or what a stop or a failure kept it from."""
+        if self.is_due() and (not resumed or any_rank(bool(on_main(self._lacks_the_last)))):
+            self._hold()
+        self._guard.heed()
+
+    def hold(self) -> None:
+        """Evaluates if it is due.
+
+        Raises:
+            GuardStop: the guard ends the run.
+        """
+        if self.is_due():
+            self._hold()
+            self._guard.heed()
+
+    def _hold(self) -> None:
+        engine, settings = self._engine, self._engine.config.evaluation
+        result = evaluate(engine, evaluation_prompts(engine.config), self._metrics, seed=settings.seed)
+        record = result.record(engine, "auto", settings.seed)
+        if settings.guard.action != "off":
+            record["guard"] = on_main(lambda: self._guard.findings(record))
+        self._told.tell(events.Metrics(epoch=engine.epoch, kind="evaluation", values=record))
+        scores = {name: values.tolist() for name, values in result.scores.items()}
+        self._told.tell(evaluation_images(engine.epoch, result.prompts, result.images, scores))
+
+    def _lacks_the_last(self) -> bool:
+        lines = read_log(Path(self._engine.config.run.dir) / EVALUATIONS_NAME)
+        return not lines or int(lines[-1]["epoch"]) < self._engine.epoch
