@@ -33,8 +33,8 @@ from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError, error_message, exit_code
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import Event, EventStream
+from fdfo_engine.runtime.events import RunState as State
 from fdfo_engine.runtime.run_folder import RunFolder
-from fdfo_engine.runtime.run_status import State
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.serve.access import LOOPBACK_HOSTS, TOKEN_NAME, token_of
 from fdfo_engine.serve.app import application
