@@ -17,14 +17,7 @@ from fdfo_engine.rewards import WeightedRewards, with_own_rewards
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.console import say, warn
-from fdfo_engine.runtime.distributed import (
-    all_agree_hash,
-    barrier,
-    on_main,
-    setup_distributed,
-    together,
-    world_size,
-)
+from fdfo_engine.runtime.distributed import all_agree_hash, barrier, on_main, setup_distributed, together, world_size
 from fdfo_engine.runtime.errors import CheckpointError, GuardStop, NumericsError, RewardError, Stopped
 from fdfo_engine.runtime.run_events import RunEvents
 from fdfo_engine.runtime.run_folder import METRICS_NAME, RunFolder, checkpoint_store, read_log, stored_config

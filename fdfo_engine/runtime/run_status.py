@@ -103,10 +103,9 @@ def _told(data: events.AnyData) -> dict[str, Any]:
             return {"epoch": data.epoch, **known, **_NO_PHASE}
         case events.Checkpoint():
             return {"epoch": data.epoch, "last_checkpoint": data.name}
-        case events.Done(state="finished"):
-            return {"state": data.state, "exit_code": data.exit_code, **_NO_PHASE}
         case events.Done():
-            return {"state": data.state, "exit_code": data.exit_code}
+            ended = {"state": data.state, "exit_code": data.exit_code}
+            return ended | (_NO_PHASE if data.state == "finished" else {})
     return {}
 
 

@@ -35,12 +35,7 @@ class ScoredPairs:
     """Samples and scores, the one beside the other. Every method is collective."""
 
     def __init__(
-        self,
-        engine: Engine,
-        prompts: PromptList,
-        rewards: WeightedRewards,
-        timer: PhaseTimer,
-        stopping: Stopping,
+        self, engine: Engine, prompts: PromptList, rewards: WeightedRewards, timer: PhaseTimer, stopping: Stopping
     ) -> None:
         self._engine, self._prompts, self._rewards = engine, prompts, rewards
         self._timer, self._stopping = timer, stopping
