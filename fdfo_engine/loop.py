@@ -19,7 +19,7 @@ from fdfo_engine.runtime import events
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import all_agree_hash, barrier, on_main, setup_distributed, together, world_size
 from fdfo_engine.runtime.errors import CheckpointError, GuardStop, NumericsError, RewardError, Stopped
-from fdfo_engine.runtime.run_events import RunEvents
+from fdfo_engine.runtime.run_events import RunEvents, Told
 from fdfo_engine.runtime.run_folder import METRICS_NAME, RunFolder, checkpoint_store, read_log, stored_config
 from fdfo_engine.runtime.run_pictures import IMAGES_NAME, grid
 from fdfo_engine.runtime.stop import Stopping, StopRequest
@@ -75,60 +75,84 @@ def run(
     try:
         with StopRequest() as request, RunEvents(config, folder, request, on_event) as told:
             together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
-            _Run(config, prompts, weighted, told, request).train()
+            engine = Engine(config, on_event=told.relay)
+            resumed = _opened(engine, told)
+            _train(Training(engine, prompts, weighted, told, request), told, resumed)
+            barrier("the end")  # a rank that leaves first takes its connections down under the others
     finally:
         if folder is not None:
             folder.close()
     return on_main(lambda: read_log(Path(config.run.dir) / METRICS_NAME)) or []
 
 
-class _Run:
-    """One run in progress."""
+def _opened(engine: Engine, told: RunEvents) -> bool:
+    """Loads the newest checkpoint and opens the logs where it ends; whether there was one."""
+    say(f"pair ops run on {engine.backend}, the model on {engine.device}")
+    if engine.memory is not None:
+        say(engine.memory.describe())
+    resumed = engine.load()
+    if resumed:
+        say(f"resuming after epoch {engine.epoch} of {engine.config.run.epochs}")
+    room = ROOM_FOR_CHECKPOINTS * engine.checkpoint_bytes
+    on_main(lambda: told.open(engine.epoch if resumed else -1, room))
+    return resumed
+
+
+def _train(training: Training, told: RunEvents, resumed: bool) -> None:
+    """All epochs that are left."""
+    epoch, epochs = training.engine.epoch, training.engine.config.run.epochs
+    if epoch >= epochs:
+        say(f"finished already: {epoch} of {epochs} epochs; raise run.epochs to go on")
+    told.tell(events.State(epoch=epoch, state="running", epochs=epochs))
+    training.catch_up(resumed=resumed)
+    while training.epoch():
+        pass
+
+
+class Training:
+    """Epochs by the run's own rewards, one at a time. Every method is collective."""
 
     def __init__(
-        self, config: Config, prompts: PromptList, rewards: WeightedRewards, told: RunEvents, request: StopRequest
+        self, engine: Engine, prompts: PromptList, rewards: WeightedRewards, told: Told, request: StopRequest
     ) -> None:
-        self._config, self._rewards, self._told = config, rewards, told
-        self._engine = engine = Engine(config, on_event=told.relay)
-        say(f"pair ops run on {engine.backend}, the model on {engine.device}")
-        if engine.memory is not None:
-            say(engine.memory.describe())
-        self._resumed = engine.load()
-        if self._resumed:
-            say(f"resuming after epoch {engine.epoch} of {config.run.epochs}")
-        room = ROOM_FOR_CHECKPOINTS * engine.checkpoint_bytes
-        on_main(lambda: told.open(engine.epoch if self._resumed else -1, room))
+        self.engine, self._config, self._rewards, self._told = engine, engine.config, rewards, told
         self._timer = PhaseTimer(engine.device)
         self._kept_epoch = engine.epoch
         self._describes_rewards = len(rewards.rewards) > 1
         self._stopping = Stopping(engine.progress, request)
         self._pairs = ScoredPairs(engine, prompts, rewards, self._timer, self._stopping)
-        self._watch = RewardWatch(config.update.max_bad_pairs, rewards)
-        self._evaluations = Evaluations(engine, rewards, told, self._save)
+        self._watch = RewardWatch(engine.config.update.max_bad_pairs, rewards)
+        self._evaluations = Evaluations(engine, rewards, told, self.save)
 
-    def train(self) -> None:
-        """All epochs that are left."""
-        engine, epochs = self._engine, self._config.run.epochs
-        if engine.epoch >= epochs:
-            say(f"finished already: {engine.epoch} of {epochs} epochs; raise run.epochs to go on")
-        self._told.tell(events.State(epoch=engine.epoch, state="running", epochs=epochs))
-        self._evaluations.catch_up(resumed=self._resumed)
-        while engine.epoch < epochs:
-            try:
-                self._stopping.stop_between_epochs()
-                self._train_epoch()
-                self._evaluations.hold()
-            except GuardStop:
-                raise
-            except (RewardError, NumericsError, Stopped):
-                self._keep_whole_epochs()
-                raise
-            if engine.epoch % self._config.checkpoint.every == 0 or engine.epoch == epochs:
-                self._save()
-        barrier("the end")  # a rank that leaves first takes its connections down under the others
+    def catch_up(self, *, resumed: bool) -> None:
+        """Evaluates what a run evaluates before its first epoch, or what a stop kept it from."""
+        self._evaluations.catch_up(resumed=resumed)
+
+    def epoch(self) -> bool:
+        """Trains one epoch, evaluates and saves where that is due; false if all are done.
+
+        Raises:
+            Stopped: a signal asked for it; the last whole epoch is saved.
+            GuardStop, RewardError, NumericsError: as the run would end; likewise.
+        """
+        engine, config = self.engine, self._config
+        if engine.epoch >= config.run.epochs:
+            return False
+        try:
+            self._stopping.stop_between_epochs()
+            self._train_epoch()
+            self._evaluations.hold()
+        except GuardStop:
+            raise
+        except (RewardError, NumericsError, Stopped):
+            self._keep_whole_epochs()
+            raise
+        if engine.epoch % config.checkpoint.every == 0 or engine.epoch == config.run.epochs:
+            self.save()
+        return True
 
     def _train_epoch(self) -> None:
-        engine, watch = self._engine, self._watch
+        engine, watch = self.engine, self._watch
         self._timer.take()
         scored = self._pairs.next()
         if self._describes_rewards:
@@ -145,19 +169,19 @@ class _Run:
         self._told.tell(events.Metrics(epoch=engine.epoch, kind="epoch", values=self._record(scored, metrics)))
         watch.require_opinions(metrics)
 
-    def _save(self, *, again: bool = False) -> None:
+    def save(self, *, again: bool = False) -> None:
         """Saves the weights of the last whole epoch, if no checkpoint holds them yet, or `again`."""
-        if self._engine.epoch != self._kept_epoch or again:
-            self._engine.save()
-            self._kept_epoch = self._engine.epoch
+        if self.engine.epoch != self._kept_epoch or again:
+            self.engine.save()
+            self._kept_epoch = self.engine.epoch
 
     def _keep_whole_epochs(self) -> None:
         """What was trained is not lost with the epoch that fails. Amid an update the weights are of no epoch."""
-        if self._engine.is_amid_epoch:
+        if self.engine.is_amid_epoch:
             say(f"the weights are amid an epoch; the last checkpoint is epoch {self._kept_epoch}")
-        elif self._engine.epoch > self._kept_epoch:
-            self._save()
-            say(f"saved epoch {self._engine.epoch}; the same command goes on from there")
+        elif self.engine.epoch > self._kept_epoch:
+            self.save()
+            say(f"saved epoch {self.engine.epoch}; the same command goes on from there")
 
     def _record(self, scored: Scored, metrics: dict[str, float]) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -165,7 +189,7 @@ class _Run:
         known = scored.total[torch.isfinite(scored.total)]
         parts = {f"reward_{name}_mean": float(p[torch.isfinite(p)].mean()) for name, p in scored.parts.items()}
         return {
-            "epoch": self._engine.epoch,
+            "epoch": self.engine.epoch,
             "first_pair": scored.rollout.first_pair,
             "pairs": scored.rollout.num_pairs,
             "reward_mean": float(known.mean()),
@@ -175,15 +199,15 @@ class _Run:
             **self._rewards.note_means(),
             **metrics,
             "lr": self._config.optimizer.lr,
-            "kernel_backend": self._engine.backend,
-            "micro_batch": self._engine.micro_batch,
-            **memory_record(self._engine.memory, self._engine.device),
+            "kernel_backend": self.engine.backend,
+            "micro_batch": self.engine.micro_batch,
+            **memory_record(self.engine.memory, self.engine.device),
             **seconds,
             "images_per_second": 2 * scored.rollout.num_pairs / seconds["seconds_rollout"],
         }
 
     def _draw(self, scored: Scored, *, always: bool) -> None:
-        epoch, every = self._engine.epoch + 1, self._config.log.images_every
+        epoch, every = self.engine.epoch + 1, self._config.log.images_every
         if not always and (not every or epoch % every):
             return
         rollout = scored.rollout

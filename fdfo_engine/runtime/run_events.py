@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 from fdfo_engine.config import Config
 from fdfo_engine.runtime import events
@@ -19,6 +19,13 @@ from fdfo_engine.runtime.run_pictures import RunPictures
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.terminal import Terminal, duration
 from fdfo_engine.runtime.ticker import Ticker
+
+
+class Told(Protocol):
+    """Where a run's events go."""
+
+    def tell(self, data: events.AnyData) -> None:
+        """Tells an event, on rank 0; collective."""
 
 
 class RunEvents:

@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
 from fdfo_engine.config import Config
 from fdfo_engine.runtime.event_log import EVENTS_NAME
-from fdfo_engine.runtime.events import EventStream, Feedback
+from fdfo_engine.runtime.events import EventStream, Feedback, Phase
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, checkpoint_store, read_log
 from fdfo_engine.serve.commands import SERVE_FOLDER
 from fdfo_engine.serve.database import Database
@@ -66,6 +66,13 @@ class Bell:
                 continue
 
 
+class Told(Protocol):
+    """What the backend needs of `Talk`."""
+
+    stream: EventStream
+    phase: Phase | None
+
+
 class Backend:
     """One run folder being served.
 
@@ -76,22 +83,22 @@ class Backend:
         is_ready: whether the engine is loaded. is_closing: whether event streams should end. ranks: how many there are.
         interrupt: ends what the engine is amid.
         has_work: set when the engine's thread should look.
-        status: what the engine's thread last said of itself: epoch, next_pair, weights_version, phase, error.
+        status: what the engine's thread last said of itself: epoch, next_pair, weights_version, error, is_training.
     """
 
-    def __init__(self, config: Config, database: Database, token: str, events: EventStream, ranks: int) -> None:
+    def __init__(self, config: Config, database: Database, token: str, talk: Told, bell: Bell, ranks: int) -> None:
         self.config, self.token, self.ranks = config, token, ranks
         self.queue, self.rounds = Queue(database), Rounds(database)
         self.folder = Path(config.run.dir)
         self.feed = EventFeed(self.folder / EVENTS_NAME)
-        self.bell = Bell()
+        self.bell = bell
         self.is_ready = self.is_closing = False
         self.has_work = threading.Event()
         self.status: dict[str, Any] = {
-            "epoch": 0, "next_pair": 0, "weights_version": 0, "phase": None, "error": None, "is_training": False,
+            "epoch": 0, "next_pair": 0, "weights_version": 0, "error": None, "is_training": False,
         }  # fmt: skip
         self.interrupt: Callable[[], None] = lambda: None
-        self._events = events
+        self._talk = talk
 
     # the queue
 
@@ -169,6 +176,12 @@ class Backend:
         """Names of the whole ones, oldest first."""
         return checkpoint_store(self.folder).names()
 
+    @property
+    def phase(self) -> dict[str, Any] | None:
+        """What is being done."""
+        phase = self._talk.phase
+        return None if phase is None else phase.model_dump(mode="json")
+
     # rounds
 
     def round(self, name: str) -> dict[str, Any]:
@@ -215,7 +228,7 @@ class Backend:
         """Tells an opinion as an event."""
         first, second = rewards
         known = None if first is None or second is None else (first, second)
-        self._events.tell(Feedback(epoch=self.status["epoch"], pair=pair, rater=rater, rewards=known, round=name))
+        self._talk.stream.tell(Feedback(epoch=self.status["epoch"], pair=pair, rater=rater, rewards=known, round=name))
 
     # files
 

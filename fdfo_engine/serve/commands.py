@@ -18,7 +18,9 @@ from fdfo_engine.rollout.prompts import PromptList
 from fdfo_engine.runtime.checkpoint import checkpoint_name
 from fdfo_engine.runtime.distributed import all_gather_rows, is_main, on_main, together
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.events import Metrics
 from fdfo_engine.runtime.picture import save_png, to_picture
+from fdfo_engine.runtime.run_events import Told
 from fdfo_engine.runtime.run_folder import checkpoint_store
 from fdfo_engine.serve.problems import Problem
 from fdfo_engine.serve.rounds import StoredPair
@@ -38,8 +40,10 @@ class Commands:
             checkpoint, since a rollout that is read again from disk has forgotten it.
     """
 
-    def __init__(self, engine: Engine, prompts: PromptList, rewards: WeightedRewards, secret: str) -> None:
+    def __init__(self, engine: Engine, prompts: PromptList, rewards: WeightedRewards, secret: str, told: Told) -> None:
         self.engine, self._prompts, self._rewards, self._secret = engine, prompts, rewards, secret
+        self._told = told
+        self._answers: list[dict[str, float]] = []
         self._rollouts: dict[str, Rollout] = {}
         self.trained_versions: dict[str, int] = {}
         self.folder = Path(engine.config.run.dir) / SERVE_FOLDER
@@ -160,7 +164,9 @@ class Commands:
     def train(self, body: Mapping[str, Any], number: int) -> Result:
         """`Engine.update` on a round, with `rewards` by pair id that the queue made of its feedback."""
         rollout = self.rollout(body["round"])
-        metrics = self.engine.update(rollout, self._table(rollout, body["rewards"]))
+        table_PK = self._table(rollout, body["rewards"])
+        metrics = self.engine.update(rollout, table_PK)
+        self._record(rewards_record(rollout, table_PK) | metrics)
         self._forget(body["round"])
         return self._saved(number, {"round": body["round"], "metrics": metrics})
 
@@ -195,17 +201,17 @@ class Commands:
         }
         if not given:  # an empty table: no opinion at all
             given = {"advantages": torch.zeros(rollout.num_pairs, 2)}
-        return dict(
-            self.engine.primitives.forward_backward(
-                rollout,
-                **given,
-                clip_range=body["loss_config"].get("clip_range"),
-                part=body["part"],
-                parts=body.get("parts"),
-                more=body["more"],
-                allow_stale=body["allow_stale"],
-            )
+        answer = self.engine.primitives.forward_backward(
+            rollout,
+            **given,
+            clip_range=body["loss_config"].get("clip_range"),
+            part=body["part"],
+            parts=body.get("parts"),
+            more=body["more"],
+            allow_stale=body["allow_stale"],
         )
+        self._answers.append(answer)
+        return dict(answer)
 
     def optim_step(self, body: Mapping[str, Any], _number: int) -> Result:
         """See `Primitives.optim_step`."""
@@ -223,6 +229,7 @@ class Commands:
     def snapshot(self, _body: Mapping[str, Any], number: int) -> Result:
         """Ends an epoch and keeps its checkpoint."""
         self.engine.end_epoch()
+        self._record(_means(self._answers))
         return self._saved(number, {"weights_version": self.engine.weights_version})
 
     def save_state(self, _body: Mapping[str, Any], number: int) -> Result:
@@ -290,6 +297,13 @@ class Commands:
             return result | {"checkpoint": None, "warning": f"no checkpoint was kept: {error}"}
         return result
 
+    def _record(self, numbers: Mapping[str, float]) -> None:
+        """Tells the epoch that has just ended: a line of metrics.jsonl."""
+        epoch = self.engine.epoch
+        values = {"epoch": epoch, "lr": self.engine.config.optimizer.lr, **numbers}
+        self._told.tell(Metrics(epoch=epoch, kind="epoch", values=values))
+        self._answers = []
+
     def _forget(self, name: str) -> None:
         self._rollouts.pop(name, None)
         self.trained_versions.pop(name, None)
@@ -327,3 +341,20 @@ def _listed(value: Any) -> list[Any]:
 
 def _by_pair(ids: Sequence[int], table_PK: Tensor) -> dict[str, Any]:
     return {str(pair): row.tolist() for pair, row in zip(ids, table_PK, strict=True)}
+
+
+def rewards_record(rollout: Rollout, table_PK: Tensor) -> dict[str, float]:
+    """What metrics.jsonl says of an epoch's rewards."""
+    known = table_PK[torch.isfinite(table_PK)]
+    return {
+        "first_pair": rollout.first_pair,
+        "pairs": rollout.num_pairs,
+        "reward_mean": float(known.mean()),
+        "reward_std": float(known.std(correction=0)),
+    }
+
+
+def _means(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of what each `forward_backward` of an epoch answered; empty without any."""
+    names = answers[0] if answers else {}
+    return {name: sum(answer[name] for answer in answers) / len(answers) for name in names}

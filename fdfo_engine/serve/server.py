@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import uvicorn
 
 from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.engine import Engine
+from fdfo_engine.loop import Training
 from fdfo_engine.models.registry import agreed_base
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rollout.prompts import describe_prompts, load_prompts
@@ -31,17 +32,15 @@ from fdfo_engine.runtime.distributed import (
 )
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError, error_message, exit_code
-from fdfo_engine.runtime.event_log import EventLog
-from fdfo_engine.runtime.events import Event, EventStream
-from fdfo_engine.runtime.events import RunState as State
+from fdfo_engine.runtime.events import RunState, State
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.serve.access import LOOPBACK_HOSTS, TOKEN_NAME, token_of
 from fdfo_engine.serve.app import application
-from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.backend import Backend, Bell
 from fdfo_engine.serve.commands import Commands
 from fdfo_engine.serve.database import Database
-from fdfo_engine.serve.own_training import OwnTraining
+from fdfo_engine.serve.talk import Talk
 from fdfo_engine.serve.worker import Worker
 
 ADDRESS_NAME = "serve.json"
@@ -109,22 +108,21 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_h
     folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:
         together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
-        with stop or StopRequest() as stop, contextlib.ExitStack() as stack:
-            talk = None if folder is None else stack.enter_context(_talk(config, folder, door))
-            relay = None if talk is None else talk.relay
-            engine = Engine(config, on_event=relay)
-            token = broadcast_text("" if talk is None else talk.backend.token)
-            commands = Commands(engine, prompts, rewards, token)
-            training = OwnTraining(engine, prompts, rewards)
-            worker = Worker(engine, commands, training, None if talk is None else talk.backend, stop)
-            if talk is not None:
-                talk.worker = worker
-            if folder is not None:
-                folder.status.update("running", epochs=config.run.epochs)
-            worker.serve()
+        bell = Bell()
+        with (
+            stop or StopRequest() as stop,
+            Talk(config, folder, bell) as talk,
+            nullcontext() if folder is None else _opened(config, folder, talk, bell, door) as backend,
+        ):
+            engine = Engine(config, on_event=talk.relay)
+            token = broadcast_text("" if backend is None else backend.token)
+            commands = Commands(engine, prompts, rewards, token, talk)
+            training = partial(Training, engine, prompts, rewards, talk, stop)
+            talk.tell(State(epoch=0, state="running", epochs=config.run.epochs))
+            Worker(engine, commands, training, talk, backend, stop).serve()
     except BaseException as error:
         if folder is not None:
-            state: State = "stopped" if isinstance(error, Stopped) else "failed"
+            state: RunState = "stopped" if isinstance(error, Stopped) else "failed"
             folder.status.update(state, exit_code=exit_code(error), message=error_message(error))
         raise
     finally:
@@ -132,39 +130,17 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_h
             folder.close()
 
 
-@dataclass
-class _Talk:
-    """Rank 0's side: what clients see."""
-
-    backend: Backend
-    events: EventStream
-    worker: Worker | None = None
-
-    def relay(self, event: Event) -> None:
-        """What the engine tells, but for what is only repeated after a kill."""
-        if self.worker is not None and self.worker.is_repeating:
-            return
-        if event.type == "phase":
-            phase = event.data.model_dump(mode="json")
-            self.backend.status["phase"] = None if phase["done"] == phase["total"] else phase
-        self.events.relay(event)
-        self.backend.bell.ring()
-
-
 @contextmanager
-def _talk(config: Config, folder: RunFolder, door: Door) -> Iterator[_Talk]:
-    """Opens the database and the event log, and listens."""
+def _opened(config: Config, folder: RunFolder, talk: Talk, bell: Bell, door: Door) -> Iterator[Backend]:
+    """Rank 0's side: opens the database, and listens."""
     token = token_of(folder.path)
     database = Database(folder.path)
-    log = EventLog(folder.path)
-    events = EventStream([log], last_seq=log.last_seq)
-    backend = Backend(config, database, token, events, world_size())
+    backend = Backend(config, database, token, talk, bell, world_size())
     try:
         with listening(backend, door, folder.path):
-            yield _Talk(backend, events)
+            yield backend
     finally:
         database.close()
-        log.close()
 
 
 @contextmanager

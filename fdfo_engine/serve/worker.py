@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fdfo_engine.engine import Engine
+from fdfo_engine.loop import Training
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import any_rank, broadcast_text
 from fdfo_engine.runtime.errors import Cancelled, CheckpointError, DistributedError, Stopped, error_message
@@ -22,6 +23,7 @@ from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.commands import Commands, Result
 from fdfo_engine.serve.problems import Problem, problem_of
 from fdfo_engine.serve.queue import Operation
+from fdfo_engine.serve.talk import Talk
 
 CHANGES_THE_ENGINE = ("sample", "forward_backward", "optim_step", "snapshot", "load_state", "train")
 _PATIENCE_S = 1.0
@@ -29,32 +31,25 @@ STALE_EPOCHS = 2
 """For how long a round that was sampled by a primitive can be trained on, with `allow_stale`."""
 
 
-class OwnTraining(Protocol):
-    """The run's own loop, an epoch at a time."""
-
-    def epoch(self) -> bool:
-        """Trains one epoch; false if all are done. Collective."""
-        ...
-
-    def pause(self) -> None:
-        """Saves the last whole epoch. Collective."""
-        ...
-
-
 class Worker:
     """Serves the queue on all ranks; only rank 0 has a `backend`."""
 
     def __init__(
-        self, engine: Engine, commands: Commands, training: OwnTraining, backend: Backend | None, stop: StopRequest
+        self,
+        engine: Engine,
+        commands: Commands,
+        training: Callable[[], Training],
+        talk: Talk,
+        backend: Backend | None,
+        stop: StopRequest,
     ) -> None:
-        self._engine, self._commands, self._training = engine, commands, training
-        self._backend, self._stop = backend, stop
-        self._was_running = False
-        self.is_repeating = False
-        """Whether what the engine tells was told before."""
+        """`training` begins the run's own training, which lasts until something else is asked for."""
+        self._engine, self._commands, self._begin_training = engine, commands, training
+        self._talk, self._backend, self._stop = talk, backend, stop
+        self._training: Training | None = None
         engine.poll = self._poll
         if backend is not None:
-            backend.interrupt = lambda: engine.cancel("POST /v1/run/stop")
+            backend.interrupt = self._interrupt
 
     def serve(self) -> None:
         """Until a stop is asked for: then `Stopped` is raised, with everything acknowledged on disk."""
@@ -63,7 +58,7 @@ class Worker:
             self._backend.is_ready = True
         while not any_rank(self._stop.poll()):
             self._do(self._agreed(self._next()))
-        self._training.pause()
+        self._settle_training()
         raise Stopped(
             f"{self._stop.reason or 'asked on another rank'}: the server stops after epoch {self._engine.epoch}"
         )
@@ -80,7 +75,7 @@ class Worker:
             return {"do": "operation", "id": operation.id, "kind": operation.kind, "body": self._body(operation)}
         if backend.wish == "running":
             return {"do": "epoch"}
-        if self._was_running:
+        if self._training is not None:
             return {"do": "pause"}
         backend.has_work.wait(_PATIENCE_S)
         return {"do": "nothing"}
@@ -102,32 +97,44 @@ class Worker:
     # the run's own loop
 
     def _epoch(self) -> None:
-        self._was_running = True
-        self._report()
         try:
+            if self._training is None:
+                self._training = self._begin_training()
+                self._report()
+                self._training.catch_up(resumed=True)
             goes_on = self._training.epoch()
         except Cancelled as error:
-            self._end_training(None if self._backend is None else f"stopped: {error_message(error)}")
-            return
+            if not any_rank(self._stop.poll()):
+                self._end_training(error_message(error))
         except (DistributedError, Stopped):
             raise
         except Exception as error:  # noqa: BLE001 - told to who asks, and the server goes on
             self._end_training(_told(error))
-            return
-        if not goes_on:
-            self._end_training(None)
+        else:
+            if not goes_on:
+                self._end_training(None)
 
     def _end_training(self, error: str | None) -> None:
+        """After its last epoch, or where one failed: then the weights are those of the last whole one."""
         if self._backend is not None:
             self._backend.status["error"] = error
             self._backend.set_wish("idle")
+        if self._engine.is_amid_epoch:
+            self._training = None
+            self._recover()
 
     def _settle_training(self) -> None:
-        """Before anything else touches the weights: the epochs of the run's own loop are no operations."""
-        if self._was_running:
-            self._training.pause()
-        self._was_running = False
+        """Before anything else touches the weights: the epochs of the run's own training are no operations."""
+        if self._training is not None and not self._engine.is_amid_epoch:
+            self._training.save()
+        self._training = None
+        self._engine.poll = self._poll
         self._report()
+
+    def _interrupt(self) -> None:
+        """Ends what can be done again to the bit; an update that has begun is finished."""
+        if self._talk.phase is None or self._talk.phase.name != "update":
+            self._engine.cancel("POST /v1/run/stop")
 
     # operations
 
@@ -145,6 +152,8 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - the client's to hear of; the server goes on
             self._finish(number, kind, None, error)
+            if kind == "train" and self._engine.is_amid_epoch:
+                self._recover()
         else:
             self._finish(number, kind, result)
 
@@ -197,15 +206,18 @@ class Worker:
         engine = self._engine
         if engine.load():
             say(f"resuming after epoch {engine.epoch}")
+        else:
+            engine.save()  # what every later state can be had again from
+        self._talk.open_logs(engine.epoch)
         self._commands.trained_versions = dict(engine.notes.get("trained_versions", {}))
         held = int(engine.notes.get("operation", 0))
         tasks = self._agreed({"tasks": self._to_repeat(held)})["tasks"]
         if tasks:
             say(f"repeating {len(tasks)} operations that the last checkpoint does not hold")
-        self.is_repeating = True
+        self._talk.is_repeating = True
         for task in tasks:
             self._repeat(task)
-        self.is_repeating = False
+        self._talk.is_repeating = False
 
     def _to_repeat(self, held: int) -> list[dict[str, Any]]:
         """Operations behind the checkpoint that moved the engine; those amid which the process died run anew."""
@@ -256,7 +268,7 @@ class Worker:
             engine = self._engine
             self._backend.status |= {
                 "epoch": engine.epoch, "next_pair": engine.next_pair, "weights_version": engine.weights_version,
-                "is_training": self._was_running,
+                "is_training": self._training is not None,
             }  # fmt: skip
 
 

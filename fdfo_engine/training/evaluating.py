@@ -10,7 +10,7 @@ from fdfo_engine.evaluation.guard_watch import GuardWatch, Save
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.distributed import any_rank, on_main
-from fdfo_engine.runtime.run_events import RunEvents
+from fdfo_engine.runtime.run_events import Told
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, read_log
 from fdfo_engine.runtime.run_pictures import evaluation_images
 
@@ -18,7 +18,7 @@ from fdfo_engine.runtime.run_pictures import evaluation_images
 class Evaluations:
     """Every `evaluation.every` epochs and at the end. Every method is collective."""
 
-    def __init__(self, engine: Engine, rewards: WeightedRewards, told: RunEvents, save: Save) -> None:
+    def __init__(self, engine: Engine, rewards: WeightedRewards, told: Told, save: Save) -> None:
         self._engine, self._told = engine, told
         self._metrics = metric_rewards(engine.config)
         self._guard = GuardWatch(engine, rewards, save)

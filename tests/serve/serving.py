@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def start_process(folder, *more, ranks=1, log=None):
         return subprocess.Popen(
             [*command, *settings(folder, *more)], stdout=file, stderr=file, env=environment(FDFO_CHOSEN_PORT="")
         )
+
+
+def told(stream):
+    """What the HTTP side needs of a `Talk`."""
+    return types.SimpleNamespace(stream=stream, phase=None)
 
 
 def lines(path):

@@ -3,7 +3,7 @@
 import stat
 
 import pytest
-from serve.serving import shapes_config
+from serve.serving import shapes_config, told
 from starlette.testclient import TestClient
 
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
@@ -11,7 +11,7 @@ from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.serve.access import COOKIE, token_of
 from fdfo_engine.serve.app import ENDPOINTS, application
-from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.backend import Backend, Bell
 from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.server import Door
 
@@ -21,7 +21,7 @@ HOST = "http://127.0.0.1:8710"
 @pytest.fixture
 def backend(tmp_path):
     database, log = Database(tmp_path), EventLog(tmp_path)
-    yield Backend(shapes_config(tmp_path), database, token_of(tmp_path), EventStream([log]), ranks=1)
+    yield Backend(shapes_config(tmp_path), database, token_of(tmp_path), told(EventStream([log])), Bell(), ranks=1)
     database.close()
     log.close()
 

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from serve.serving import shapes_config
+from serve.serving import shapes_config, told
 
 from fdfo_engine.client import AsyncClient, Client
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import Caution, EventStream
 from fdfo_engine.serve.access import token_of
-from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.backend import Backend, Bell
 from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.server import Door, listening
 
@@ -23,7 +23,7 @@ def telling(folder, port=0):
     """An address without an engine, and a function that tells an event."""
     database, log = Database(folder), EventLog(folder)
     events = EventStream([log], last_seq=log.last_seq)
-    backend = Backend(shapes_config(folder), database, token_of(folder), events, ranks=1)
+    backend = Backend(shapes_config(folder), database, token_of(folder), told(events), Bell(), ranks=1)
 
     def tell(text):
         events.tell(Caution(epoch=0, message=text))

@@ -8,7 +8,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from serve.serving import shapes_config
+from serve.serving import shapes_config, told
 from starlette.testclient import TestClient
 
 from fdfo_engine.config import dump_config
@@ -17,7 +17,7 @@ from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.run_folder import record_config
 from fdfo_engine.serve.access import token_of
 from fdfo_engine.serve.app import ENDPOINTS, application
-from fdfo_engine.serve.backend import Backend
+from fdfo_engine.serve.backend import Backend, Bell
 from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.openapi import description
 from fdfo_engine.serve.problems import Problem
@@ -72,7 +72,7 @@ def api(tmp_path_factory):
     config = shapes_config(folder)
     record_config(folder, dump_config(config))  # the report wants a run
     database, log = Database(folder), EventLog(folder)
-    backend = Backend(config, database, token_of(folder), EventStream([log]), ranks=1)
+    backend = Backend(config, database, token_of(folder), told(EventStream([log])), Bell(), ranks=1)
     backend.is_ready = True
     engine = InstantEngine(backend)
     engine.start()

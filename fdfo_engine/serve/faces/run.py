@@ -31,7 +31,7 @@ def _status(backend: Backend) -> RunBody:
         next_pair=status["next_pair"],
         weights_version=status["weights_version"],
         queued=len(backend.queue.operations("queued", "running")),
-        phase=status["phase"],
+        phase=backend.phase,
         last_checkpoint=checkpoints[-1] if checkpoints else None,
         error=status["error"],
     )
