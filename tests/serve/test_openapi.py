@@ -15,6 +15,7 @@ from fdfo_engine.config import dump_config
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.run_folder import record_config
+from fdfo_engine.serve import backend as backend_module
 from fdfo_engine.serve.access import token_of
 from fdfo_engine.serve.app import ENDPOINTS, application
 from fdfo_engine.serve.backend import Backend, Bell
@@ -68,6 +69,12 @@ class InstantEngine(threading.Thread):
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend_module, "GAP_WAIT_S", 0.02)  # most generated numbers come too early
+        yield from served_instantly(tmp_path_factory)
+
+
+def served_instantly(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     config = shapes_config(folder)
     record_config(folder, dump_config(config))  # the report wants a run
