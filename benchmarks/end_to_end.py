@@ -30,8 +30,8 @@ from benchmarks.flops import flops
 from benchmarks.results_file import RESULTS, command, header, machine, write
 from benchmarks.timing import Spread, interleaved
 from fdfo_engine.cli.bench import add_options
-from fdfo_engine.models.footprint import saved_bytes
 from fdfo_engine.models.lora import trainable
+from fdfo_engine.planning.footprint import saved_bytes
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main, setup_distributed
 from fdfo_engine.runtime.process import end_process
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks.results_file import RESULTS, ROOT, header, write
 from fdfo_engine.config import load_config
-from fdfo_engine.models.registry import blank_footprint
-from fdfo_engine.resources import reward_bytes
+from fdfo_engine.planning.fit import reward_bytes
+from fdfo_engine.planning.footprint import Footprint, blank_footprint
+from fdfo_engine.planning.memory import GIB, choose_micro_batch
 from fdfo_engine.runtime.errors import UsageError
-from fdfo_engine.runtime.memory import GIB, Footprint, choose_micro_batch
 
 CARDS = (16, 24, 48, 80, 141)
 CONFIGS = (

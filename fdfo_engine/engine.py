@@ -19,7 +19,8 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import pair_direction
-from fdfo_engine.resources import gathers_rollout, kl_reference, pair_backend, plan_memory
+from fdfo_engine.planning.fit import gathers_rollout, plan_memory
+from fdfo_engine.rollout.backend import pair_backend
 from fdfo_engine.rollout.blocks import JoinedBlocks, distance, in_step, share
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
@@ -41,7 +42,7 @@ from fdfo_engine.runtime.run_checkpoints import RunCheckpoints
 from fdfo_engine.runtime.run_folder import run_config
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.average import move_average
-from fdfo_engine.update.networks import networks
+from fdfo_engine.update.networks import kl_reference, networks
 from fdfo_engine.update.primitives import Primitives
 from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer

@@ -27,6 +27,7 @@ from fdfo_engine.runtime.run_folder import (
     require_recorded,
     run_config,
 )
+from fdfo_engine.runtime.split_weights import whole_shape
 
 Weights = Literal["auto", "ema", "raw"]
 WHAT_WEIGHTS_BELONG_TO = ("model.family", "model.train", "model.quantize", "lora")
@@ -125,7 +126,7 @@ def refuse_foreign(checkpoint: Checkpoint, config: Config, model: FlowModel, bas
     if settings:
         lines = [f"  {key}: {change}" for key, change in settings.items()]
         raise CheckpointError("\n".join([f"{checkpoint.folder}: of another model", *lines]))
-    own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.trained_parameters()}
+    own = {name: whole_shape(p) for name, p in model.trained_parameters()}
     theirs = {name: tuple(w.shape) for name, w in checkpoint.tensors.get("weights", {}).items()}
     differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     if differing:

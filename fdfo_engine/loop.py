@@ -12,7 +12,7 @@ from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluation_list, evaluation_prompts, metric_rewards
 from fdfo_engine.models.registry import agreed_base
-from fdfo_engine.resources import memory_record
+from fdfo_engine.planning.fit import memory_record
 from fdfo_engine.rewards import WeightedRewards, with_own_rewards
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime import events

@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from tiny_sd3 import PROMPTS, SIZE, tiny_config
 
 from fdfo_engine import Engine
-from fdfo_engine.models.footprint import footprint
 from fdfo_engine.models.guidance import predict
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
-from fdfo_engine.models.registry import blank_footprint, load_model
+from fdfo_engine.models.registry import load_model
 from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, philox_normal
+from fdfo_engine.planning.footprint import Line, blank_footprint, footprint
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
-from fdfo_engine.runtime.memory import Line
 
 CPU = torch.device("cpu")
 STEPS = 4

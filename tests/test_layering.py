@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "fdfo_engine"
 LAYERS = {
     "config": 0, "kernels": 0, "ops": 1, "runtime": 1, "shapes": 1, "models": 2, "rewards": 2, "metrics": 2,
-    "trajectory": 2, "resources": 3, "rollout": 3, "update": 4, "report": 4, "exporting": 5, "engine": 6,
+    "trajectory": 2, "rollout": 3, "update": 4, "report": 4, "exporting": 5, "planning": 5, "engine": 6,
     "evaluation": 7, "training": 8, "loop": 9, "train": 10, "serve": 10, "cli": 11, "client": 0,
 }  # fmt: skip
 
@@ -40,6 +41,13 @@ def test_only_ops_import_kernels():
     assert not offenders, offenders
     device_code = (ROOT / "kernels").rglob("*.py")
     assert not [p for p in device_code if imported(p) - {"kernels"}], "device code must not import the engine"
+
+
+def test_two_files_know_deepspeed():
+    """One uses it, one reads what it leaves on weights; whoever else names its attributes has to ask there."""
+    knowing = {ENGINE / "update" / "zero.py", ENGINE / "runtime" / "split_weights.py"}
+    marks = re.compile(r"\bds_(shape|numel|tensor|id|status)\b|(import|from) deepspeed\b")
+    assert {path for path in ENGINE.rglob("*.py") if marks.search(path.read_text())} == knowing
 
 
 def test_names_shadow_nothing():

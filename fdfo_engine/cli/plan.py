@@ -31,10 +31,10 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     from fdfo_engine.config import BatchPlan, load_config
-    from fdfo_engine.models.registry import blank_footprint
-    from fdfo_engine.resources import reward_bytes
+    from fdfo_engine.planning.fit import reward_bytes
+    from fdfo_engine.planning.footprint import blank_footprint
+    from fdfo_engine.planning.memory import GIB, choose_micro_batch, refusal
     from fdfo_engine.runtime.console import say
-    from fdfo_engine.runtime.memory import GIB, choose_micro_batch, refusal
     from fdfo_engine.runtime.own_code import search_in
 
     for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):

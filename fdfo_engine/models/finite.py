@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fdfo_engine.models.flow_model import Conditioning
 from fdfo_engine.runtime.errors import NumericsError
+from fdfo_engine.runtime.split_weights import own_piece
 
 
 class Weighted(Protocol):
@@ -24,7 +25,7 @@ class Weighted(Protocol):
 
 def is_finite(tensor: Any) -> bool:
     """Whether every number is; of a weight that ZeRO-3 splits, this rank's part. Waits for the device."""
-    own: Tensor = getattr(tensor, "ds_tensor", tensor).detach()
+    own = own_piece(tensor)
     return not own.is_floating_point() or bool(torch.isfinite(own).all())
 
 

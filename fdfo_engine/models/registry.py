@@ -1,6 +1,5 @@
 """Which family a model belongs to, and how it is loaded."""
 
-import dataclasses
 import difflib
 import importlib
 import json
@@ -9,20 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.base_model import Base, find_base, model_index, resolve_model_id
 from fdfo_engine.models.few_steps import refuse_many_steps
-from fdfo_engine.models.flow_model import FlowModel
-from fdfo_engine.models.footprint import footprint
+from fdfo_engine.models.flow_model import Conditioning, FlowModel
 from fdfo_engine.models.known import known_configs
-from fdfo_engine.models.quantized import quantized_bytes
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import all_agree_hash, together_patiently
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
-from fdfo_engine.runtime.memory import Footprint
 from fdfo_engine.runtime.own_code import own_callable
 
 FAMILIES = {
@@ -97,13 +92,13 @@ def load_model(config: Config, device: torch.device, base: Base | None = None) -
     return model
 
 
-def blank_footprint(config: Config) -> Footprint:
-    """Sizes of `config.model` from its configs alone: no weight is read, and none takes memory.
+def blank_model(config: Config, mode: FakeTensorMode) -> tuple[FlowModel, Conditioning]:
+    """`config.model` and one row of its conditioning as fake tensors of `mode`: no weight is read or takes memory.
 
-    A hub model whose configs are shipped (`models/known`) is counted from those.
+    A hub model whose configs are shipped (`models/known`) is made from those.
 
     Raises:
-        UsageError, EnvironmentProblem: as `load_model`, or the family cannot be counted without its weights.
+        UsageError, EnvironmentProblem: as `load_model`, or the family can't be made without its weights.
     """
     source = resolve_model_id(config.model.id)
     if known := known_configs(config.model.id):
@@ -113,21 +108,10 @@ def blank_footprint(config: Config) -> Footprint:
     if not hasattr(loader, "blank"):
         raise UsageError(f"model.family = {config.model.family!r}: has no `blank`, so it cannot be counted unloaded")
     with _without_advice():
-        mode = FakeTensorMode()
-        model, conditioning = loader.blank(config, source, mode)
+        blank: tuple[FlowModel, Conditioning] = loader.blank(config, source, mode)
         if hasattr(loader, "pipeline_class"):
             refuse_many_steps(config, model_index(source, config.model.revision).parent)
-        with mode:
-            found = footprint(model, conditioning, config.model.height, config.model.width)
-    return _packed(found, model.network) if getattr(model, "packed_by", None) else found
-
-
-def _packed(counted: Footprint, network: nn.Module) -> Footprint:
-    """`counted` with the weights of the blocks in four bits, one of which is unpacked at a time."""
-    saved, largest = quantized_bytes(network)
-    lines = {name: getattr(counted, name) for name in ("forward", "training")}
-    unpacked = {name: line._replace(fixed=line.fixed + largest) for name, line in lines.items()}
-    return dataclasses.replace(counted, frozen=counted.frozen - saved, **unpacked)
+    return blank
 
 
 def _loader(config: Config, source: str) -> Any:

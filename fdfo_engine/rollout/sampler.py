@@ -14,7 +14,9 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, paired_noise, paired_step, philox_normal
 from fdfo_engine.rollout.churn import churn_gammas
 from fdfo_engine.runtime.errors import NumericsError
-from fdfo_engine.runtime.memory import DECODE_IMAGES
+
+DECODE_IMAGES = 4
+"""Images that the VAE decodes at once, whatever the block: it takes more memory an image than the network does."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class PairedSampler:
         return self._decode(x_NCHW, [f"image {index}" for index in indices])
 
     def _decode(self, latents: Tensor, names: Sequence[str]) -> Tensor:
-        """A few at a time, always as many: the VAE takes more memory an image than the network."""
+        """A few at a time, always as many."""
         starts = range(0, len(latents), DECODE_IMAGES)
         images = torch.cat([self._model.decode(latents[start : start + DECODE_IMAGES]) for start in starts])
         require_finite_images(self._model, images, names)

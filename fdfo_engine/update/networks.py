@@ -1,15 +1,16 @@
-"""What a rollout and a micro-batch call: the trainer, or CUDA graphs of its network."""
+"""What a rollout and a micro-batch call: the trainer or CUDA graphs of its network, and the untrained one for KL."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.flow_model import Network
+from fdfo_engine.models.flow_model import FlowModel, Network
 from fdfo_engine.models.graphed import GraphedNetwork, GraphedTraining, graph_refusals
 from fdfo_engine.runtime.errors import EnvironmentProblem
 from fdfo_engine.update.zero import ZeroTrainer
@@ -31,10 +32,23 @@ def networks(
     )  # fmt: skip
     if reasons:
         raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
-    graphs = GraphedTraining(trainer.engine.module.forward, parameters)
+    graphs = GraphedTraining(trainer.own_forward, parameters)
 
     def micro_batch(**inputs: Any) -> tuple[Tensor, ...]:
         with trainer.forward_by(graphs):
             return trainer(**inputs)
 
     return GraphedNetwork(trainer), micro_batch
+
+
+def kl_reference(config: Config, model: FlowModel) -> nn.Module | None:
+    """A frozen copy of the network as it is now, untrained, where `update.kl_reference` asks for it.
+
+    Before DeepSpeed takes the network: a copy of its pieces at stage 3 would be worth nothing.
+    """
+    if config.update.kl_reference is None:
+        return None
+    reference = copy.deepcopy(model.network).requires_grad_(False).eval()
+    if config.model.compile:
+        reference.compile()
+    return reference

@@ -19,9 +19,15 @@ from torch import Tensor, nn
 
 from fdfo_engine.config import OptimizerConfig, ZeroConfig
 from fdfo_engine.runtime.distributed import any_rank, rank, world_size
-from fdfo_engine.runtime.memory import BUCKET_VALUES
+from fdfo_engine.runtime.split_weights import num_values
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_VALUES = 500_000_000
+"""Gradients that DeepSpeed exchanges at once."""
+
+MAX_LIVE_VALUES = 1_000_000_000
+"""Weights that stage 3 gathers at once, DeepSpeed's own default."""
+
 _KEPT = -1
 """A module that is none of DeepSpeed's numbers: a weight that it uses stays gathered."""
 
@@ -172,13 +178,18 @@ class ZeroTrainer:
     @property
     def num_values(self) -> int:
         """Trained values, over all ranks."""
-        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self._parameters.values())
+        return sum(map(num_values, self._parameters.values()))
 
     @property
     def weight_bytes(self) -> int:
         """What whole weights take on a rank, frozen ones too."""
-        parameters: Iterable[Any] = self.engine.module.parameters()
-        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+        return sum(num_values(p) * p.element_size() for p in self.engine.module.parameters())
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The network's own forward, below what DeepSpeed hangs on a call; see `forward_by`."""
+        forward: Callable[..., Any] = self.engine.module.forward
+        return forward
 
     @contextmanager
     def weights_swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:

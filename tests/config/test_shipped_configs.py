@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from fdfo_engine.config import BatchPlan, load_config
-from fdfo_engine.models.registry import blank_footprint
-from fdfo_engine.resources import reward_bytes
-from fdfo_engine.runtime.memory import GIB, choose_micro_batch
+from fdfo_engine.planning.fit import reward_bytes
+from fdfo_engine.planning.footprint import blank_footprint
+from fdfo_engine.planning.memory import GIB, choose_micro_batch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 CARDS = {"sd35m_16gb": 16, "flux1_dev_24gb": 24, "sd35m_combined": 48, "sd35m_pickscore": 48, "sd35m_vlm": 48}

@@ -13,7 +13,8 @@ from fdfo_engine.models.fused import is_fused
 from fdfo_engine.models.lora import add_lora, trainable
 from fdfo_engine.models.native_lora import to_native
 from fdfo_engine.models.packed_model import pack, unpack
-from fdfo_engine.models.registry import blank_footprint, load_model
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.planning.footprint import blank_footprint
 from fdfo_engine.runtime.errors import UsageError
 
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -8,7 +8,8 @@ from tiny_sd3 import tiny_config
 
 from fdfo_engine import Engine
 from fdfo_engine.models.quantized import NF4_BYTES
-from fdfo_engine.models.registry import blank_footprint, load_model
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.planning.footprint import blank_footprint
 
 PROMPTS = ["a red circle", "two blue dogs", "a green square", "one cat"]
 REWARDS = torch.tensor([[3.0, 1.0], [-2.0, 4.0], [0.5, 1.5], [1.0, 0.0]])

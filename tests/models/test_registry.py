@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_sd3 import tiny_config
 
-from fdfo_engine.models.registry import FAMILIES, REFUSED, blank_footprint, load_model
+from fdfo_engine.models.registry import FAMILIES, REFUSED, load_model
+from fdfo_engine.planning.footprint import blank_footprint
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
 CPU = torch.device("cpu")

@@ -23,9 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from fdfo_engine.models.fused.switch import is_own_forward
 from fdfo_engine.models.fused.watch import HOOKS, own_layers, processor_of
 from fdfo_engine.ops import MAX_HEAD_SIZE, NORM_EPS
-
-_GATHERS_WEIGHTS = "deepspeed"
-"""Hooks of this package bring a layer's weights to where they are used, and a block brings those of all its layers."""
+from fdfo_engine.runtime.split_weights import brings_weights
 
 _PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor)
 _BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
@@ -117,7 +115,7 @@ def _hook_refusals(module: nn.Module) -> Iterator[str]:
         yield from _forward_refusals(module)
     for kind in HOOKS:
         for hook in getattr(module, kind).values():
-            if _package(hook) != _GATHERS_WEIGHTS:
+            if not brings_weights(hook):  # a block brings those of all its layers
                 name = getattr(hook, "__qualname__", type(hook).__name__)
                 yield f"a {type(module).__name__} has a hook: {name} in {kind}"
 
@@ -129,10 +127,6 @@ def _forward_refusals(module: Any) -> Iterator[str]:
         yield f"hooks of diffusers stand on a {type(module).__name__}: {', '.join(hooks.hooks)}"
     else:
         yield f"the forward of a {type(module).__name__} was replaced"
-
-
-def _package(hook: Any) -> str:
-    return str(getattr(hook, "__module__", "")).partition(".")[0]
 
 
 def _weight_refusals(layers: Iterable[nn.Module]) -> Iterator[str]:

@@ -6,19 +6,58 @@ memory: a model too large for this machine can be counted on it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, FlowModel
-from fdfo_engine.runtime.memory import Footprint, Line
+from fdfo_engine.models.quantized import quantized_bytes
+from fdfo_engine.models.registry import blank_model
+
+
+class Line(NamedTuple):
+    """Bytes that grow with a batch: `fixed + each * count`."""
+
+    fixed: int
+    each: int
+
+    def at(self, count: int) -> int:
+        """Bytes at `count`."""
+        return self.fixed + self.each * count
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Counted sizes of a model, in bytes but for `trained_values`.
+
+    Attributes:
+        frozen: the network's frozen weights. trained: its trained ones, in its own dtype.
+        trained_values: their number. other: what else stays on the GPU, such as the VAE. text: the text encoders.
+        forward: one call without gradient. training: forward and backward, gradients of the weights among the fixed.
+        decode: images from latents. velocity: one sample at one step. image: one image, float32.
+    """
+
+    frozen: int
+    trained: int
+    trained_values: int
+    other: int
+    text: int
+    forward: Line
+    training: Line
+    decode: Line
+    velocity: int
+    image: int
 
 
 def footprint(model: FlowModel, conditioning: Conditioning, height: int, width: int) -> Footprint:
@@ -59,6 +98,27 @@ def footprint(model: FlowModel, conditioning: Conditioning, height: int, width: 
         velocity=math.prod(model.latent_shape) * velocity,
         image=3 * height * width * 4,
     )
+
+
+def blank_footprint(config: Config) -> Footprint:
+    """Sizes of `config.model` from its configs alone, counted on fake tensors.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `blank_model`.
+    """
+    mode = FakeTensorMode()
+    model, conditioning = blank_model(config, mode)
+    with mode:
+        found = footprint(model, conditioning, config.model.height, config.model.width)
+    return _packed(found, model.network) if getattr(model, "packed_by", None) else found
+
+
+def _packed(counted: Footprint, network: nn.Module) -> Footprint:
+    """`counted` with the weights of the blocks in four bits, one of which is unpacked at a time."""
+    saved, largest = quantized_bytes(network)
+    lines = {name: getattr(counted, name) for name in ("forward", "training")}
+    unpacked = {name: line._replace(fixed=line.fixed + largest) for name, line in lines.items()}
+    return dataclasses.replace(counted, frozen=counted.frozen - saved, **unpacked)
 
 
 def _line(peak: Callable[[int], int]) -> Line:

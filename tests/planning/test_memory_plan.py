@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from fdfo_engine.config import BatchPlan, load_config
+from fdfo_engine.planning.footprint import Footprint, Line
+from fdfo_engine.planning.memory import GIB, MICRO_BATCHES, choose_micro_batch, predict
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime.errors import UsageError
-from fdfo_engine.runtime.memory import GIB, MICRO_BATCHES, Footprint, Line, choose_micro_batch, predict
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "sd35m_combined.yaml"
 VELOCITY = 2 * 16 * 64 * 64

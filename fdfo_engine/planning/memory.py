@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.config.schema import AUTO_MICRO_BATCH
+from fdfo_engine.planning.footprint import Footprint
+from fdfo_engine.rollout.sampler import DECODE_IMAGES
 from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.update.zero import BUCKET_VALUES, MAX_LIVE_VALUES
 
 GIB = 1 << 30
 MICRO_BATCHES = (AUTO_MICRO_BATCH, 12, 8, 6, 4, 3, 2, 1)
@@ -21,50 +23,6 @@ SLACK = 1.08
 
 CONTEXT_BYTES = GIB // 2
 """The libraries' own, outside the allocator."""
-
-BUCKET_VALUES = 500_000_000
-"""Gradients that DeepSpeed exchanges at once."""
-
-MAX_LIVE_VALUES = 1_000_000_000
-"""Weights that ZeRO-3 gathers at once, DeepSpeed's own default."""
-
-
-DECODE_IMAGES = 4
-"""Images that the VAE decodes at once, whatever the block: it takes more memory an image than the network does."""
-
-
-class Line(NamedTuple):
-    """Bytes that grow with a batch: `fixed + each * count`."""
-
-    fixed: int
-    each: int
-
-    def at(self, count: int) -> int:
-        """Bytes at `count`."""
-        return self.fixed + self.each * count
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Counted sizes of a model, in bytes but for `trained_values`.
-
-    Attributes:
-        frozen: the network's frozen weights. trained: its trained ones, in its own dtype.
-        trained_values: their number. other: what else stays on the GPU, such as the VAE. text: the text encoders.
-        forward: one call without gradient. training: forward and backward, gradients of the weights among the fixed.
-        decode: images from latents. velocity: one sample at one step. image: one image, float32.
-    """
-
-    frozen: int
-    trained: int
-    trained_values: int
-    other: int
-    text: int
-    forward: Line
-    training: Line
-    decode: Line
-    velocity: int
-    image: int
 
 
 @dataclass(frozen=True)

@@ -1,47 +1,19 @@
-"""What an engine runs on: the backend of its pair ops, its share of a GPU's memory."""
+"""Whether an epoch fits this machine: asked of the model when it is loaded, and held beside what was taken."""
 
 from __future__ import annotations
 
-import copy
 import resource
 
 import torch
-from torch import nn
 
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import FlowModel
-from fdfo_engine.models.footprint import footprint
-from fdfo_engine.ops import backend_for, backends
+from fdfo_engine.planning.footprint import Footprint, footprint
+from fdfo_engine.planning.memory import GIB, Prediction, choose_micro_batch, refusal
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import any_rank, max_over_ranks, together, world_size
 from fdfo_engine.runtime.errors import EnvironmentProblem
-from fdfo_engine.runtime.memory import GIB, Footprint, Prediction, choose_micro_batch, refusal
-
-
-def pair_backend(config: Config, device: torch.device) -> str:
-    """Plain torch is slow: it only runs where it was asked for, or with a warning."""
-    wanted = config.kernels.backend
-    chosen = backend_for(device, None if wanted == "auto" else wanted)
-    if chosen == "torch" and (wanted == "auto" or config.kernels.require):
-        reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in backends().items() if why)
-        if config.kernels.require:
-            raise EnvironmentProblem(f"kernels.require: the pair ops would run on plain torch ({reasons})")
-        warn(f"the pair ops run on plain torch: {reasons}")
-    return chosen
-
-
-def kl_reference(config: Config, model: FlowModel) -> nn.Module | None:
-    """A frozen copy of the network as it is now, untrained, where `update.kl_reference` asks for it.
-
-    Before DeepSpeed takes the network: a copy of its pieces at stage 3 would be worth nothing.
-    """
-    if config.update.kl_reference is None:
-        return None
-    reference = copy.deepcopy(model.network).requires_grad_(False).eval()
-    if config.model.compile:
-        reference.compile()
-    return reference
 
 
 def gathers_rollout(config: Config, weights: int, device: torch.device) -> bool:

@@ -5,8 +5,8 @@ import torch
 from tiny_sd3 import tiny_config
 
 from fdfo_engine.cli.main import main
-from fdfo_engine.models.footprint import footprint
-from fdfo_engine.models.registry import blank_footprint, load_model
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.planning.footprint import blank_footprint, footprint
 from fdfo_engine.runtime.errors import UsageError
 
 

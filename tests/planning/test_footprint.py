@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from fdfo_engine.models.footprint import peak_bytes, saved_bytes
+from fdfo_engine.planning.footprint import peak_bytes, saved_bytes
 
 
 def test_saved_bytes_are_the_activations_and_not_the_weights():

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from tiny_sd3 import tiny_config
 
-from fdfo_engine.models.registry import blank_footprint
+from fdfo_engine.planning.footprint import blank_footprint
 
 
 def flux_dev():
