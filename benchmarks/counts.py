@@ -14,6 +14,7 @@ without parameters and buffers.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.results_file import RESULTS, header, write
+from benchmarks import RESULTS
+from fdfo_engine.bench.record import header, write
 from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora
 
@@ -239,7 +241,7 @@ def main() -> None:
         for name, counts in found.items()
         for which, count in counts.items()
     ]  # fmt: skip
-    write(RESULTS / "counts.json", header("benchmarks.counts") | {"rows": rows})
+    write(RESULTS / "counts.json", header("python -m benchmarks.counts", sys.argv[1:]) | {"rows": rows})
     print(f"{'':18}{'launches':>10}{'other GB':>10}{'saved GB a sample':>20}")
     for name, counts in found.items():
         for which, count in counts.items():

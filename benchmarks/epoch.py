@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ import fdfo_engine.engine as engine_module
 import fdfo_engine.rollout.sampler as sampler_module
 import fdfo_engine.trajectory.rollout as rollout_module
 import fdfo_engine.update.objective as objective_module
-from benchmarks.results_file import RESULTS, ROOT, header, machine, write
+from benchmarks import RESULTS, ROOT
 from fdfo_engine import Engine, load_config
+from fdfo_engine.bench.record import header, machine, write
 from fdfo_engine.rewards import shapes as reward
 from fdfo_engine.shapes.scene import captions
 
@@ -55,7 +57,7 @@ def main() -> None:
         for candidate in (plain, fast):
             candidate.train(samples[0]["rewards"])
     assert max(a["latents"] for a in agreements) <= 1e-3, "the kernels sample other latents than plain torch"
-    result = header("benchmarks.epoch") | {
+    result = header("python -m benchmarks.epoch", sys.argv[1:]) | {
         "threads": arguments.threads,
         "epochs": arguments.epochs,
         "agreement": {

@@ -5,9 +5,11 @@ Predictions of `fdfo plan`, on diffusers' own blocks: nothing is loaded or measu
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from benchmarks.results_file import RESULTS, ROOT, header, write
+from benchmarks import RESULTS, ROOT
+from fdfo_engine.bench.record import header, write
 from fdfo_engine.config import load_config
 from fdfo_engine.planning.fit import reward_bytes
 from fdfo_engine.planning.footprint import Footprint, blank_footprint
@@ -23,7 +25,7 @@ CONFIGS = (
 def main() -> None:
     """Plans each config on each card, writes `results/memory_table.json` and prints the table."""
     rows = [row for name in CONFIGS for row in planned(name)]
-    write(RESULTS / "memory_table.json", header("benchmarks.memory_table") | {"rows": rows})
+    write(RESULTS / "memory_table.json", header("python -m benchmarks.memory_table", sys.argv[1:]) | {"rows": rows})
     print("| config | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
     print("|---" * (len(CARDS) + 1) + "|")
     for name in CONFIGS:

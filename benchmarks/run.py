@@ -7,15 +7,16 @@ every fast backend that can run here. `--out` defaults to `benchmarks/results/<m
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import attention_ops, block_ops, linear_ops, pair_ops
-from benchmarks.results_file import RESULTS, header, machine, write
-from benchmarks.timing import Spread, copy_bandwidth, interleaved
+from benchmarks import RESULTS, attention_ops, block_ops, linear_ops, pair_ops
 from fdfo_engine import ops
+from fdfo_engine.bench.record import header, machine, write
+from fdfo_engine.bench.timing import Spread, copy_bandwidth, interleaved
 
 SUITES = ("attention_ops", "block_ops", "linear_ops", "pair_ops")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value; plain bfloat16 rounds often
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = header("benchmarks.run") | {"rows": []}
+    result = header("python -m benchmarks.run", sys.argv[1:]) | {"rows": []}
     for threads in arguments.threads if device.type == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         bandwidth = copy_bandwidth(device)

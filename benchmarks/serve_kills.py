@@ -25,7 +25,8 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.results_file import RESULTS, header, write
+from benchmarks import RESULTS
+from fdfo_engine.bench.record import header, write
 from fdfo_engine.client import Client
 
 SETTINGS = (
@@ -48,7 +49,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="serve-kills-") as name:
         killed = killed_run(Path(name) / "killed", arguments)
         whole = whole_run(Path(name) / "whole", arguments, killed["epochs"])
-        result = header("benchmarks.serve_kills") | {"ranks": arguments.ranks, "seed": arguments.seed}
+        result = header("python -m benchmarks.serve_kills", sys.argv[1:]) | {
+            "ranks": arguments.ranks,
+            "seed": arguments.seed,
+        }
         result |= killed | {"failures": failures(Path(name), killed, whole)}
     result.pop("acknowledged")
     print(json.dumps(result, indent=1))

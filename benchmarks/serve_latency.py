@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.results_file import RESULTS, header, write
+from benchmarks import RESULTS
+from fdfo_engine.bench.record import header, write
 from fdfo_engine.client import Client
 
 SETTINGS = ("evaluation.every=0", "log.tensorboard=false", "log.images_every=0", "run.epochs=100000")
@@ -38,7 +39,7 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(120)
-    result = header("benchmarks.serve_latency") | {"requests": arguments.requests} | measured
+    result = header("python -m benchmarks.serve_latency", sys.argv[1:]) | {"requests": arguments.requests} | measured
     print(json.dumps(measured, indent=1))
     write(arguments.out or RESULTS / "reliability" / "serve_latency.json", result)
 

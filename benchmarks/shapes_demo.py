@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.results_file import RESULTS, ROOT, header, machine, write
+from benchmarks import RESULTS, ROOT
+from fdfo_engine.bench.record import header, machine, write
 from fdfo_engine.runtime.run_folder import read_log
 
 CONFIG = ROOT / "configs" / "shapes.yaml"
@@ -38,7 +39,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value of the config")
     arguments = parser.parse_intermixed_args()
     runs = [train(seed, arguments.ranks, arguments.runs, arguments.overrides) for seed in arguments.seeds]
-    result = header("benchmarks.shapes_demo") | {"ranks": arguments.ranks, "seeds": runs, "summary": summary(runs)}
+    result = header("python -m benchmarks.shapes_demo", sys.argv[1:]) | {
+        "ranks": arguments.ranks,
+        "seeds": runs,
+        "summary": summary(runs),
+    }
     if arguments.pretraining:
         cpu_seconds = arguments.ranks * result["summary"]["train_seconds"]
         result["further_pretraining"] = further_pretraining(cpu_seconds, arguments.runs)

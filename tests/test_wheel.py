@@ -30,6 +30,9 @@ def test_the_installed_wheel_passes_the_doctor_and_trains(tmp_path):
     assert str(site) in run(sys.executable, "-c", where, cwd=tmp_path, **away)
     report = run(sys.executable, "-m", "fdfo_engine.cli.main", "doctor", cwd=tmp_path, **away)
     assert "ready to train" in report
+    bench = ["bench", "--arch", "shapes", "--candidates", "R", "--train-batch", "1", "--seconds", "0.01"]
+    run(sys.executable, "-m", "fdfo_engine.cli.main", *bench, cwd=tmp_path, **away)
+    assert (tmp_path / "fdfo_bench.json").is_file()
     short = ["run.epochs=1", "sampling.pairs_per_epoch=4", "sampling.block_pairs=2", "evaluation.every=0",
              "log.tensorboard=false", f"run.dir={tmp_path / 'run'}"]  # fmt: skip
     run(sys.executable, "-m", "fdfo_engine.cli.main", "train", "--config", "shapes", *short, cwd=tmp_path, **away)

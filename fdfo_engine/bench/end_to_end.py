@@ -1,7 +1,7 @@
 """Rollout and training rate of whole transformers with random weights: plain diffusers against the engine's blocks.
 
-`fdfo bench`, or `python -m benchmarks.end_to_end`; under `torchrun` or `deepspeed` every rank measures at the same time
-on its own GPU. Candidates take turns in one process on the same frozen weights:
+`fdfo bench`; under `torchrun` or `deepspeed` every rank measures at the same time on its own GPU. Candidates take turns
+in one process on the same frozen weights:
 
 - R: diffusers and PEFT, adapter in float32; on a GPU under bfloat16 autocast.
 - E: the same in the model's own dtype, adapter too, without autocast (on a CPU that is R, so it is left out).
@@ -16,7 +16,6 @@ each candidate's velocity and adapter gradient are held against R in float32.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.architectures import Architecture, architectures, sharing
-from benchmarks.flops import flops
-from benchmarks.results_file import RESULTS, command, header, machine, write
-from benchmarks.timing import Spread, interleaved
-from fdfo_engine.cli.bench import add_options
+from fdfo_engine.bench.architectures import Architecture, architectures, sharing
+from fdfo_engine.bench.flops import flops
+from fdfo_engine.bench.record import header, write
+from fdfo_engine.bench.timing import Spread, interleaved
+from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import trainable
 from fdfo_engine.planning.footprint import saved_bytes
+from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main, setup_distributed
-from fdfo_engine.runtime.process import end_process
 
 PAIRS, STEPS = 432, 40
 CHECK_BATCH = 2
@@ -42,22 +41,14 @@ TIMES_AS_FAR_AS_R = 1.2
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures, prints a table and writes the results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    return run(parser.parse_args(argv))
-
-
 def run(arguments: argparse.Namespace) -> int:
-    """What `fdfo bench` runs."""
+    """Measures, prints a table and writes the results file: what `fdfo bench` runs."""
     device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     known = architectures()
     names = arguments.arch or (["sd35-medium"] if device.type == "cuda" else ["shapes", "blocks"])
-    result = header("benchmarks.end_to_end") | {
-        "command": command("fdfo bench", [word for word in sys.argv[1:] if word != "bench"]),
+    result = header("fdfo bench", [word for word in sys.argv[1:] if word != "bench"]) | {
         "threads": torch.get_num_threads(),
         "matmul_flops_per_s": matmul_rate(device),
         "rows": [],
@@ -68,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         close_distributed()
     if is_main():
-        write(arguments.out or RESULTS / machine(device) / "end_to_end.json", result)
+        write(arguments.out, result)
+        say(f"written to {arguments.out}")
     return 0
 
 
@@ -146,8 +138,6 @@ def refusal(letter: str, device: torch.device) -> str:
     """Why a candidate cannot run here; empty where it can."""
     if letter == "E" and device.type == "cpu":
         return "on a CPU it is R"
-    if letter == "F" and importlib.util.find_spec("fdfo_engine.models.fused") is None:
-        return "fdfo_engine.models.fused is not there"
     return ""
 
 
@@ -231,7 +221,9 @@ class Candidate:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        return sum(p.nbytes for p in self.network.parameters()) + torch.cuda.max_memory_allocated() - before
+        taken: int = torch.cuda.max_memory_allocated() - before
+        weights: int = sum(p.nbytes for p in self.network.parameters())
+        return taken + weights
 
 
 def plain(name: str, architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> Candidate:
@@ -259,7 +251,6 @@ def compiled(
 
 def fused(name: str, architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> Candidate:
     """F: the engine's own."""
-    fuse = importlib.import_module("fdfo_engine.models.fused").fuse
     fuse(network, attention="auto", recompute="none")
     return Candidate(name, architecture, network, device, dtype)
 
@@ -276,12 +267,6 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * size**3 / taken.median
 
 
-def say(line: str) -> None:
-    """Prints on rank 0."""
-    if is_main():
-        print(line, flush=True)
-
-
 def _line(row: dict[str, Any]) -> str:
     peak = row["training_peak_bytes"]
     return (
@@ -289,7 +274,3 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['mfu_rollout']:9.0%}{row['mfu_training']:11.0%}{'-' if peak is None else f'{peak / 2**30:.1f}':>10}"
         f"{row['epoch_s']:9.0f}"
     )
-
-
-if __name__ == "__main__":
-    end_process(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.architectures import Architecture
+from fdfo_engine.bench.architectures import Architecture
 
 ATTENTION_BACKWARD = 5 / 2
 

@@ -77,7 +77,8 @@ class _GpuTimer:
         call()
         last.record()
         torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1e3
+        taken: float = first.elapsed_time(last) / 1e3
+        return taken
 
 
 def _spread(samples: list[float]) -> Spread:

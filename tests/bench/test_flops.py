@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.architectures import architectures
-from benchmarks.flops import flops
+from fdfo_engine.bench.architectures import architectures
+from fdfo_engine.bench.flops import flops
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20}
 BATCH = 3
@@ -27,7 +27,7 @@ def small(name):
 @pytest.mark.parametrize("name", ["sd35-medium", "flux1-dev"])
 def test_formulas_are_what_torch_counts(name, monkeypatch):
     """Attention as plain products, which torch counts on any device; their backward keeps the scores: twice 2."""
-    monkeypatch.setattr("benchmarks.flops.ATTENTION_BACKWARD", 2)
+    monkeypatch.setattr("fdfo_engine.bench.flops.ATTENTION_BACKWARD", 2)
     architecture = small(name)
     network = architecture.network(torch.device("cpu"))
     inputs = architecture.inputs(BATCH, torch.device("cpu"), torch.float32)

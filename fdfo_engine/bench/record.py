@@ -1,11 +1,11 @@
-"""Where a number comes from: the header of every file under `benchmarks/results/`, and its writing."""
+"""Where a number comes from: the header of every file of results, and its writing."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
-import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ import torch
 
 from fdfo_engine.runtime.environment import describe_environment
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PLACES = ("--out", "--runs")
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def header(module: str) -> dict[str, Any]:
-    """The command as it was given, the day, the commit (and whether the tree differs from it), machine and versions."""
+def header(program: str, words: Sequence[str]) -> dict[str, Any]:
+    """The command (`program` with `words`), day, commit, and what in the tree differs from it, machine and versions.
+
+    Of an installed wheel there is no commit to tell, and its version stands among those of the packages.
+    """
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "command": command(f"python -m {module}", sys.argv[1:]),
+        "command": command(program, words),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": changes.splitlines(),
@@ -31,7 +33,7 @@ def header(module: str) -> dict[str, Any]:
     }
 
 
-def command(name: str, words: list[str]) -> str:
+def command(name: str, words: Sequence[str]) -> str:
     """What makes the file again: `name` with `words`, but where files go."""
     kept = [word for i, word in enumerate(words) if not word.startswith(PLACES) and words[max(i - 1, 0)] not in PLACES]
     return " ".join([name, *kept])
@@ -51,4 +53,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    if not (_CHECKOUT / ".git").exists():
+        return ""
+    return subprocess.run(["git", *words], cwd=_CHECKOUT, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,15 +1,17 @@
 """The benchmark of whole transformers: its arithmetic, and that a wrong candidate is not timed."""
 
 import argparse
+import json
 
 import pytest
 import torch
 
-from benchmarks import end_to_end
-from benchmarks.architectures import architectures, sharing
-from benchmarks.end_to_end import Candidate, candidates, measure, rates
-from benchmarks.flops import flops
-from benchmarks.timing import Spread
+from fdfo_engine.bench import end_to_end, record
+from fdfo_engine.bench.architectures import architectures, sharing
+from fdfo_engine.bench.end_to_end import Candidate, candidates, measure, rates
+from fdfo_engine.bench.flops import flops
+from fdfo_engine.bench.timing import Spread
+from fdfo_engine.cli.bench import ARCHITECTURES
 from fdfo_engine.cli.main import main
 from fdfo_engine.models.lora import trainable
 
@@ -23,6 +25,25 @@ def test_an_epoch_is_432_pairs_of_40_steps():
     assert row["training_samples_per_s"] == pytest.approx(5.0)
     assert row["epoch_s"] == pytest.approx(864 / 1.0 + 864 * 40 / 5.0)
     assert row["mfu_training"] == pytest.approx((flops(SHAPES).forward + flops(SHAPES).backward) * 5 / 1e12)
+
+
+def test_the_verb_offers_every_architecture():
+    assert set(ARCHITECTURES) == set(architectures())
+
+
+@pytest.mark.slow
+def test_the_verb_writes_a_file_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--arch", "shapes", "--candidates", "R", "--rollout-batch", "1", "--seconds", "0.01"]) == 0
+    found = json.loads((tmp_path / "fdfo_bench.json").read_text())
+    assert [row["candidate"] for row in found["rows"]] == ["R"]
+
+
+def test_a_wheel_tells_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "_CHECKOUT", tmp_path)
+    found = record.header("fdfo bench", ["--arch", "shapes", "--out", "x.json"])
+    assert (found["commit"], found["uncommitted"]) == ("", [])
+    assert found["command"] == "fdfo bench --arch shapes"
 
 
 def test_copies_share_frozen_weights_and_nothing_else():

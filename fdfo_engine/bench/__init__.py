@@ -1,0 +1,1 @@
+"""How fast whole transformers run on a machine, timed side by side, with where each number comes from."""
