@@ -71,60 +71,118 @@ class Prediction:
 
 def predict(footprint: Footprint, config: Config, plan: BatchPlan, scorers: int = 0) -> Prediction:
     """The memory of an epoch as `plan` cuts it (its ranks and micro-batch), with `scorers` bytes of reward models."""
-    sharded = plan.world_size if config.zero.stage == 3 else 1
-    pairs = min(len(plan.blocks_of_rank(plan.world_size - 1)) * plan.block_pairs, plan.pairs_per_epoch)
-    guided = 1 if config.sampling.guidance_scale == 1.0 else 2
-    trajectory = 2 * pairs * plan.steps * footprint.velocity
-    images = 2 * pairs * footprint.image
-    block = 2 * plan.block_pairs
-    optimizer, weights = _optimizer_bytes(footprint, config.zero.stage, plan.world_size), _weights(footprint, sharded)
-    host = {"optimizer": optimizer if config.zero.offload_optimizer else 0}
-    host |= weights if config.zero.offload_parameters else {}
-    resident = dict.fromkeys(weights, 0) if config.zero.offload_parameters else dict(weights)
-    resident |= {
-        "optimizer": 0 if config.zero.offload_optimizer else optimizer,
-        "VAE": footprint.other,
-        "reward models": scorers,
-        "frozen copy": 0 if config.update.kl_reference is None else footprint.frozen + footprint.trained,
-    }
-    gathers = sharded > 1 or config.zero.offload_parameters
-    gathered = _gathered_bytes(footprint) if gathers else 0
-    kept = {"trajectories": trajectory, "images": images}
-    rollout = kept | {"gathered weights": gathered}
-    rollout["block"] = block * (plan.steps * footprint.velocity + footprint.image)
-    forward, decode = footprint.forward.at(guided * block), footprint.decode.at(DECODE_IMAGES)
-    if config.model.cuda_graphs:  # a graph keeps what it was captured with
-        resident["rollout graph"] = forward
-        resident["training graphs"] = footprint.training.at(guided * plan.micro_batch)
-    rollout["network or VAE"] = decode if config.model.cuda_graphs else max(forward, decode)
-    update = kept | {"gathered weights": gathered}
-    beside = plan.micro_batch - 1 if config.model.cuda_graphs else plan.micro_batch  # graphs take whole ones
-    update["micro-batch"] = footprint.training.at(guided * beside)
-    update["gradient exchange"] = _exchange_bytes(footprint, config.zero.stage)
-    if config.update.kl_weight:
-        update["base model"] = footprint.forward.at(guided * plan.micro_batch)
+    epoch = _Epoch(footprint, config, plan)
+    resident = epoch.resident() | {"reward models": scorers}
     # the network is loaded whole, and split or offloaded from there
-    unsplit = footprint.frozen + footprint.trained - sum(resident[name] for name in weights)
+    unsplit = footprint.frozen + footprint.trained - sum(resident[name] for name in epoch.weights)
     return Prediction(
-        resident=resident, loading={"whole weights": unsplit}, prompts={"text encoders": footprint.text},
-        evaluation=_evaluation(footprint, config, guided, gathered), rollout=rollout, update=update, host=host,
-        micro_batch=plan.micro_batch, ranks=plan.world_size,
-    )  # fmt: skip
+        resident=resident,
+        loading={"whole weights": unsplit},
+        prompts={"text encoders": footprint.text},
+        evaluation=epoch.evaluation(),
+        rollout=epoch.rollout(),
+        update=epoch.update(),
+        host=epoch.host(),
+        micro_batch=plan.micro_batch,
+        ranks=plan.world_size,
+    )
 
 
-def _evaluation(footprint: Footprint, config: Config, guided: int, gathered: int) -> dict[str, int]:
-    if not config.evaluation.every:
-        return {}
-    forward = footprint.forward.at(guided * config.evaluation.batch)
-    return {
-        "network or VAE": max(forward, footprint.decode.at(DECODE_IMAGES)),
-        "gathered weights": gathered,
-        "weights that the average replaces": footprint.trained if config.update.ema is not None else 0,
-    }
+@dataclass(frozen=True)
+class _Epoch:
+    """Bytes of one phase after the other, by what they are for."""
 
+    footprint: Footprint
+    config: Config
+    plan: BatchPlan
 
-def _weights(footprint: Footprint, sharded: int) -> dict[str, int]:
-    return {"frozen weights": footprint.frozen // sharded, "trained weights": footprint.trained // sharded}
+    @property
+    def guided(self) -> int:
+        """Rows of a batch for an image: guidance takes one without the prompt, too."""
+        return 1 if self.config.sampling.guidance_scale == 1.0 else 2
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """A rank's share of the network."""
+        shares = self.plan.world_size if self.config.zero.stage == 3 else 1
+        return {"frozen weights": self.footprint.frozen // shares, "trained weights": self.footprint.trained // shares}
+
+    @property
+    def optimizer(self) -> int:
+        """Moments and, from stage 1 on, a float32 master and its gradient, all split over the ranks."""
+        values = self.footprint.trained_values
+        return 8 * values if self.config.zero.stage == 0 else 16 * math.ceil(values / self.plan.world_size)
+
+    @property
+    def gathered(self) -> dict[str, int]:
+        """Weights that are brought whole for their use; 2 bytes each but for float32 ones."""
+        is_split = self.config.zero.stage == 3 and self.plan.world_size > 1
+        if not (is_split or self.config.zero.offload_parameters):
+            return {"gathered weights": 0}
+        whole = self.footprint.frozen + self.footprint.trained
+        return {"gathered weights": min(whole, 2 * MAX_LIVE_VALUES)}
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """What a rollout leaves for the update, on the rank with most blocks."""
+        plan = self.plan
+        pairs = min(len(plan.blocks_of_rank(plan.world_size - 1)) * plan.block_pairs, plan.pairs_per_epoch)
+        return {
+            "trajectories": 2 * pairs * plan.steps * self.footprint.velocity,
+            "images": 2 * pairs * self.footprint.image,
+        }
+
+    @property
+    def block_forward(self) -> int:
+        """The network over one block of a rollout."""
+        return self.footprint.forward.at(self.guided * 2 * self.plan.block_pairs)
+
+    def resident(self) -> dict[str, int]:
+        """Always there, whatever the phase."""
+        footprint, zero = self.footprint, self.config.zero
+        always = dict.fromkeys(self.weights, 0) if zero.offload_parameters else self.weights
+        always |= {
+            "optimizer": 0 if zero.offload_optimizer else self.optimizer,
+            "VAE": footprint.other,
+            "frozen copy": 0 if self.config.update.kl_reference is None else footprint.frozen + footprint.trained,
+        }
+        if self.config.model.cuda_graphs:  # a graph keeps what it was captured with
+            always["rollout graph"] = self.block_forward
+            always["training graphs"] = footprint.training.at(self.guided * self.plan.micro_batch)
+        return always
+
+    def host(self) -> dict[str, int]:
+        """In host memory."""
+        zero = self.config.zero
+        moved = {"optimizer": self.optimizer if zero.offload_optimizer else 0}
+        return moved | (self.weights if zero.offload_parameters else {})
+
+    def rollout(self) -> dict[str, int]:
+        """Beside what is resident, while a block is sampled or decoded."""
+        block = 2 * self.plan.block_pairs * (self.plan.steps * self.footprint.velocity + self.footprint.image)
+        decode = self.footprint.decode.at(DECODE_IMAGES)
+        largest = decode if self.config.model.cuda_graphs else max(self.block_forward, decode)
+        return self.kept | self.gathered | {"block": block, "network or VAE": largest}
+
+    def update(self) -> dict[str, int]:
+        """Beside what is resident, in a micro-batch."""
+        micro_batch, footprint = self.plan.micro_batch, self.footprint
+        beside = micro_batch - 1 if self.config.model.cuda_graphs else micro_batch  # graphs take whole ones
+        phase = self.kept | self.gathered | {"micro-batch": footprint.training.at(self.guided * beside)}
+        exchanged = 0 if self.config.zero.stage == 0 else min(BUCKET_VALUES, footprint.trained_values)
+        phase["gradient exchange"] = 4 * exchanged
+        if self.config.update.kl_weight:
+            phase["base model"] = footprint.forward.at(self.guided * micro_batch)
+        return phase
+
+    def evaluation(self) -> dict[str, int]:
+        """Beside what is resident, in an evaluation."""
+        if not self.config.evaluation.every:
+            return {}
+        forward = self.footprint.forward.at(self.guided * self.config.evaluation.batch)
+        replaced = self.footprint.trained if self.config.update.ema is not None else 0
+        largest = max(forward, self.footprint.decode.at(DECODE_IMAGES))
+        return {"network or VAE": largest, **self.gathered, "weights that the average replaces": replaced}
 
 
 def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: int, scorers: int = 0) -> Prediction:
@@ -154,21 +212,6 @@ def refusal(prediction: Prediction, free: int) -> str:
         "sampling.block_pairs, update.micro_batch or evaluation.batch, set model.gradient_checkpointing: true, "
         "raise zero.stage, or take more ranks"
     )
-
-
-def _optimizer_bytes(footprint: Footprint, stage: int, ranks: int) -> int:
-    """Moments and, from stage 1 on, a float32 master and its gradient, all split over the ranks."""
-    values = footprint.trained_values
-    return 8 * values if stage == 0 else 16 * math.ceil(values / ranks)
-
-
-def _exchange_bytes(footprint: Footprint, stage: int) -> int:
-    return 0 if stage == 0 else 4 * min(BUCKET_VALUES, footprint.trained_values)
-
-
-def _gathered_bytes(footprint: Footprint) -> int:
-    """ZeRO-3 gathers weights for use; 2 bytes each but for float32 ones."""
-    return min(footprint.frozen + footprint.trained, 2 * MAX_LIVE_VALUES)
 
 
 def _gib(size: int) -> str:

@@ -77,12 +77,18 @@ def _attention_refusals(attention: Any) -> Iterator[str]:
         yield "attention is spread over devices"
     if processor.joins_projections:
         yield "projections are fused by diffusers; call unfuse_qkv_projections"
-    norms = [getattr(attention, f"norm_{part}", None) for part in ("q", "k", "added_q", "added_k")]
-    for norm in (norm for norm in norms if norm is not None):
-        if not isinstance(norm, RMSNorm | nn.RMSNorm) or norm.weight is None or getattr(norm, "bias", None) is not None:
-            yield f"a norm of queries or keys is {norm}, not an RMSNorm with a weight"
-        elif norm.eps != NORM_EPS:
-            yield f"a norm of queries or keys has eps = {norm.eps}, not {NORM_EPS}"
+    for part in ("q", "k", "added_q", "added_k"):
+        norm = getattr(attention, f"norm_{part}", None)
+        if norm is not None:
+            yield from _head_norm_refusals(norm)
+
+
+def _head_norm_refusals(norm: Any) -> Iterator[str]:
+    """Of a norm of queries or keys."""
+    if not isinstance(norm, RMSNorm | nn.RMSNorm) or norm.weight is None or getattr(norm, "bias", None) is not None:
+        yield f"a norm of queries or keys is {norm}, not an RMSNorm with a weight"
+    elif norm.eps != NORM_EPS:
+        yield f"a norm of queries or keys has eps = {norm.eps}, not {NORM_EPS}"
 
 
 def _feed_forward_refusals(module: Any) -> Iterator[str]:

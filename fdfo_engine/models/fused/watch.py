@@ -17,6 +17,8 @@ Refusals = Callable[[nn.Module], Iterable[str]]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module of torch keeps its hooks."""
 
+_TREES = ("_modules", "_parameters")
+
 
 class Processor(NamedTuple):
     """How a diffusers attention module computes."""
@@ -68,13 +70,12 @@ class Watch:
 
     def _look(self) -> None:
         modules = list(self._part.modules())
-        self._fields = [vars(module) for module in modules]
-        self._children = [module._modules for module in modules]
-        self._parameters = [module._parameters for module in modules]
-        self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
-        self._adapters = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        self._attentions = [module for module in modules if isinstance(module, Attention | AttentionModuleMixin)]
-        self._dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
+        self._fields = list(map(vars, modules))
+        self._children, self._parameters = ([fields[name] for fields in self._fields] for name in _TREES)
+        self._hooks = [fields[name] for fields in self._fields for name in HOOKS]
+        self._adapters = _of_kind(modules, BaseTunerLayer)
+        self._attentions = _of_kind(modules, Attention, AttentionModuleMixin)
+        self._dropouts = _of_kind(modules, nn.Dropout)
         self._seen = self._state()
         self._reasons = list(dict.fromkeys(self._refusals(self._part)))
         if not self._reasons and own_layers(self._part) != self._layers:
@@ -102,3 +103,7 @@ class Watch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._part, self._refusals, self._layers = state["part"], state["refusals"], state["layers"]
         self._reasons, self._seen = [], None
+
+
+def _of_kind(modules: Iterable[nn.Module], *kinds: type) -> list[Any]:
+    return [module for module in modules if isinstance(module, kinds)]
