@@ -263,6 +263,7 @@ class Engine:
             Cancelled: `cancel` was called.
         """
         refuse_text(prompts)
+        self.sampler.tell_cut(prompts)
         grid = self.sampler.grid if steps is None else self.model.grid(steps)
         guidance = self.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
         size, count = self.config.evaluation.batch, len(prompts)

@@ -76,6 +76,7 @@ def run(
         with StopRequest() as request, RunEvents(config, folder, request, on_event) as told:
             together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
             engine = Engine(config, on_event=told.relay)
+            engine.sampler.tell_cut(prompts.prompts)
             resumed = _opened(engine, told)
             _train(Training(engine, prompts, weighted, told, request), told, resumed)
             barrier("the end")  # a rank that leaves first takes its connections down under the others

@@ -79,6 +79,20 @@ class Conditioning:
         return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
 
 
+@dataclass(frozen=True)
+class TokenLimit:
+    """How much of a prompt a text encoder reads.
+
+    `reader`: its name. `most`: tokens, beyond which a prompt is cut. `count`: tokens of each of some prompts, with the
+    special ones, uncut. `hint`: what to add to a message.
+    """
+
+    reader: str
+    most: int
+    count: Callable[[Sequence[str]], list[int]]
+    hint: str = ""
+
+
 class FlowModel(Protocol):
     """A text-to-image flow-matching model, loaded and ready to sample and train.
 
@@ -102,6 +116,10 @@ class FlowModel(Protocol):
 
     def encode_prompt(self, prompt: str) -> Conditioning:
         """One row for `prompt`. Encoded alone, so that an embedding never depends on its neighbours in a batch."""
+        ...
+
+    def token_limits(self) -> list[TokenLimit]:
+        """Where prompts are cut, for each text encoder that does; empty where none is."""
         ...
 
     def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

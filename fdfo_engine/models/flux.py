@@ -10,8 +10,9 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.flow_model import Conditioning
+from fdfo_engine.models.flow_model import Conditioning, TokenLimit
 from fdfo_engine.models.packed_model import PackedModel
+from fdfo_engine.models.pipeline_model import clip_limit, t5_limit
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import UsageError
 
@@ -69,6 +70,13 @@ class FluxModel(PackedModel):
                 prompt=prompt, device=self.device, max_sequence_length=self.settings.max_sequence_length
             )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def token_limits(self) -> list[TokenLimit]:
+        """See `FlowModel.token_limits`."""
+        return [
+            clip_limit(self.pipeline.tokenizer),
+            t5_limit(self.pipeline.tokenizer_2, self.settings.max_sequence_length),
+        ]
 
     def blank_row(self) -> dict[str, Tensor]:
         """See `PipelineModel.blank_row`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from fdfo_engine.config import Config
 from fdfo_engine.models.export_checks import refuse_style
 from fdfo_engine.models.finite import first_bad
-from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Grid, Network
+from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Grid, Network, TokenLimit
 from fdfo_engine.models.fused.choice import choose_blocks, refuse_unfit
 from fdfo_engine.models.lora import (
     ADAPTER,
@@ -216,6 +217,10 @@ class PipelineModel:
         """See `FlowModel.encode_prompt`."""
         raise NotImplementedError
 
+    def token_limits(self) -> list[TokenLimit]:
+        """See `FlowModel.token_limits`."""
+        raise NotImplementedError
+
     def velocity(self, network: Network, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See `FlowModel.velocity`."""
         raise NotImplementedError
@@ -308,6 +313,21 @@ class PipelineModel:
                 shutil.copytree(aside, folder, dirs_exist_ok=True)
             else:
                 os.replace(aside, folder)
+
+
+def clip_limit(tokenizer: Any) -> TokenLimit:
+    """Of a CLIP text encoder, which reads as many tokens as it has positions."""
+    return TokenLimit("CLIP", int(tokenizer.model_max_length), partial(count_tokens, tokenizer))
+
+
+def t5_limit(tokenizer: Any, most: int) -> TokenLimit:
+    """Of a T5 encoder, which reads as many tokens as it is told to."""
+    return TokenLimit("T5", most, partial(count_tokens, tokenizer), " (model.max_sequence_length)")
+
+
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, uncut."""
+    return [len(ids) for ids in tokenizer(list(texts), truncation=False, padding=False).input_ids]
 
 
 def as_images(decoded: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fdfo_engine.models.cut_prompts import CutPrompts, without_advice
 from fdfo_engine.models.finite import require_finite_row
 from fdfo_engine.models.flow_model import Conditioning, FlowModel
 from fdfo_engine.models.prompt_store import PromptStore
@@ -25,6 +26,7 @@ class PromptCache:
         self._max_bytes = max_bytes
         self._rows: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0
+        self._cut = CutPrompts(model)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """One row a prompt, on the model's device.
@@ -39,11 +41,16 @@ class PromptCache:
         """Encodes what is missing in one go: the text encoders then move to the device once."""
         self._wanted(prompts)
 
+    def tell_cut(self, prompts: Sequence[str]) -> None:
+        """Says how many of `prompts` are longer than a text encoder reads, of those that were not looked at before."""
+        self._cut.tell(prompts)
+
     def _wanted(self, prompts: Sequence[str]) -> dict[str, Conditioning]:
+        self.tell_cut(prompts)
         wanted = {prompt: self._rows.get(prompt) or self._stored(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, row in wanted.items() if row is None]
         if missing:
-            with torch.no_grad(), self._model.text_encoders():
+            with torch.no_grad(), self._model.text_encoders(), without_advice():
                 wanted |= {prompt: self._encoded(prompt) for prompt in missing}
         rows = {prompt: row for prompt, row in wanted.items() if row is not None}
         for prompt, row in rows.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.flow_model import Conditioning
+from fdfo_engine.models.flow_model import Conditioning, TokenLimit
 from fdfo_engine.models.packed_model import PackedModel, pack, unpack
-from fdfo_engine.models.pipeline_model import as_images
+from fdfo_engine.models.pipeline_model import as_images, count_tokens
 from fdfo_engine.runtime.errors import UsageError
 
 _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -55,6 +56,18 @@ class QwenImageModel(PackedModel):
                 "encoder_hidden_states_mask": mask,
             }
         )
+
+    def token_limits(self) -> list[TokenLimit]:
+        """See `FlowModel.token_limits`: what stands behind the template's prefix, which the pipeline drops."""
+        template, dropped = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
+
+        def count(prompts: Sequence[str]) -> list[int]:
+            whole = count_tokens(self.pipeline.tokenizer, [template.format(prompt) for prompt in prompts])
+            return [tokens - dropped for tokens in whole]
+
+        return [
+            TokenLimit("its text encoder", self.settings.max_sequence_length, count, " (model.max_sequence_length)")
+        ]
 
     def blank_row(self) -> dict[str, Tensor]:
         """See `PipelineModel.blank_row`."""

@@ -9,8 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from fdfo_engine.models.flow_model import Conditioning, Grid, Network
-from fdfo_engine.models.pipeline_model import PipelineModel
+from fdfo_engine.models.flow_model import Conditioning, Grid, Network, TokenLimit
+from fdfo_engine.models.pipeline_model import PipelineModel, clip_limit, t5_limit
 
 
 class SD3Model(PipelineModel):
@@ -65,6 +65,13 @@ class SD3Model(PipelineModel):
                 max_sequence_length=self.settings.max_sequence_length,
             )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def token_limits(self) -> list[TokenLimit]:
+        """See `FlowModel.token_limits`: both CLIPs read alike; T5 may be left out."""
+        limits = [clip_limit(self.pipeline.tokenizer)]
+        if self.pipeline.tokenizer_3 is not None and self.settings.max_sequence_length:
+            limits.append(t5_limit(self.pipeline.tokenizer_3, self.settings.max_sequence_length))
+        return limits
 
     def blank_row(self) -> dict[str, Tensor]:
         """See `PipelineModel.blank_row`."""

@@ -133,6 +133,10 @@ class PairedSampler:
         """Encodes `prompts` ahead of `sample_block`, all in one go."""
         self._prompts.warm(prompts)
 
+    def tell_cut(self, prompts: Sequence[str]) -> None:
+        """See `PromptCache.tell_cut`."""
+        self._prompts.tell_cut(prompts)
+
     def conditioning(
         self, prompts: Sequence[str], *, copies: int = 1, guidance: float | None = None
     ) -> tuple[Conditioning, Conditioning | None]:
