@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.architectures import CLIP_TOKENS, t5_tokens
 from benchmarks.pair_ops import Call, Case, Wrap
 from fdfo_engine import ops
 
-IMAGE_TOKENS, TEXT_TOKENS = 1024, 205
+IMAGE_TOKENS, TEXT_TOKENS = 1024, CLIP_TOKENS + t5_tokens("sd35m_pickscore")
 EPS = 1e-6
 
 

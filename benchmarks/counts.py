@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import RESULTS
 from fdfo_engine.bench.record import header, write
+from fdfo_engine.bench.architectures import CLIP_TOKENS, t5_tokens
 from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora
 
@@ -38,7 +39,10 @@ SD35_MEDIUM = {
     "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }  # fmt: skip
-LATENT, TEXT = (16, 64, 64), 205  # 512 x 512 pixels; tokens of both CLIPs and T5
+LATENT = (16, 64, 64)
+"""Of 512 x 512 pixels."""
+
+TEXT = CLIP_TOKENS + t5_tokens("sd35m_pickscore")
 RANK = 32
 ROLLOUT_BATCH, TRAIN_BATCH = 12, 6
 THIN = 64

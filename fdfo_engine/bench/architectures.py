@@ -12,6 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
+from fdfo_engine.config import load_config
 from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora, trainable
 from fdfo_engine.shapes.pipeline import PROMPT_TOKENS, shapes_base
 
@@ -19,6 +20,9 @@ _SD35: dict[str, Any] = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64,
     "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
 }  # fmt: skip
+CLIP_TOKENS = 77
+"""What SD3's CLIP encoders give of every prompt, before T5's tokens."""
+
 _MEDIUM = _SD35 | {"num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
 
 
@@ -86,8 +90,16 @@ class Architecture:
         }
 
 
+def t5_tokens(config: str) -> int:
+    """T5 tokens of a prompt that the shipped `config` trains with."""
+    return load_config(config).model.max_sequence_length
+
+
 def architectures() -> dict[str, Architecture]:
-    """All by name; at 512 x 512 pixels but for `shapes`, which makes 64 x 64, and `blocks`, for CPUs."""
+    """All by name, with as many text tokens as the shipped configs train with.
+
+    At 512 x 512 pixels but for `shapes`, which makes 64 x 64, and `blocks`, for CPUs.
+    """
     shapes = json.loads((shapes_base() / "transformer" / "config.json").read_text())
     shapes = {key: value for key, value in shapes.items() if not key.startswith("_")}
     return {
@@ -98,14 +110,14 @@ def architectures() -> dict[str, Architecture]:
         ),
         "sd35-medium": Architecture(
             SD3Transformer2DModel, _MEDIUM | {"num_layers": 24, "dual_attention_layers": tuple(range(13))},
-            side=64, text_tokens=205,
+            side=64, text_tokens=CLIP_TOKENS + t5_tokens("sd35m_pickscore"),
         ),
         "sd35-large": Architecture(
             SD3Transformer2DModel,
             _SD35 | {
                 "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192
             },
-            side=64, text_tokens=205, train_batch=12,
+            side=64, text_tokens=CLIP_TOKENS + t5_tokens("sd35l"), train_batch=12,
         ),
         "flux1-dev": Architecture(
             FluxTransformer2DModel,
@@ -114,7 +126,7 @@ def architectures() -> dict[str, Architecture]:
                 "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
                 "guidance_embeds": True,
             },
-            side=64, text_tokens=512, rollout_batch=12, train_batch=6,
+            side=64, text_tokens=t5_tokens("flux1_dev"), rollout_batch=12, train_batch=6,
             blocks=("transformer_blocks", "single_transformer_blocks"),
         ),
     }  # fmt: skip

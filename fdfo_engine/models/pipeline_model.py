@@ -160,6 +160,11 @@ class PipelineModel:
         Raises:
             UsageError: such a setting, with its key.
         """
+        if config.model.dtype == "float16" and config.model.train == "full":
+            raise UsageError(
+                "model.dtype = float16: in it gradients of weights vanish; with model.train = full takes bfloat16 or "
+                "float32"
+            )
         if config.sampling.embedded_guidance is not None and not cls.takes_embedded_guidance:
             raise UsageError(
                 f"sampling.embedded_guidance: the {cls.family} family takes none; set sampling.guidance_scale"

@@ -21,6 +21,7 @@ from fdfo_engine.runtime.errors import NumericsError, UsageError
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.advantage import Advantage, advantage
 from fdfo_engine.update.deal import deal_steps
+from fdfo_engine.update.half_precision import GradientScale
 from fdfo_engine.update.items import Items
 from fdfo_engine.update.objective import ClippedSurrogate, Objective, WeightedLogRatios
 from fdfo_engine.update.totals import StepResult, Totals, update_metrics
@@ -83,6 +84,9 @@ class Updater:
         self._backend = backend
         self._skipped_in_a_row = 0
         self._accumulation = _Accumulation()
+        self._gradient_scale: GradientScale | None = None
+        if model.dtype == torch.float16:
+            self._gradient_scale = GradientScale((p for _, p in model.trained_parameters()), model.device)
 
     def update(self, rollout: Rollout, rewards: Tensor, reach: Reach) -> dict[str, float]:
         """Trains on `rollout` with `rewards` `[P, 2]` of this rank's pairs; returns metrics over all ranks.
@@ -250,6 +254,8 @@ class Updater:
         network = self._network if len(items) == self.micro_batch else self._trainer
         inputs = self._inputs(rollout, items)
         velocity = self._velocity(network, inputs)
+        if self._gradient_scale is not None:
+            velocity = self._gradient_scale.widened(velocity)
         loss, ratios = objective.loss(velocity, rollout, items)
         divergence = torch.zeros((), device=self.device)
         if self._settings.kl_weight:

@@ -4,14 +4,31 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_sd3 import tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import attention_ops, counts
 from fdfo_engine.bench.architectures import architectures
 from fdfo_engine.bench.flops import flops
+from fdfo_engine.config import load_config
+from fdfo_engine.models.registry import load_model
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20}
 BATCH = 3
+CPU = torch.device("cpu")
+
+
+def test_text_tokens_are_what_the_shipped_configs_train_with(tiny_sd3, tmp_path):
+    """77 of CLIP and 128 of T5: as many as a pipeline makes of a prompt at that setting."""
+    settings = load_config("sd35m_pickscore").model
+    model = load_model(
+        tiny_config(tiny_sd3, tmp_path, model={"max_sequence_length": settings.max_sequence_length}), CPU
+    )
+    found = model.encode_prompt("").tensors["encoder_hidden_states"].shape[1]
+    assert found == 205 == counts.TEXT == attention_ops.TEXT_TOKENS
+    assert {architectures()[name].text_tokens for name in ("sd35-medium", "sd35-large")} == {205}
+    assert architectures()["flux1-dev"].text_tokens == load_config("flux1_dev").model.max_sequence_length == 512
 
 
 def small(name):

@@ -35,6 +35,7 @@ def test_the_papers_settings(name, guidance):
     config = load_config(f"sd35m_{name}", [f"sampling.guidance_scale={guidance}"])
     sampling, update, optimizer = config.sampling, config.update, config.optimizer
     assert (sampling.pairs_per_epoch, sampling.steps, sampling.guidance_scale) == (432, 40, guidance)
+    assert config.model.max_sequence_length == 128
     assert (config.model.height, config.model.width, config.lora.rank, config.lora.alpha) == (512, 512, 32, 64)
     assert (update.optimizer_steps, update.clip_range, update.train_steps) == (4, 0.03, None)
     assert (optimizer.lr, optimizer.betas, optimizer.eps) == (3e-5, (0.9, 0.999), 1e-8)
