@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.architectures import CLIP_TOKENS, t5_tokens
+from fdfo_engine.bench.architectures import CLIP_TOKENS, t5_tokens
 from benchmarks.pair_ops import Call, Case, Wrap
 from fdfo_engine import ops
 

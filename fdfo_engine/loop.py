@@ -11,6 +11,7 @@ import torch
 from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluation_list, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation.overlap import warn_of_overlap
 from fdfo_engine.models.registry import agreed_base
 from fdfo_engine.planning.fit import memory_record
 from fdfo_engine.rewards import WeightedRewards, with_own_rewards
@@ -70,6 +71,7 @@ def run(
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     if config.evaluation.every and config.evaluation.prompts:
         say(f"evaluation: {describe_prompts(evaluation_list(config))}")
+    warn_of_overlap(config, prompts.prompts, evaluation_prompts(config))
     base = agreed_base(config)
     folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:

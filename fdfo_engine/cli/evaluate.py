@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, out)
     from fdfo_engine.evaluation.compare import Request, summarize
     from fdfo_engine.evaluation.measures import build_measures
+    from fdfo_engine.evaluation.overlap import warn_of_trained
     from fdfo_engine.runtime.distributed import on_main, setup_distributed
     from fdfo_engine.runtime.run_folder import run_config
 
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_absent_average(arguments, config)
     names = _checkpoints(arguments)
     prompts = _prompts(arguments, config)
+    warn_of_trained(config, prompts)
     device = setup_distributed(_device())
     options = {"clip": arguments.clip} if arguments.clip else {}
     measures = build_measures(

@@ -36,7 +36,7 @@ PROMPT_SETS = {
     "parti": PromptSet("nateraw/parti-prompts", ("PartiPrompts.tsv",), "Prompt"),
     "drawbench": PromptSet("sayakpaul/drawbench", _ANY_TABLE, "Prompts"),
 }  # fmt: skip
-"""By the name that `prompts.source` and `--prompts` take."""
+"""By the name that `prompts.source` and `--prompts` take. Results are measured on all of them: none is for training."""
 
 _ELSEWHERE = {
     "geneval": "its prompts are prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval; name that file"
