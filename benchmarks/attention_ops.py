@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdfo_engine.bench.architectures import CLIP_TOKENS, t5_tokens
 from benchmarks.pair_ops import Call, Case, Wrap
 from fdfo_engine import ops
+from fdfo_engine.bench.architectures import CLIP_TOKENS, t5_tokens
 
 IMAGE_TOKENS, TEXT_TOKENS = 1024, CLIP_TOKENS + t5_tokens("sd35m_pickscore")
 EPS = 1e-6

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import RESULTS
-from fdfo_engine.bench.record import header, write
 from fdfo_engine.bench.architectures import CLIP_TOKENS, t5_tokens
+from fdfo_engine.bench.record import header, write
 from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora
 

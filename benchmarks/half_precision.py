@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.results_file import RESULTS, header, write
+from benchmarks import RESULTS
+from fdfo_engine.bench.record import header, write
 from fdfo_engine.config import Config, load_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.rollout.prompts import load_prompts
