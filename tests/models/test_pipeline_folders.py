@@ -16,7 +16,8 @@ from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
 from fdfo_engine.models import registry
-from fdfo_engine.models.registry import blank_footprint, load_model
+from fdfo_engine.models.registry import load_model
+from fdfo_engine.planning.footprint import blank_footprint
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
 CPU = torch.device("cpu")
