@@ -93,9 +93,11 @@ def _parsed(parse: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 def _nearest_option(parse: argparse.ArgumentParser, words: list[str]) -> str:
     """`; did you mean --dry-run?` where one of `words` is nearly an option of `parse`."""
     options = re.findall(r"--([a-z][a-z-]*)", parse.format_usage())
-    given = [word.lstrip("-").split("=")[0] for word in words]
-    near = [option for name in given for option in difflib.get_close_matches(name, options, n=1)]
-    return f"; did you mean --{near[0]}?" if near else ""
+    for word in words:
+        near = difflib.get_close_matches(word.lstrip("-").split("=")[0], options, n=1)
+        if near:
+            return f"; did you mean --{near[0]}?"
+    return ""
 
 
 if __name__ == "__main__":

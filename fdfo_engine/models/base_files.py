@@ -78,12 +78,10 @@ def _is_part(value: Any) -> bool:
 
 
 def _hashed(folder: Path, index: Mapping[str, Any], variant: str | None) -> dict[str, BaseFile]:
-    paths = [
-        path
-        for part, value in sorted(index.items())
-        if _is_part(value)
-        for path in _part_files(folder / part, str(value[0]), variant)
-    ]
+    paths: list[Path] = []
+    for part, value in sorted(index.items()):
+        if _is_part(value):
+            paths += _part_files(folder / part, str(value[0]), variant)
     texts = {path: _config_text(path) for path in paths}
     plain = [path for path, text in texts.items() if text is None]
     hashes = dict(zip(plain, content_hashes(plain), strict=True))
@@ -98,7 +96,8 @@ def _part_files(folder: Path, library: str, variant: str | None) -> list[Path]:
     """The files of one part that loading reads: of a model its configs and chosen weights, else all that hold data."""
     weights = _chosen_weights(folder, library, variant)
     if weights:
-        return [*(path for name in _OF_MODELS if (path := folder / name).is_file()), *weights]
+        configs = [folder / name for name in _OF_MODELS]
+        return [*filter(Path.is_file, configs), *weights]
     if (scheduler := folder / "scheduler_config.json").is_file():
         return [scheduler]
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and _holds_data(path.relative_to(folder))]

@@ -77,7 +77,8 @@ def _base_by_content(name: str, base: BaseRecord | None) -> str:
 
 def _licence(config: Config, name: str) -> str:
     """By the card in the base's folder, or by the name that it has on the hub."""
-    return next((found for place in (config.model.id, name) if (found := base_licence(place)) != UNKNOWN), UNKNOWN)
+    of_folder = base_licence(config.model.id)
+    return base_licence(name) if of_folder == UNKNOWN else of_folder
 
 
 def base_licence(model_id: str) -> str:

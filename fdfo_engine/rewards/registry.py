@@ -15,7 +15,7 @@ from fdfo_engine.config.section import Section
 from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.errors import FdfoError, UsageError
 from fdfo_engine.runtime.failures import Failure
-from fdfo_engine.runtime.own_code import own_callable
+from fdfo_engine.runtime.own_code import named_by, own_callable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -124,7 +124,7 @@ def _made(make: Callable[[], Any], name: str, where: str) -> Reward:
     except Exception as error:
         if ":" not in name:
             raise
-        raise UsageError(f"{where} = {name!r}: cannot be made: {Failure.of(error)}") from error
+        raise UsageError(f"{named_by(where, name)}: cannot be made: {Failure.of(error)}") from error
 
 
 def _find(name: str, where: str) -> Callable[..., Any]:
@@ -136,18 +136,13 @@ def _find(name: str, where: str) -> Callable[..., Any]:
     if ":" in name and "//" not in name:
         return own_callable(name, where)
     if name.endswith(".py"):
-        raise UsageError(f"{where} = {name!r}: is a file; takes one of its functions or classes, {name}:NAME")
+        raise UsageError(f"{named_by(where, name)}: is a file; takes one of its functions or classes, {name}:NAME")
     near = difflib.get_close_matches(name, names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UsageError(
-        f"{_named(where, name)}: no such reward. {hint}Registered: {', '.join(names())}; your own: module:attribute, "
+        f"{named_by(where, name)}: no such reward. {hint}Registered: {', '.join(names())}; your own: module:attribute, "
         "./file.py:attribute, http(s)://server, or @fdfo_engine.rewards.register"
     )
-
-
-def _named(where: str, name: str) -> str:
-    """A setting with its value, or an option of the command line with what was given."""
-    return f"{where} {name}" if where.startswith("--") else f"{where} = {name!r}"
 
 
 def _check_options(target: Callable[..., Any], options: dict[str, Any], where: str, bound: int) -> None:

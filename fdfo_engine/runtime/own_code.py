@@ -35,11 +35,16 @@ def more_folders() -> list[Path]:
     return list(_more_folders)
 
 
+def named_by(where: str, name: str) -> str:
+    """How a message begins: a setting with its value, or an option of the command line with what was given."""
+    return f"{where} {name}" if where.startswith("--") else f"{where} = {name!r}"
+
+
 def own_callable(name: str, where: str) -> Callable[..., Any]:
     """What `name` says: `module:attribute`, or `file.py:attribute`.
 
     Raises:
-        UsageError: it cannot be imported or called; `where` is the config key that the message names.
+        UsageError: it cannot be imported or called; `where` is the setting or option that the message names.
     """
     source, _, attribute = name.rpartition(":")
     try:
@@ -48,12 +53,14 @@ def own_callable(name: str, where: str) -> Callable[..., Any]:
         raise
     except Exception as error:
         failure = Failure.of(error)
-        raise UsageError(f"{where} = {name!r}: {failure}{_searched(source, error)}") from error
+        raise UsageError(f"{named_by(where, name)}: {failure}{_searched(source, error)}") from error
     target = getattr(module, attribute, None)
     if target is None:
-        raise UsageError(f"{where} = {name!r}: {_file_of(module)} has no {attribute!r}{_other_file(source, module)}")
+        raise UsageError(
+            f"{named_by(where, name)}: {_file_of(module)} has no {attribute!r}{_other_file(source, module)}"
+        )
     if not callable(target):
-        raise UsageError(f"{where} = {name!r}: is a {type(target).__name__}, takes something to call")
+        raise UsageError(f"{named_by(where, name)}: is a {type(target).__name__}, takes something to call")
     found: Callable[..., Any] = target
     return found
 
@@ -78,7 +85,7 @@ def _from_file(source: str, where: str) -> ModuleType:
     file = next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
     if file is None:
         looked = ", ".join(str(candidate) for candidate in candidates)
-        raise UsageError(f"{where} = {source!r}: no such file; looked for {looked}")
+        raise UsageError(f"{named_by(where, source)}: no such file; looked for {looked}")
     return _module_of_file(file)
 
 

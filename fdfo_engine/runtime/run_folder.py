@@ -166,8 +166,10 @@ def runs_beside(path: Path | str) -> str:
     """The end of a message that `path` is no run folder: the runs that lie where it should; empty where none do."""
     parent = Path(path).parent
     runs = sorted(file.parent.name for file in parent.glob(f"*/{CONFIG_NAME}"))
-    shown = ", ".join(runs[:_RUNS_SHOWN]) + (f" and {more} more" if (more := len(runs) - _RUNS_SHOWN) > 0 else "")
-    return f"; runs in {parent}: {shown}" if runs else ""
+    if not runs:
+        return ""
+    more = f" and {len(runs) - _RUNS_SHOWN} more" if len(runs) > _RUNS_SHOWN else ""
+    return f"; runs in {parent}: {', '.join(runs[:_RUNS_SHOWN])}{more}"
 
 
 def record_config(

@@ -209,7 +209,7 @@ def test_a_metric_of_a_run_may_have_options(tiny_sd3, tmp_path):
         (["--metrics", "brightnes"], 2, "--metrics brightnes: no such metric. did you mean 'brightness'"),
         (["--metrics", "sharpnes"], 2, "--metrics sharpnes: no such metric. did you mean 'sharpness'"),
         (["--metrics", "divresity"], 2, "did you mean 'diversity'"),
-        (["--metrics", "no_such_module:reward"], 2, "--metrics no_such_module:reward: No module named"),
+        (["--metrics", "no_such_module:reward"], 2, "--metrics no_such_module:reward: ModuleNotFoundError: No module"),
         (["--metric", "brightnes"], 2, "--metric brightnes: no such reward. did you mean 'brightness'"),
         (["--metrics", "diversity", "--images-per-prompt", "1"], 2, "--images-per-prompt"),
         (["--metrics", "clip_diversity", "--clip", "nobody/none"], 3, "--allow-download"),

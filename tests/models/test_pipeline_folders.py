@@ -15,7 +15,7 @@ from tiny_flux import build_tiny_flux
 from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
-from fdfo_engine.models import registry
+from fdfo_engine.models import base_model
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.planning.footprint import blank_footprint
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
@@ -291,6 +291,6 @@ def test_a_repository_without_a_pipeline_is_told(tmp_path, monkeypatch):
     def download(*_, **__):
         raise GoneError
 
-    monkeypatch.setattr(registry, "hf_hub_download", download)
+    monkeypatch.setattr(base_model, "hf_hub_download", download)
     with pytest.raises(EnvironmentProblem, match=r"its repository has no model_index\.json"):
         load_model(named("owner/name", tmp_path / "run"), CPU)
