@@ -20,6 +20,7 @@ from fdfo_engine.cli import (
     plan,
     pretrain_shapes,
     report,
+    rewards,
     schema,
     serve,
     status,
@@ -29,7 +30,21 @@ from fdfo_engine.runtime.errors import UsageError, report_and_exit_code
 from fdfo_engine.runtime.process import end_process
 
 Verb = Callable[[argparse.Namespace], int]
-_VERBS = (train, generate, evaluate, report, export, status, doctor, plan, bench, schema, serve, pretrain_shapes)
+_VERBS = (
+    train,
+    generate,
+    evaluate,
+    report,
+    export,
+    status,
+    doctor,
+    plan,
+    rewards,
+    bench,
+    schema,
+    serve,
+    pretrain_shapes,
+)
 
 
 def parser() -> argparse.ArgumentParser:

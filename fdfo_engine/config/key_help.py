@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from fdfo_engine.config.schema import Config
 
 _KINDS = {
@@ -61,12 +63,22 @@ def describe_keys() -> str:
             lines += ["", f"{help_.key}: {help_.meaning}"]
         if not help_.default and not help_.required:
             continue
-        title = f"  {help_.key}" + (f" [{help_.variant}]" if help_.variant else "")
-        value = "required" if help_.required else f"default {help_.default}"
-        lines.append(f"{title} ({help_.takes}; {value})")
-        if help_.key not in Config.model_fields:
-            lines += textwrap.wrap(help_.meaning, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _lines_of(help_, meaning="" if help_.key in Config.model_fields else help_.meaning)
     return "\n".join(lines).strip() + "\n"
+
+
+def describe_section(section: type[BaseModel]) -> str:
+    """The same of one section alone: of a reward's options."""
+    schema = section.model_json_schema()
+    found = _walk(schema, schema.get("$defs", {}), "", None)
+    return "\n".join(line for help_ in found for line in _lines_of(help_, meaning=help_.meaning))
+
+
+def _lines_of(help_: KeyHelp, *, meaning: str) -> list[str]:
+    title = f"  {help_.key}" + (f" [{help_.variant}]" if help_.variant else "")
+    value = "required" if help_.required else f"default {help_.default}"
+    wrapped = textwrap.wrap(meaning, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [f"{title} ({help_.takes}; {value})", *wrapped]
 
 
 def _walk(schema: dict[str, Any], defs: dict[str, Any], prefix: str, variant: str | None) -> Iterator[KeyHelp]:

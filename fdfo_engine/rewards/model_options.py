@@ -90,6 +90,19 @@ class Source:
             return False
         return not Path(self.model).is_dir()
 
+    def is_here(self) -> bool:
+        """Whether this machine has it: the hub is not asked."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        if not self.is_on_hub:
+            return True
+        try:
+            snapshot_download(self.model, revision=self.revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return False
+        return True
+
 
 class FromPretrained(Protocol[T_co]):
     """`from_pretrained` of transformers, or what is called like it."""
@@ -189,15 +202,9 @@ class ModelReward(Reward, Generic[OptionsT]):
         Raises:
             EnvironmentProblem: one is not here.
         """
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
         for source in () if self.options.allow_download else self.options.sources:
-            try:
-                if source.is_on_hub:
-                    snapshot_download(source.model, revision=source.revision, local_files_only=True)
-            except LocalEntryNotFoundError as error:
-                raise EnvironmentProblem(_would_fetch(source.model)) from error
+            if not source.is_here():
+                raise EnvironmentProblem(_would_fetch(source.model))
 
     def forbid_downloads(self) -> None:
         """Takes only what is on this machine, whatever the options say; before anything is loaded."""

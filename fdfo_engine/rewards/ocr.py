@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from torch import Tensor
 
 from fdfo_engine.config.section import Section
+from fdfo_engine.rewards.drawings import SIGN_PROMPT, sign
 from fdfo_engine.rewards.pixels import to_bytes
 from fdfo_engine.rewards.registry import register
 from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.errors import EnvironmentProblem
 
+_INSTALL = "pip install 'fdfo-engine[ocr]'"
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|«([^»]+)»')
 
 
@@ -44,17 +45,22 @@ class OcrReward(Reward):
     def __init__(self, options: OcrOptions) -> None:
         self.options = options
 
+    def require_ready(self) -> None:
+        """Asks whether the reader is installed.
+
+        Raises:
+            EnvironmentProblem: it is not.
+        """
+        if importlib.util.find_spec("rapidocr_onnxruntime") is None:
+            raise EnvironmentProblem(f"reward ocr: rapidocr-onnxruntime is not installed; {_INSTALL}")
+
     def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Scores `[N]` of images `[N, 3, H, W]`."""
         return torch.tensor([self._score(p, image) for p, image in zip(prompts, to_bytes(images), strict=True)])
 
     def self_test_case(self, side: int) -> tuple[str, Tensor]:
         """A word written as asked for, and an empty sign."""
-        signs = [Image.new("RGB", (side, side), "white") for _ in range(2)]
-        font = ImageFont.load_default(size=side / 5)
-        ImageDraw.Draw(signs[0]).text((side / 2, side / 2), "OPEN", fill="black", font=font, anchor="mm")
-        pixels = torch.stack([torch.from_numpy(np.array(sign)) for sign in signs])
-        return 'a sign that says "OPEN"', pixels.permute(0, 3, 1, 2).float() / 255
+        return SIGN_PROMPT, torch.stack([sign(side, side, "OPEN"), sign(side, side, "")])
 
     def _score(self, prompt: str, image: Tensor) -> float:
         wanted = letters(" ".join(asked_text(prompt)))
@@ -70,7 +76,7 @@ class OcrReward(Reward):
         try:
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:
-            raise EnvironmentProblem(f"reward ocr: {error}; pip install 'fdfo-engine[ocr]'") from error
+            raise EnvironmentProblem(f"reward ocr: {error}; {_INSTALL}") from error
         return RapidOCR(intra_op_num_threads=self.options.threads, inter_op_num_threads=1)
 
 

@@ -104,7 +104,7 @@ def build(name: str, options: dict[str, Any], where: str) -> Reward:
     """
     if name.startswith(("http://", "https://")):
         return build("http", {"url": name, **options}, where)
-    target = _find(name, where)
+    target = find(name, where)
     if hasattr(target, "Options"):
         return _made(
             functools.partial(target, _checked(target.Options, options, where.removesuffix(".name"))), name, where
@@ -127,7 +127,12 @@ def _made(make: Callable[[], Any], name: str, where: str) -> Reward:
         raise UsageError(f"{named_by(where, name)}: cannot be made: {Failure.of(error)}") from error
 
 
-def _find(name: str, where: str) -> Callable[..., Any]:
+def find(name: str, where: str) -> Callable[..., Any]:
+    """What is behind a name: a function, or a class whose instances score.
+
+    Raises:
+        UsageError: nothing is; `where` is the config key the message names.
+    """
     if name in _registered:
         return _registered[name]
     if name in _BUILT_IN:
