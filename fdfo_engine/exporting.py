@@ -126,6 +126,12 @@ def refuse_foreign(checkpoint: Checkpoint, config: Config, model: FlowModel, bas
     if settings:
         lines = [f"  {key}: {change}" for key, change in settings.items()]
         raise CheckpointError("\n".join([f"{checkpoint.folder}: of another model", *lines]))
+    _refuse_other_shapes(checkpoint, model)
+    if config.update.ema is not None and "ema" not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")
+
+
+def _refuse_other_shapes(checkpoint: Checkpoint, model: FlowModel) -> None:
     own = {name: whole_shape(p) for name, p in model.trained_parameters()}
     theirs = {name: tuple(w.shape) for name, w in checkpoint.tensors.get("weights", {}).items()}
     differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
@@ -133,5 +139,3 @@ def refuse_foreign(checkpoint: Checkpoint, config: Config, model: FlowModel, bas
         lines = [f"  {n}: {theirs.get(n, 'absent')} there, {own.get(n, 'absent')} here" for n in differing[:5]]
         head = f"{checkpoint.folder}: of another model: {len(differing)} weights differ"
         raise CheckpointError("\n".join([head, *lines]))
-    if config.update.ema is not None and "ema" not in checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.folder}: keeps no average of the weights, but update.ema is set")

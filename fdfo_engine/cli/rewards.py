@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +95,16 @@ def _verify(given: list[str], *, allow_download: bool) -> int:
         states[name] = verdict.state
         scores = f"{shown(verdict.scores)}\n{'':26}" if verdict.scores else ""
         say(f"{verdict.state:8}{name:17} {scores}" + verdict.detail.replace("\n", f"\n{'':26}"))
-    if wrong := [name for name, state in states.items() if state == "WRONG"]:
-        raise RewardError(f"{', '.join(wrong)}: see above")
-    if given and (absent := [name for name, state in states.items() if state == "absent"]):
-        raise EnvironmentProblem(f"{', '.join(absent)}: not here, see above")
+    wrong, absent = (_in_state(states, state) for state in ("WRONG", "absent"))
+    if wrong:
+        raise RewardError(f"{wrong}: see above")
+    if given and absent:
+        raise EnvironmentProblem(f"{absent}: not here, see above")
     return 0
+
+
+def _in_state(states: Mapping[str, str], wanted: str) -> str:
+    return ", ".join(name for name, state in states.items() if state == wanted)
 
 
 def _try(words: list[str], arguments: argparse.Namespace) -> int:

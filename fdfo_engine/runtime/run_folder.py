@@ -178,24 +178,12 @@ def record_config(
     """Writes the settings and base of a new run, or holds those of an old one against them; see `RunFolder.open`."""
     stored = stored_config(path)
     if stored is None:
-        if traces := [name for name in _TRACES if (path / name).exists()]:
-            raise UsageError(f"run.dir = {path}: holds {', '.join(traces)} but no {CONFIG_NAME}; choose another folder")
-        _make(path)
-        if base is not None:
-            write_base(path, base)
-        replace_file(path / CONFIG_NAME, given.encode())
+        _begin(path, given, base)
         return
     recorded = recorded_base(path)
-    try:
-        changes = differing_settings(stored, given)
-    except yaml.YAMLError as error:
-        what = str(error).replace("\n", " ")
-        raise CheckpointError(f"{path / CONFIG_NAME}: damaged: {what}; restore it or choose another folder") from error
+    changes = _changes(path, stored, given)
     is_located_by_content = base is not None and (recorded is not None or has_moved)
-    allowed = (*may_change, *(BASE_LOCATION if is_located_by_content else ()))
-    if refused := {k: v for k, v in changes.items() if not _is_under(k, allowed)}:
-        lines = [f"  {key}: {change}" for key, change in refused.items()]
-        raise UsageError("\n".join([f"run.dir = {path}: made with other settings; choose another folder", *lines]))
+    _refuse_other_settings(path, changes, (*may_change, *(BASE_LOCATION if is_located_by_content else ())))
     require_recorded(path, base)
     if base is not None and recorded is None:
         write_base(path, base)
@@ -204,10 +192,36 @@ def record_config(
         replace_file(path / CONFIG_NAME, given.encode())
 
 
+def _begin(path: Path, given: str, base: BaseRecord | None) -> None:
+    """Writes the settings and the base of a new run."""
+    traces = [name for name in _TRACES if (path / name).exists()]
+    if traces:
+        raise UsageError(f"run.dir = {path}: holds {', '.join(traces)} but no {CONFIG_NAME}; choose another folder")
+    _make(path)
+    if base is not None:
+        write_base(path, base)
+    replace_file(path / CONFIG_NAME, given.encode())
+
+
+def _changes(path: Path, stored: str, given: str) -> dict[str, str]:
+    try:
+        return differing_settings(stored, given)
+    except yaml.YAMLError as error:
+        what = str(error).replace("\n", " ")
+        raise CheckpointError(f"{path / CONFIG_NAME}: damaged: {what}; restore it or choose another folder") from error
+
+
+def _refuse_other_settings(path: Path, changes: dict[str, str], allowed: tuple[str, ...]) -> None:
+    refused = [f"  {key}: {change}" for key, change in changes.items() if not _is_under(key, allowed)]
+    if refused:
+        raise UsageError("\n".join([f"run.dir = {path}: made with other settings; choose another folder", *refused]))
+
+
 def require_recorded(path: Path | str, base: BaseRecord | None) -> None:
     """Holds the base model that is about to be used against the one that the run in `path`, if any, recorded.
 
-    A run of a version that recorded none says so, and takes it on trust.
+    A run of a version that recorded none says so, and takes it on trust. A run that has no checkpoint yet, such as one
+    whose base was broken, has nothing that belongs to the recorded one: it takes the other, and says so.
 
     Raises:
         CheckpointError: they differ; names the files.
@@ -215,7 +229,10 @@ def require_recorded(path: Path | str, base: BaseRecord | None) -> None:
     recorded = recorded_base(path)
     if base is None:
         return
-    if recorded is not None:
+    if recorded is not None and recorded.sha256 != base.sha256 and not checkpoint_store(path).names():
+        say(f"{path}: no checkpoint belongs to its recorded base model; it is now {base}")
+        write_base(Path(path), base)
+    elif recorded is not None:
         recorded.require_same(base, path)
     elif stored_config(path) is not None:
         say(f"{path}: what its base model was is not recorded; {base} is taken on trust")
