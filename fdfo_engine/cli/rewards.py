@@ -119,16 +119,16 @@ def _try(words: list[str], arguments: argparse.Namespace) -> int:
     rewards = WeightedRewards.from_labelled({name: _settings(name, settings)}, keys=["reward"])
     if not arguments.allow_download:
         rewards.forbid_downloads()
-    images = {file: _read(file) for file in arguments.image}
+    images = [_read(file) for file in arguments.image]
     rewards.require_ready()
     rewards.require_prompts([prompt])
-    found = {}
-    for file, image in images.items():
+    lost = []
+    for file, image in zip(arguments.image, images, strict=True):
         (scores,) = rewards([prompt], image).values()
-        found[file] = float(scores[0])
-        say(f"{found[file]:.6g}  {visible(str(file))}")
+        say(f"{float(scores[0]):.6g}  {visible(str(file))}")
+        lost += [str(file)] if math.isnan(scores[0]) else []
     rewards.cancel()
-    if lost := [str(file) for file, score in found.items() if math.isnan(score)]:
+    if lost:
         raise RewardError(f"{name}: no opinion on {', '.join(lost)}")
     return 0
 

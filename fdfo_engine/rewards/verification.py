@@ -48,7 +48,7 @@ class Verdict:
 
     name: str
     state: Literal["ok", "absent", "skipped", "WRONG"]
-    """absent: weights, a package or a server are not here; skipped: it takes options; WRONG: its scores are."""
+    """absent: weights, a package or a server are not here, or of no use; skipped: takes options; WRONG: its scores."""
 
     detail: str
     scores: tuple[float, ...] = ()
@@ -89,9 +89,7 @@ def _tried(name: str, reward: Reward) -> Verdict:
     except RewardError as error:
         return Verdict(name, "WRONG", f"{error}{trouble}", scores)
     if name not in RECORDED:
-        return Verdict(
-            name, "ok", f"passes its self-test; no scores of it are recorded to compare with{trouble}", scores
-        )
+        return Verdict(name, "ok", f"passes its self-test; no scores are recorded to compare with{trouble}", scores)
     if not all(map(_equal, scores, RECORDED[name])):
         return Verdict(name, "WRONG", f"recorded are {shown(RECORDED[name])}{trouble}", scores)
     return Verdict(name, "ok", "passes its self-test; scores are as recorded", scores)
@@ -133,7 +131,7 @@ def _needed_options(name: str, folder: Path) -> dict[str, Any]:
 
 def _way_out(name: str, reward: Reward, error: Exception) -> str:
     """What is missing; of weights also their sizes, and how to get them."""
-    if not isinstance(reward, ModelReward) or not isinstance(error, EnvironmentProblem):
+    missing = list(weights(reward.options, only_missing=True)) if isinstance(reward, ModelReward) else []
+    if not missing:
         return str(error)
-    missing = "\n".join(weights(reward.options, only_missing=True))
-    return f"not on this machine:\n{missing}\nfetch it: fdfo rewards verify {name} --allow-download"
+    return "\n".join(["not on this machine:", *missing, f"fetch it: fdfo rewards verify {name} --allow-download"])
