@@ -3,18 +3,28 @@
 import copy
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 
 from fdfo_engine.models.lora import ATTENTION_PROJECTIONS, add_lora
 
 FLUX_PROJECTIONS = (*ATTENTION_PROJECTIONS, "single_transformer_blocks.0.attn.to_q")
-EVERYWHERE = (*ATTENTION_PROJECTIONS, "attn2.to_q", "ff.net.0.proj", "ff.net.2", "norm1.linear", "proj_mlp", "proj_out")
+EVERYWHERE = (
+    *ATTENTION_PROJECTIONS, "attn2.to_q", "ff.net.0.proj", "ff.net.2", "norm1.linear", "proj_mlp", "proj_out",
+    "img_mod.1", "img_mlp.net.0.proj", "txt_mlp.net.2",
+)  # fmt: skip
 SD3 = {
     "sd3": {},
     "sd35-large": {"qk_norm": "rms_norm"},
     "sd35-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
 }
-VARIANTS = (*SD3, "flux")
+FAMILIES = dict.fromkeys(SD3, SD3Transformer2DModel) | {
+    "flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel,
+}  # fmt: skip
+VARIANTS = tuple(FAMILIES)
+CONTROLNET = dict.fromkeys(VARIANTS, "controlnet_block_samples") | dict.fromkeys(SD3, "block_controlnet_hidden_states")
+"""Name of the argument that takes a ControlNet's residuals."""
+ATTENTION_KWARGS = dict.fromkeys(VARIANTS, "joint_attention_kwargs") | {"qwen-image": "attention_kwargs"}
+"""Name of the argument that takes a LoRA's scale."""
 
 
 def build(variant, *, seed=0, heads=2, head_size=8, layers=2, single_layers=2):
@@ -26,6 +36,11 @@ def build(variant, *, seed=0, heads=2, head_size=8, layers=2, single_layers=2):
             in_channels=16, num_layers=layers, num_single_layers=single_layers, attention_head_dim=head_size,
             num_attention_heads=heads, joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True,
             axes_dims_rope=axes,
+        )  # fmt: skip
+    elif variant == "qwen-image":
+        model = QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=layers, attention_head_dim=head_size, num_attention_heads=heads,
+            joint_attention_dim=24, axes_dims_rope=tuple(head_size * part // 8 for part in (2, 2, 4)),
         )  # fmt: skip
     else:
         model = SD3Transformer2DModel(
@@ -59,6 +74,12 @@ def inputs(variant, batch=3, *, size=8, text=5, dtype=torch.float32, seed=2):
 
     given = {"encoder_hidden_states": normal(batch, text, 24), "pooled_projections": normal(batch, 20)}
     times = torch.rand(batch, generator=draw)
+    if variant == "qwen-image":  # prompts of different lengths, padded
+        del given["pooled_projections"]
+        lengths = torch.tensor([max(1, text - 2 * i) for i in range(batch)])
+        given["encoder_hidden_states_mask"] = torch.arange(text) < lengths[:, None]
+        side = size // 2
+        return given | {"hidden_states": normal(batch, side**2, 16), "timestep": times, "img_shapes": (1, side, side)}
     if variant != "flux":
         return {"hidden_states": normal(batch, 4, size, size), "timestep": 1000 * times, **given}
     rows, columns = torch.meshgrid(torch.arange(size // 2), torch.arange(size // 2), indexing="ij")
@@ -103,7 +124,7 @@ def in_float32(model):
 
 
 def as_float32(given):
-    return {name: t.float() for name, t in given.items()}
+    return {name: t.float() if torch.is_tensor(t) and t.is_floating_point() else t for name, t in given.items()}
 
 
 def assert_as_close(actual, plain, exact, *, factor=1.1):

@@ -1,12 +1,23 @@
-"""What diffusers asks of its own SD3 and FLUX transformers, asked of fused ones: the cases of its model tests."""
+"""What diffusers asks of its own transformers, asked of fused ones: the cases of its model tests."""
 
 import inspect
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.training_utils import EMAModel
-from fused_models import SD3, VARIANTS, adapted, assert_equal_runs, build, forward_backward, inputs, off
+from fused_models import (
+    ATTENTION_KWARGS,
+    CONTROLNET,
+    FAMILIES,
+    SD3,
+    VARIANTS,
+    adapted,
+    assert_equal_runs,
+    build,
+    forward_backward,
+    inputs,
+    off,
+)
 
 from fdfo_engine.models.fused import fuse
 
@@ -14,10 +25,6 @@ from fdfo_engine.models.fused import fuse
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     return request.param
-
-
-def family(variant):
-    return FluxTransformer2DModel if variant == "flux" else SD3Transformer2DModel
 
 
 def fused(variant, **settings):
@@ -43,7 +50,7 @@ def test_two_calls_agree_as_tuple_and_as_dict(variant):
 
 def test_its_signature_is_the_classs(variant):
     assert inspect.signature(fused(variant).forward).parameters.keys() == (
-        inspect.signature(family(variant).forward).parameters.keys() - {"self"}
+        inspect.signature(FAMILIES[variant].forward).parameters.keys() - {"self"}
     )
 
 
@@ -61,14 +68,13 @@ def test_skipped_layers(variant):
 def test_a_controlnets_residuals(variant):
     given, draw = inputs(variant), torch.Generator().manual_seed(5)
     tokens = (3, 16, 16)
-    name = "controlnet_block_samples" if variant == "flux" else "block_controlnet_hidden_states"
-    given[name] = [torch.randn(tokens, generator=draw) for _ in range(2)]
+    given[CONTROLNET[variant]] = [torch.randn(tokens, generator=draw) for _ in range(2)]
     assert_same(fused(variant)(**given).sample, build(variant)(**given).sample)
 
 
 @torch.no_grad()
 def test_a_loras_scale(variant):
-    given = inputs(variant) | {"joint_attention_kwargs": {"scale": 0.5}}
+    given = inputs(variant) | {ATTENTION_KWARGS[variant]: {"scale": 0.5}}
     exact = adapted(build(variant))(**given).sample
     model = adapted(build(variant))
     fuse(model)
@@ -120,7 +126,7 @@ def test_saved_in_pieces_and_loaded(variant, dtype, tmp_path):
     model = fused(variant)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded, given = family(variant).from_pretrained(tmp_path, torch_dtype=dtype), inputs(variant, dtype=dtype)
+    loaded, given = FAMILIES[variant].from_pretrained(tmp_path, torch_dtype=dtype), inputs(variant, dtype=dtype)
     exact = loaded(**given).sample
     fuse(loaded)
     sample = loaded(**given).sample

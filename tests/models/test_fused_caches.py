@@ -76,7 +76,7 @@ def cached(model, name):
     return model
 
 
-CASES = [(variant, name) for variant in ("sd35-medium", "flux") for name in CACHES]
+CASES = [(variant, name) for variant in ("sd35-medium", "flux", "qwen-image") for name in CACHES]
 CASES.remove(("sd35-medium", "fbc_"))  # diffusers' own fails: SD3's last block has no text to add
 
 

@@ -148,6 +148,17 @@ def test_what_arrives_after_fusing_computes_as_in_diffusers(variant, name, capsy
         assert differs or any(off(exact[1][name], g) > 1e-4 for name, g in before[1].items())
 
 
+def test_a_hook_inside_a_qwen_image_block(capsys):
+    plain, model = build("qwen-image"), build("qwen-image")
+    fuse(model)
+    for each in (plain, model):
+        first(each).txt_mlp.net[2].register_forward_hook(doubled)
+    exact = forward_backward(plain, inputs("qwen-image"))
+    assert_equal_runs(forward_backward(model, inputs("qwen-image")), exact)
+    (line,) = handed_over(capsys.readouterr().out)
+    assert "a Linear has a hook: doubled in" in line
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute", "ignore:.*spectral_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", ARRIVALS)
 def test_what_is_there_before_fusing_is_refused(variant, name):

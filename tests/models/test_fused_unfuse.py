@@ -5,9 +5,18 @@ import re
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
-from fused_models import EVERYWHERE, VARIANTS, adapted, assert_equal_runs, build, forward_backward, handed_over, inputs
+from fused_models import (
+    EVERYWHERE,
+    FAMILIES,
+    VARIANTS,
+    adapted,
+    assert_equal_runs,
+    build,
+    forward_backward,
+    handed_over,
+    inputs,
+)
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -61,8 +70,7 @@ def test_a_saved_model_loads_as_it_was(variant, tmp_path):
     exact = {name: t.clone() for name, t in model.state_dict().items()}
     fuse(model)
     model.save_pretrained(tmp_path)
-    family = FluxTransformer2DModel if variant == "flux" else SD3Transformer2DModel
-    loaded = family.from_pretrained(tmp_path).state_dict()
+    loaded = FAMILIES[variant].from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == exact.keys()
     assert all(torch.equal(t, exact[name]) for name, t in loaded.items())
 
@@ -205,6 +213,15 @@ def test_it_computes_as_diffusers_for_a_while(variant):
     with own_forwards(model):
         assert torch.equal(model(**batch, return_dict=False)[0], exact)
     assert torch.equal(model(**batch, return_dict=False)[0], fused)
+
+
+def test_what_qwen_image_alone_may_have_is_refused():
+    """Tokens with modulations of their own; and attention without a mask, which hides the padding of prompts."""
+    model = build("qwen-image")
+    with pytest.raises(ValueError, match="attention is 'flash': it takes no mask"):
+        fuse(model, attention="flash")
+    model.transformer_blocks[1].zero_cond_t = True
+    assert fusion_refusals(model) == ["its tokens have modulations of their own (zero_cond_t)"]
 
 
 def test_other_arguments_are_refused():

@@ -7,9 +7,10 @@ from diffusers import QwenImagePipeline
 from family_checks import CPU, PROMPTS, Tiny, largest
 from tiny_qwen_image import build_tiny_qwen_image
 
+from fdfo_engine.models.fused import is_fused
 from fdfo_engine.models.packed_model import pack
 from fdfo_engine.models.registry import load_model
-from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TOKENS = 24
@@ -135,12 +136,24 @@ def test_prompts_come_back_from_the_disk(tiny, tmp_path):
     [
         ({"sampling": {"embedded_guidance": 3.5}}, "sampling.embedded_guidance: the qwen_image family takes none"),
         ({"model": {"max_sequence_length": 0}}, "model.max_sequence_length = 0"),
-        ({"model": {"fused": True}}, "model.fused = true: .* QwenImageTransformer2DModel"),
+        ({"model": {"attention": "flash"}}, "model.attention = flash: .* it takes no mask"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny, tmp_path, sections, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, EnvironmentProblem), match=message):
         load_model(tiny.config(tmp_path, **sections), CPU)
+
+
+def test_fused_blocks_give_the_same_velocity(tiny, tmp_path):
+    """Of prompts of different lengths, padded, in one batch; `auto` takes them too."""
+    auto, plain = (load_model(tiny.config(tmp_path, model={"fused": fused}), CPU) for fused in ("auto", False))
+    assert is_fused(auto.network)
+    assert not is_fused(plain.network)
+    rows = type(plain.encode_prompt("")).cat([plain.encode_prompt(prompt) for prompt in PROMPTS])
+    x, times = torch.randn(4, *plain.latent_shape), torch.tensor([990.0, 600.0, 300.0, 20.0])
+    with torch.no_grad():
+        exact = plain.velocity(plain.network, x, times, rows)
+        assert largest(auto.velocity(auto.network, x, times, rows) - exact) < 1e-5 * largest(exact)
 
 
 def test_an_editing_transformer_is_refused(tmp_path):

@@ -22,8 +22,12 @@ CUDNN_EXACT = 91501
 HALF = (torch.bfloat16, torch.float16)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """`softmax(q k^T / sqrt(E)) v` of every head, without mask; differentiable in all three.
+MASKLESS = ("cudnn", "flash", "flash3", "xformers")
+"""Backends that attend to every key."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto", mask: Tensor | None = None) -> Tensor:
+    """`softmax(q k^T / sqrt(E)) v` of every head; differentiable in all three.
 
     Under `torch.use_deterministic_algorithms` only what repeats bit for bit is taken.
 
@@ -32,6 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         backend: auto is torch's own choice, without a cuDNN that is known to be wrong at this length; sdpa is torch's
             own choice; cudnn and flash are those of torch; flash3 is the package flash_attn_interface; xformers is
             memory_efficient_attention.
+        mask: bool `[B, S]`, whether a key is attended to; all are, without it.
 
     Returns:
         `[B, S, H, E]`, any strides.
@@ -39,24 +44,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         BackendUnavailableError: the named backend can't run here; with every reason.
     """
-    reasons = _refusals(backend, q.device, q.dtype, q.shape[-1], torch.are_deterministic_algorithms_enabled())
+    repeats = torch.are_deterministic_algorithms_enabled()
+    reasons = _refusals(backend, q.device, q.dtype, q.shape[-1], repeats, mask is not None)
     if reasons:
         raise BackendUnavailableError(f"attention: {backend} can't run on {q.device}: {', '.join(reasons)}")
-    return _RUN[backend](q, k, v)
+    return _RUN[backend](q, k, v, mask)
 
 
-def attention_backends(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, list[str]]:
-    """Reasons why each backend can't run on `device`, by name; empty where it can."""
+def attention_backends(
+    device: torch.device, dtype: torch.dtype, head_size: int, *, masked: bool = False
+) -> dict[str, list[str]]:
+    """Reasons why each backend can't run on `device`, with a mask if `masked`, by name; empty where it can."""
     repeats = torch.are_deterministic_algorithms_enabled()
-    return {name: list(_refusals(name, device, dtype, head_size, repeats)) for name in BACKENDS}
+    return {name: list(_refusals(name, device, dtype, head_size, repeats, masked)) for name in BACKENDS}
 
 
 @functools.cache
 def _refusals(
-    name: str, device: torch.device, dtype: torch.dtype, head_size: int, deterministic: bool
+    name: str, device: torch.device, dtype: torch.dtype, head_size: int, deterministic: bool, masked: bool
 ) -> tuple[str, ...]:
     if name not in BACKENDS:
         return (f"no such attention; there are {', '.join(BACKENDS)}",)
+    if masked and name in MASKLESS:
+        return ("it takes no mask, and prompts that are padded to one length have one",)
     if name in ("auto", "sdpa") or (name == "flash" and device.type == "cpu"):
         return ()
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -103,15 +113,16 @@ def _older_than(device: torch.device, major: int) -> list[str]:
 _ABSENT = {"cudnn": _no_cudnn, "flash": _no_flash, "flash3": _no_flash3, "xformers": _no_xformers}
 
 
-def _torch_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def _torch_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None]).transpose(1, 2)
 
 
-def _auto(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _auto(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.is_cuda and not _cudnn_is_right(k.shape[1]):
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return _torch_own(q, k, v)
-    return _torch_own(q, k, v)
+            return _torch_own(q, k, v, mask)
+    return _torch_own(q, k, v, mask)
 
 
 def _cudnn_is_right(tokens: int) -> bool:
@@ -120,22 +131,22 @@ def _cudnn_is_right(tokens: int) -> bool:
     return tokens % 128 == 0 or (torch.backends.cudnn.version() or 0) >= CUDNN_EXACT
 
 
-def _only(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _only(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         with sdpa_kernel(kernel):
-            return _torch_own(q, k, v)
+            return _torch_own(q, k, v, mask)
 
     return run
 
 
-def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _flash3(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
     interface: Any = importlib.import_module("flash_attn_interface")
     found = interface.flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
     out: Tensor = found[0] if isinstance(found, tuple) else found
     return out
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
     operators: Any = importlib.import_module("xformers.ops")
     out: Tensor = operators.memory_efficient_attention(q, k, v)
     return out

@@ -106,6 +106,23 @@ def last_tokens(stream: Residual, first: int) -> Residual:
     return Residual(stream.x[:, first:], None if stream.y is None else stream.y[:, first:], stream.gate)
 
 
+def between_blocks(model: Any, *streams: Tensor, clips_half: bool = False) -> list[Hidden]:
+    """The tokens as the first block takes them: Residuals, whose last sum is left to each next norm.
+
+    Tensors where a checkpoint would keep both addends of such a sum; and in float16, if diffusers clips sums there.
+    """
+    if is_checkpointed(model) or (clips_half and streams[0].dtype == torch.float16):
+        return list(streams)
+    return [Residual(x) for x in streams]
+
+
+def within_half(hidden: Hidden) -> Hidden:
+    """Clipped to what float16 holds, as diffusers does, where that is the dtype; Residuals are of others."""
+    if isinstance(hidden, Residual) or hidden.dtype != torch.float16:
+        return hidden
+    return hidden.clip(-65504, 65504)
+
+
 def is_checkpointed(model: Any) -> bool:
     """Whether the backward computes blocks again."""
     return bool(torch.is_grad_enabled() and model.gradient_checkpointing)

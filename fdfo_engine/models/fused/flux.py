@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +13,16 @@ from fdfo_engine.models.fused.blocks import (
     Hidden,
     Out,
     as_residual,
+    between_blocks,
     feed,
     final_layer,
     gelu_of,
     into_residuals,
-    is_checkpointed,
     last_tokens,
     like_input,
     normed,
     run_block,
+    within_half,
 )
 from fdfo_engine.models.fused.linear import projection_of
 from fdfo_engine.models.fused.modulation import Modulations, Rows, modulations, rows_of
@@ -119,6 +119,8 @@ class FusedSingleBlock:
 class FusedFlux:
     """The forward of a `FluxTransformer2DModel` whose blocks are fused."""
 
+    masks_text = False
+
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model = model
         double = [FusedDoubleBlock(block, settings) for block in model.transformer_blocks]
@@ -152,35 +154,22 @@ class FusedFlux:
                 controlnet_blocks_repeat=controlnet_blocks_repeat,
             )  # fmt: skip
             return output
-        x, text = model.x_embedder(hidden_states), model.context_embedder(encoder_hidden_states)
-        told = [1000 * t.to(x.dtype) for t in (timestep, guidance) if t is not None]
+        image, prompt = model.x_embedder(hidden_states), model.context_embedder(encoder_hidden_states)
+        told = [1000 * t.to(image.dtype) for t in (timestep, guidance) if t is not None]
         temb = model.time_text_embed(*told, pooled_projections)
         rotary = model.pos_embed(torch.cat([unbatched(txt_ids), unbatched(img_ids)]))
-        rows, last = self.modulations(temb)
-        sample = final_layer(model, self._blocks(x, text, temb, rotary, rows), temb, last)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _blocks(self, x: Hidden, text: Hidden, temb: Tensor, rotary: Rotary, rows: Sequence[Rows]) -> Hidden:
-        """Image tokens after all blocks. They hand on Residuals as SD3's do; not in float16, whose sums are clipped."""
-        model, first, of_block = self.model, as_residual(text).x.shape[1], iter(rows)
-        unsummed = not is_checkpointed(model) and as_residual(x).x.dtype != torch.float16
-        if unsummed:
-            x, text = as_residual(x), as_residual(text)
+        rows, last = self.modulations(temb)
+        of_block = iter(rows)
+        x, text = between_blocks(model, image, prompt, clips_half=True)
         for block in model.transformer_blocks:
             text, x = run_block(model, block, x, text, temb, rotary, None, next(of_block))
-        tokens: Hidden = torch.cat([as_residual(text).joined(), as_residual(x).joined()], 1)
-        if unsummed:
-            tokens = as_residual(tokens)
+        joined = torch.cat([as_residual(text).joined(), as_residual(x).joined()], 1)
+        (tokens,) = between_blocks(model, joined, clips_half=True)
         for block in model.single_transformer_blocks:
             _, tokens = run_block(model, block, tokens, None, temb, rotary, None, next(of_block))
-        return last_tokens(as_residual(tokens), first)
-
-
-def within_half(hidden: Hidden) -> Hidden:
-    """Clipped to what float16 holds, as diffusers does, where that is the dtype; Residuals are of others."""
-    if isinstance(hidden, Residual) or hidden.dtype != torch.float16:
-        return hidden
-    return hidden.clip(-65504, 65504)
+        sample = final_layer(model, last_tokens(as_residual(tokens), prompt.shape[1]), temb, last)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 def unbatched(ids: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import JointAttnProcessor2_0
@@ -14,6 +14,10 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
+)
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformerBlock,
 )
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,14 +29,17 @@ from fdfo_engine.models.fused.watch import HOOKS, own_layers, processor_of
 from fdfo_engine.ops import MAX_HEAD_SIZE, NORM_EPS
 from fdfo_engine.runtime.split_weights import brings_weights
 
-_PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor)
-_BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+_TRANSFORMERS = (SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel)
+_PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor, QwenDoubleStreamAttnProcessor2_0)
+_BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock, QwenImageTransformerBlock)
+_FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")
 
 
 def fusion_refusals(transformer: Any) -> list[str]:
     """Reasons why `fuse` does not take `transformer`, one sentence each; an empty list means it does."""
-    if type(transformer) not in (SD3Transformer2DModel, FluxTransformer2DModel):
-        return [f"it is a {type(transformer).__name__}, not an SD3Transformer2DModel or FluxTransformer2DModel"]
+    if type(transformer) not in _TRANSFORMERS:
+        known = " or ".join(kind.__name__ for kind in _TRANSFORMERS)
+        return [f"it is a {type(transformer).__name__}, not an {known}"]
     reasons: dict[str, None] = {}
     if hasattr(transformer, "_hf_hook"):
         reasons["accelerate's hooks offload it"] = None
@@ -61,7 +68,9 @@ def block_refusals(block: Any) -> Iterator[str]:
     for name in ("attn", "attn2"):
         if getattr(block, name, None) is not None:
             yield from _attention_refusals(getattr(block, name))
-    for name in ("ff", "ff_context"):
+    if getattr(block, "zero_cond_t", False):
+        yield "its tokens have modulations of their own (zero_cond_t)"
+    for name in _FEED_FORWARDS:
         if getattr(block, name, None) is not None:
             yield from _feed_forward_refusals(getattr(block, name))
     yield from layer_refusals(block)

@@ -12,10 +12,10 @@ from fdfo_engine.models.fused.blocks import (
     Hidden,
     Out,
     as_residual,
+    between_blocks,
     feed,
     final_layer,
     into_residuals,
-    is_checkpointed,
     like_input,
     normed,
     run_block,
@@ -82,6 +82,8 @@ class FusedJointBlock:
 class FusedSD3:
     """The forward of an `SD3Transformer2DModel` whose blocks are fused."""
 
+    masks_text = False
+
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model = model
         self.blocks = [FusedJointBlock(block, settings) for block in model.transformer_blocks]
@@ -108,12 +110,12 @@ class FusedSD3:
             )  # fmt: skip
             return output
         height, width = (size // model.config.patch_size for size in hidden_states.shape[-2:])
-        x: Hidden = model.pos_embed(hidden_states).contiguous()  # the convolution puts channels before tokens
+        image = model.pos_embed(hidden_states).contiguous()  # the convolution puts channels before tokens
         temb = model.time_text_embed(timestep, pooled_projections)
-        text: Hidden = model.context_embedder(encoder_hidden_states)
-        if not is_checkpointed(model):  # a checkpoint would keep both addends of an unsummed stream
-            x, text = as_residual(x), as_residual(text)
+        prompt = model.context_embedder(encoder_hidden_states)
+
         rows, last = self.modulations(temb)
+        x, text = between_blocks(model, image, prompt)
         for block, of_block in zip(model.transformer_blocks, rows, strict=True):
             text, x = run_block(model, block, x, text, temb, None, of_block)
         sample = unpatchify(final_layer(model, x, temb, last), height, width, model.config.patch_size)

@@ -76,15 +76,15 @@ class JointAttention:
         """Buffers that hold the weights of its projections."""
         return [stream.joint for stream in self.streams if stream.joint is not None]
 
-    def __call__(self, *tokens: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """The attention's output, `[B, sum S_i, H * E]`: the tokens of the streams in order."""
+    def __call__(self, *tokens: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
+        """The attention's output, `[B, sum S_i, H * E]`, of the streams in order; `mask` as in `attention`."""
         projections = [stream.projections() for stream in self.streams]
         adapted = any(p.adapter is not None for of_stream in projections for p in of_stream)
         if adapted or not all(stream.is_joint() for stream in self.streams):
             q, k, v = self._adapted(tokens, projections, rotary)
         else:
             q, k, v = self._joint(tokens, rotary)
-        return attention(q, k, v, self.backend).flatten(2)
+        return attention(q, k, v, self.backend, mask).flatten(2)
 
     def _adapted(
         self, tokens: Sequence[Tensor], projections: Sequence[Sequence[Projection]], rotary: Rotary | None
