@@ -228,7 +228,7 @@ def stand_in(network: nn.Module) -> None:
 def fused() -> dict[str, Count]:
     """Counts of the fused blocks; the weights of their norms, which have no data here, taken as invertible."""
     network = model()
-    with mock.patch("fdfo_engine.models.fused.streams.is_invertible", return_value=True):
+    with mock.patch("fdfo_engine.models.fused.joint_attention.is_invertible", return_value=True):
         fuse(network)
     with torch.device("meta"):
         return passes(network)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fdfo_engine.ops import _checks
 from fdfo_engine.ops._description import Description, packed_of
-from fdfo_engine.ops.projection import Adapter, HeadNorm, IntoResidual, Packed, Projection
+from fdfo_engine.ops.projection import Adapter, End, HeadNorm, IntoResidual, Packed, Projection
 
 MASTER_DTYPES = (torch.float32,)
 
@@ -30,19 +31,30 @@ def check_projection(op: str, name: str, x: Tensor, projection: Projection) -> N
         _checks.tensor(op, f"{name}bias", bias, (x.dtype,), shape=weight.shape[:1], device=x.device)
     if projection.adapter is not None:
         _check_adapter(op, f"{name}adapter", x, weight, projection.adapter)
+    if not isinstance(projection.end, End | None):
+        kinds = ", ".join(kind.__name__ for kind in get_args(End))
+        _checks.refuse(op, f"{name}end", f"a {type(projection.end).__name__}", f"None or one of {kinds}")
 
 
 def _check_adapter(op: str, name: str, x: Tensor, weight: Tensor, adapter: Adapter) -> None:
+    if not isinstance(adapter, Adapter):
+        _checks.refuse(op, name, f"a {type(adapter).__name__}", "an Adapter or None")
     a, b = adapter.a, adapter.b
     _checks.tensor(op, f"{name}.a", a, MASTER_DTYPES, device=x.device)
     if a.ndim != 2 or a.shape[1] != x.shape[-1] or len(a) == 0:
         _checks.refuse(op, f"{name}.a", list(a.shape), f"[r, {x.shape[-1]}], the last axis that of x")
     _checks.tensor(op, f"{name}.b", b, MASTER_DTYPES, shape=(len(weight), len(a)), device=x.device)
-    _checks.number(op, f"{name}.scale", adapter.scale)
+    if not isinstance(adapter.scale, int | float) or not math.isfinite(adapter.scale):
+        _checks.refuse(op, f"{name}.scale", repr(adapter.scale), "a finite number")
 
 
 def check_streams(op: str, inputs: Sequence[Tensor], streams: Sequence[Sequence[Any]], tokens: Any) -> None:
     """Refuses inputs, streams and counts of tokens that do not belong together."""
+    for i, of_stream in enumerate(streams):
+        if not isinstance(of_stream, Sequence):
+            _checks.refuse(
+                op, f"projections[{i}]", f"a {type(of_stream).__name__}", "a list: the Projections of a stream"
+            )
     counts = [len(of_stream) for of_stream in streams]
     if not 1 <= len(counts) <= _checks.MAX_STREAMS or not all(counts):
         takes = f"one to {_checks.MAX_STREAMS} streams of at least one projection"

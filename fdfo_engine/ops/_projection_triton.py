@@ -79,19 +79,22 @@ def forward(description: Description, *, keep: bool) -> Computed:
     inputs = [_compiled.last_contiguous(x) for x in description.by_stream(description.inputs)]
     outputs, beside = _allocated(description, inputs, keep=keep)
     side_by_side, streams = [], []
-    for x, projections, outs, left in zip(
-        inputs, description.projections, description.by_projection(outputs), description.by_projection(beside),
-        strict=True,
-    ):  # fmt: skip
-        ranks = sum(p.rank for p in projections)
-        of_stream = x.new_empty(x.shape[0] * x.shape[1], ranks) if ranks else None
-        made = zip(map(_readable, projections), split_ranks(of_stream, projections), outs, left, strict=True)
-        streams.append(ForwardStream(x, [ForwardLayer(*layer) for layer in made]))
-        side_by_side.append(of_stream)
+    parts = description.by_projection(outputs), description.by_projection(beside)
+    for x, projections, outs, left in zip(inputs, description.projections, *parts, strict=True):
+        ranks = _empty_rank_products(x, projections)
+        layers = zip(map(_readable, projections), split_ranks(ranks, projections), outs, left, strict=True)
+        streams.append(ForwardStream(x, [ForwardLayer(*layer) for layer in layers]))
+        side_by_side.append(ranks)
     _make_rank_products(streams)
     for launch in _launches(streams):
         products(launch)
     return Computed(outputs, beside, side_by_side)
+
+
+def _empty_rank_products(x: Tensor, projections: Sequence[Projection]) -> Tensor | None:
+    """For those of all adapters side by side, `[M, ranks]`; None without any."""
+    ranks = sum(p.rank for p in projections)
+    return x.new_empty(x.shape[0] * x.shape[1], ranks) if ranks else None
 
 
 def _allocated(description: Description, inputs: Sequence[Tensor], *, keep: bool) -> tuple[Outputs, Outputs]:

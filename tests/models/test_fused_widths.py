@@ -8,9 +8,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from fused_models import assert_equal_runs
 
 from fdfo_engine.models.fused.flux import FusedDoubleBlock, FusedSingleBlock
+from fdfo_engine.models.fused.joint_attention import Settings
 from fdfo_engine.models.fused.qwen_image import FusedQwenImageBlock
 from fdfo_engine.models.fused.sd3 import FusedJointBlock
-from fdfo_engine.models.fused.streams import Settings
 
 SD35_MEDIUM = {"dim": 1536, "num_attention_heads": 24, "attention_head_dim": 64, "qk_norm": "rms_norm"}
 FLUX = {"dim": 3072, "num_attention_heads": 24, "attention_head_dim": 128}

@@ -290,5 +290,14 @@ def test_refuses_what_is_no_projection_and_ends_of_several():
     ended = Projection(*good[:2], end=HeadNorm(None, 5))
     with pytest.raises(ValueError, match="adapted_projection: end is HeadNorm; it takes None or Gelu"):
         ops.adapted_projection(GOOD["x"], ended)
+    for bad, message in (
+        ({"end": "gelu"}, "end is a str; it takes None or one of Gelu, IntoResidual, HeadNorm, Packed"),
+        ({"adapter": (GOOD["lora_a"], GOOD["lora_b"])}, "adapter is a tuple; it takes an Adapter or None"),
+        ({"adapter": Adapter(GOOD["lora_a"], GOOD["lora_b"], "2")}, "adapter.scale is '2'; it takes a finite number"),
+    ):
+        with pytest.raises(ValueError, match=f"adapted_projection: {message}"):
+            ops.adapted_projection(GOOD["x"], Projection(*good[:2], **bad))
+    with pytest.raises(ValueError, match=r"adapted_projections: projections\[0\] is a Projection; it takes a list"):
+        ops.adapted_projections(GOOD["x"], [Projection(*good[:2])])
     with pytest.raises(ValueError, match=r"adapted_projections: projections is of lengths \[0\]"):
         ops.adapted_projections(GOOD["x"], [[]])

@@ -1,4 +1,4 @@
-"""diffusers' SD3 and FLUX transformers on the engine's fused ops: `fuse` and `unfuse`."""
+"""diffusers' transformers on the engine's fused ops: `fuse` and `unfuse`."""
 
 from fdfo_engine.models.fused.attention import attention, attention_backends
 from fdfo_engine.models.fused.fuse import fuse, fused_blocks, is_fused, unfuse

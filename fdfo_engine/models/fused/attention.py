@@ -71,13 +71,21 @@ def _refusals(
         return ()
     if device.type != "cuda" or not torch.cuda.is_available():
         return ("it needs a CUDA device",)
+    return tuple(_unfit_heads(name, dtype, head_size) + _unrepeated(name, deterministic) + _ABSENT[name](device))
+
+
+def _unfit_heads(name: str, dtype: torch.dtype, head_size: int) -> list[str]:
     reasons = [] if dtype in HALF else [f"it takes bfloat16 and float16, not {dtype}"]
     limit = 128 if name == "cudnn" else 256
     if head_size % 8 or head_size > limit:
         reasons.append(f"heads are {head_size} wide; it takes multiples of 8 up to {limit}")
+    return reasons
+
+
+def _unrepeated(name: str, deterministic: bool) -> list[str]:
     if deterministic and name in ("cudnn", "xformers"):
-        reasons.append("its backward does not repeat bit for bit, which run.deterministic asks for")
-    return tuple(reasons + _ABSENT[name](device))
+        return ["its backward does not repeat bit for bit, which run.deterministic asks for"]
+    return []
 
 
 def _no_cudnn(device: torch.device) -> list[str]:

@@ -24,9 +24,9 @@ from fdfo_engine.models.fused.blocks import (
     run_block,
     within_half,
 )
+from fdfo_engine.models.fused.joint_attention import JointAttention, Rotary, Settings
 from fdfo_engine.models.fused.linear import projection_of
 from fdfo_engine.models.fused.modulation import Modulations, Rows, modulations, rows_of
-from fdfo_engine.models.fused.streams import JointAttention, Rotary, Settings
 from fdfo_engine.ops import Residual, feed_forward, gated_residual_norms
 
 
@@ -118,8 +118,6 @@ class FusedSingleBlock:
 
 class FusedFlux:
     """The forward of a `FluxTransformer2DModel` whose blocks are fused."""
-
-    masks_text = False
 
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model = model

@@ -6,24 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from fdfo_engine.models.fused.attention import attention_backends
-from fdfo_engine.models.fused.flux import FusedFlux
+from fdfo_engine.models.fused.families import family_of
+from fdfo_engine.models.fused.joint_attention import Settings
 from fdfo_engine.models.fused.joint_weights import JointWeights
-from fdfo_engine.models.fused.qwen_image import FusedQwenImage
 from fdfo_engine.models.fused.refusals import block_refusals, blocks_of, fusion_refusals, layer_refusals
-from fdfo_engine.models.fused.sd3 import FusedSD3
-from fdfo_engine.models.fused.streams import Settings
 from fdfo_engine.models.fused.switch import Notice, Switch
 from fdfo_engine.models.fused.watch import Watch
 from fdfo_engine.ops import BackendUnavailableError
 
 RECOMPUTE = ("none", "fc1", "block")
-_FAMILIES: dict[type, Any] = {
-    SD3Transformer2DModel: FusedSD3, FluxTransformer2DModel: FusedFlux, QwenImageTransformer2DModel: FusedQwenImage,
-}  # fmt: skip
 _PLAN = "_fused"
 
 
@@ -78,8 +72,7 @@ def fuse(
     block by block, and is said once; when it is gone, calls are fused again.
 
     Args:
-        transformer: an SD3Transformer2DModel, FluxTransformer2DModel or QwenImageTransformer2DModel, with or without a
-            LoRA of peft.
+        transformer: of a class in `families.FAMILIES`, with or without a LoRA of peft.
         attention: name of an attention backend (`attention_backends`).
         recompute: what the backward computes again instead of keeping it: none, fc1 (the wide half of every
             feed-forward) or block (everything inside a block).
@@ -95,13 +88,14 @@ def fuse(
         raise ValueError(f"fuse: recompute is {recompute!r}; it takes one of {', '.join(RECOMPUTE)}")
     if reasons := fusion_refusals(transformer):
         raise ValueError("fuse: " + "; ".join(reasons))
-    family, parameter = _FAMILIES[type(transformer)], transformer.proj_out.weight
+    family, parameter = family_of(transformer), transformer.proj_out.weight
+    assert family is not None
     head_size = transformer.config.attention_head_dim
     known = attention_backends(parameter.device, parameter.dtype, head_size, masked=family.masks_text)
     if reasons := known.get(attention, [f"there are {', '.join(known)}"]):
         raise BackendUnavailableError(f"fuse: attention is {attention!r}: {', '.join(reasons)}")
     unfuse(transformer)
-    fused = family(transformer, Settings(attention, recompute == "fc1", rehome))
+    fused = family.fused(transformer, Settings(attention, recompute == "fc1", rehome))
     plan = _Plan(transformer, fused, required=required)
     for switch in plan.switches:
         switch.module.forward = switch

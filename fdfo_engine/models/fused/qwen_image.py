@@ -23,8 +23,8 @@ from fdfo_engine.models.fused.blocks import (
     run_block,
     within_half,
 )
+from fdfo_engine.models.fused.joint_attention import JointAttention, Rotary, Settings
 from fdfo_engine.models.fused.modulation import Modulations, Rows, modulations, rows_of
-from fdfo_engine.models.fused.streams import JointAttention, Rotary, Settings
 from fdfo_engine.ops import gated_residual_norms
 
 
@@ -75,8 +75,6 @@ class FusedQwenImageBlock:
 
 class FusedQwenImage:
     """The forward of a `QwenImageTransformer2DModel` whose blocks are fused."""
-
-    masks_text = True
 
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model = model

@@ -5,41 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward, JointTransformerBlock
-from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import RMSNorm
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
-from diffusers.models.transformers.transformer_qwenimage import (
-    QwenDoubleStreamAttnProcessor2_0,
-    QwenImageTransformerBlock,
-)
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from fdfo_engine.models.fused.families import FAMILIES, family_of
 from fdfo_engine.models.fused.switch import is_own_forward
 from fdfo_engine.models.fused.watch import HOOKS, own_layers, processor_of
 from fdfo_engine.ops import MAX_HEAD_SIZE, NORM_EPS
 from fdfo_engine.runtime.split_weights import brings_weights
 
-_TRANSFORMERS = (SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel)
-_PROCESSORS = (JointAttnProcessor2_0, FluxAttnProcessor, QwenDoubleStreamAttnProcessor2_0)
-_BLOCKS = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock, QwenImageTransformerBlock)
-_FEED_FORWARDS = ("ff", "ff_context", "img_mlp", "txt_mlp")
-
 
 def fusion_refusals(transformer: Any) -> list[str]:
     """Reasons why `fuse` does not take `transformer`, one sentence each; an empty list means it does."""
-    if type(transformer) not in _TRANSFORMERS:
-        known = " or ".join(kind.__name__ for kind in _TRANSFORMERS)
-        return [f"it is a {type(transformer).__name__}, not an {known}"]
+    if family_of(transformer) is None:
+        known = ", ".join(family.transformer.__name__ for family in FAMILIES)
+        return [f"it is a {type(transformer).__name__}; there are fused forwards for {known}"]
     reasons: dict[str, None] = {}
     if hasattr(transformer, "_hf_hook"):
         reasons["accelerate's hooks offload it"] = None
@@ -60,25 +45,30 @@ def blocks_of(transformer: Any) -> list[nn.Module]:
 
 def block_refusals(block: Any) -> Iterator[str]:
     """Reasons why a fused forward can't compute `block`."""
-    if type(block) not in _BLOCKS:
+    families = [family for family in FAMILIES if type(block) in family.blocks]
+    if not families:
         yield f"a block is a {type(block).__name__}"
         return
     if getattr(block, "_chunk_size", None) is not None:
         yield "forward chunking is on"
-    for name in ("attn", "attn2"):
-        if getattr(block, name, None) is not None:
-            yield from _attention_refusals(getattr(block, name))
     if getattr(block, "zero_cond_t", False):
         yield "its tokens have modulations of their own (zero_cond_t)"
-    for name in _FEED_FORWARDS:
-        if getattr(block, name, None) is not None:
-            yield from _feed_forward_refusals(getattr(block, name))
+    for attention in _present(block, ("attn", "attn2")):
+        yield from _attention_refusals(attention, families[0].processor)
+    for module in _present(block, families[0].feed_forwards):
+        yield from _feed_forward_refusals(module)
     yield from layer_refusals(block)
 
 
-def _attention_refusals(attention: Any) -> Iterator[str]:
+def _present(block: Any, names: Iterable[str]) -> list[Any]:
+    """The parts of these names that a block has."""
+    parts = [getattr(block, name, None) for name in names]
+    return [part for part in parts if part is not None]
+
+
+def _attention_refusals(attention: Any, expected: type) -> Iterator[str]:
     processor = processor_of(attention)
-    if processor.kind not in _PROCESSORS:
+    if processor.kind is not expected:
         yield f"an attention processor is a {processor.kind.__name__}"
     if processor.backend is not None:
         yield f"set_attention_backend chose {processor.backend}; fused blocks take theirs from fuse"
@@ -86,10 +76,8 @@ def _attention_refusals(attention: Any) -> Iterator[str]:
         yield "attention is spread over devices"
     if processor.joins_projections:
         yield "projections are fused by diffusers; call unfuse_qkv_projections"
-    for part in ("q", "k", "added_q", "added_k"):
-        norm = getattr(attention, f"norm_{part}", None)
-        if norm is not None:
-            yield from _head_norm_refusals(norm)
+    for norm in _present(attention, ("norm_q", "norm_k", "norm_added_q", "norm_added_k")):
+        yield from _head_norm_refusals(norm)
 
 
 def _head_norm_refusals(norm: Any) -> Iterator[str]:

@@ -20,8 +20,8 @@ from fdfo_engine.models.fused.blocks import (
     normed,
     run_block,
 )
+from fdfo_engine.models.fused.joint_attention import JointAttention, Settings
 from fdfo_engine.models.fused.modulation import Modulation, Modulations, Rows, modulations, rows_of
-from fdfo_engine.models.fused.streams import JointAttention, Settings
 from fdfo_engine.ops import gated_residual_norms
 
 
@@ -81,8 +81,6 @@ class FusedJointBlock:
 
 class FusedSD3:
     """The forward of an `SD3Transformer2DModel` whose blocks are fused."""
-
-    masks_text = False
 
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model = model
