@@ -3,25 +3,25 @@
 namespace fdfo::cpu::FDFO_ISA {
 
 template <class T>
-FDFO_INLINE void forward(const GatedResidual& a, T* out, int threads) {
+FDFO_INLINE void forward(const GatedResidual& a, int threads) {
   token_blocks(a.shape, 1, threads, [&](int64_t sample, int64_t, int64_t token, int64_t) {
     const T *x = a.x.row<T>(sample, token), *y = a.y.row<T>(sample, token), *gate = a.gate.row<T>(sample);
-    T* to = out + (sample * a.shape.tokens + token) * a.shape.size;
+    T* to = static_cast<T*>(a.out) + (sample * a.shape.tokens + token) * a.shape.size;
     each(a.shape.size, [&]<class V>(int64_t i, int) {
       store(to + i, load<V>(x + i) + load<V>(gate + i) * load<V>(y + i));
     });
   });
 }
 
-// The gradient of x is the upstream one.
 template <class T>
-FDFO_INLINE void backward(const GatedResidual& a, T* dy, T* d_gate, float* partial, int threads) {
+FDFO_INLINE void backward(const GatedResidualBackward& a, float* partial, int threads) {
+  T *dy = static_cast<T*>(a.dy), *d_gate = static_cast<T*>(a.d_gate);
   const int64_t size = a.shape.size, per_sample = blocks(a.shape.tokens, kTokenBlock);
   token_blocks(a.shape, kTokenBlock, threads, [&](int64_t sample, int64_t block, int64_t first, int64_t last) {
     float* sum = partial + (sample * per_sample + block) * size;
     if (d_gate != nullptr) memset(sum, 0, size * sizeof *sum);
     for (int64_t token = first; token < last; ++token) {
-      const T *upstream = a.x.row<T>(sample, token), *gate = a.gate.row<T>(sample);
+      const T *upstream = a.upstream.row<T>(sample, token), *gate = a.gate.row<T>(sample);
       if (dy != nullptr) {
         T* to = dy + (sample * a.shape.tokens + token) * size;
         each(size, [&]<class V>(int64_t i, int) { store(to + i, load<V>(gate + i) * load<V>(upstream + i)); });
@@ -38,14 +38,12 @@ FDFO_INLINE void backward(const GatedResidual& a, T* dy, T* d_gate, float* parti
   add_partials<T>(a.shape, partial, 1, threads, [&](int64_t, int64_t sample) { return d_gate + sample * size; });
 }
 
-void gated_residual_forward(const GatedResidual& a, void* out, int threads) {
-  with_type(a.shape.number, [&]<class T>() { forward(a, static_cast<T*>(out), threads); });
+void gated_residual_forward(const GatedResidual& a, int threads) {
+  with_type(a.shape.number, [&]<class T>() { forward<T>(a, threads); });
 }
 
-void gated_residual_backward(const GatedResidual& a, void* dy, void* d_gate, float* partial, int threads) {
-  with_type(a.shape.number, [&]<class T>() {
-    backward(a, static_cast<T*>(dy), static_cast<T*>(d_gate), partial, threads);
-  });
+void gated_residual_backward(const GatedResidualBackward& a, float* partial, int threads) {
+  with_type(a.shape.number, [&]<class T>() { backward<T>(a, partial, threads); });
 }
 
 }  // namespace fdfo::cpu::FDFO_ISA

@@ -31,38 +31,40 @@ FDFO_INLINE Statistics statistics(const T* x, int64_t size, float sum, float eps
   return {mean, 1 / __builtin_sqrtf(squares.total() / static_cast<float>(size) + eps)};
 }
 
-// 1 + scale and shift of each modulation as floats, [samples, 4, size]: made once, not at every token.
+// 1 + scale of each modulation, and its shift if it is there, as floats, [samples, kModulationRows, size]: made once,
+// not at every token.
 template <class T>
-FDFO_INLINE void widen(const LayerNormModulate& a, float* wide, int threads) {
-  const int64_t size = a.shape.size, tasks = kModulationRows * a.shape.samples;
+FDFO_INLINE void widen(const TokenShape& shape, const SampleRows* scale, const SampleRows* shift, float* wide,
+                       int threads) {
+  const int64_t size = shape.size, tasks = kModulationRows * shape.samples;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t sample = task / kModulationRows, m = task % kModulationRows / 2;
     const bool is_scale = task % 2 == 0;
-    const SampleRows& rows = is_scale ? a.scale[m] : a.shift[m];
-    if (rows.data == nullptr) continue;
-    const T* from = rows.row<T>(sample);
+    const SampleRows* rows = is_scale ? scale : shift;
+    if (rows == nullptr || rows[m].data == nullptr) continue;
+    const T* from = rows[m].row<T>(sample);
     const float offset = is_scale ? 1.0f : 0.0f;
     each(size, [&]<class V>(int64_t i, int) { store(wide + task * size + i, offset + load<V>(from + i)); });
   }
 }
 
 template <class T>
-FDFO_INLINE void forward(const LayerNormModulate& a, const NormOutputs& o, float* wide, int threads) {
+FDFO_INLINE void forward(const LayerNormModulate& a, float* wide, int threads) {
   const int64_t size = a.shape.size;
-  widen<T>(a, wide, threads);
+  widen<T>(a.shape, a.scale, a.shift, wide, threads);
   token_blocks(a.shape, 1, threads, [&](int64_t sample, int64_t, int64_t token, int64_t) {
     const int64_t row = sample * a.shape.tokens + token;
     Sum sum;
-    const T* x = joined(a, static_cast<T*>(o.x_new) + row * size, sample, token, sum);
+    const T* x = joined(a, static_cast<T*>(a.x_new) + row * size, sample, token, sum);
     const auto [mean, rstd] = statistics(x, size, sum.total(), a.eps);
     if (a.statistics != nullptr) {
       a.statistics[2 * row] = mean;
       a.statistics[2 * row + 1] = rstd;
     }
-    for (int m = 0; m < 2 && a.scale[m].data != nullptr; ++m) {
+    for (int m = 0; m < kModulations && a.scale[m].data != nullptr; ++m) {
       const float *factor = wide + (kModulationRows * sample + 2 * m) * size, *shift = factor + size;
-      T* to = static_cast<T*>(o.out[m]) + row * size;
+      T* to = static_cast<T*>(a.out[m]) + row * size;
       each(size, [&, mean = mean, rstd = rstd]<class V>(int64_t i, int) {
         store(to + i, (load<V>(x + i) - mean) * rstd * load<V>(factor + i) + load<V>(shift + i));
       });
@@ -125,48 +127,47 @@ FDFO_INLINE const T* row_or_null(const SampleRows& t, int64_t sample) {
 }
 
 template <class T, bool kSecond>
-FDFO_INLINE void backward(const LayerNormModulate& a, const NormGradients& g, const NormScratch& scratch, int threads) {
+FDFO_INLINE void backward(const LayerNormModulateBackward& a, float* wide, float* partial, int threads) {
   const int64_t size = a.shape.size;
-  const int kinds = gradient_kinds(a, g), modulations = kinds - (g.d_gate != nullptr);
+  const int kinds = a.kinds(), modulations = kinds - (a.d_gate != nullptr);
   const int64_t length = kinds == 0 ? 1 : kTokenBlock, per_sample = blocks(a.shape.tokens, length);
-  widen<T>(a, scratch.wide, threads);
+  widen<T>(a.shape, a.scale, nullptr, wide, threads);
   token_blocks(a.shape, length, threads, [&](int64_t sample, int64_t block, int64_t first, int64_t last) {
-    const float* factor = scratch.wide + kModulationRows * sample * size;
-    float* sums = scratch.partial + (sample * per_sample + block) * kinds * size;
+    const float* factor = wide + kModulationRows * sample * size;
+    float* sums = partial + (sample * per_sample + block) * kinds * size;
     memset(sums, 0, kinds * size * sizeof *sums);
     for (int64_t token = first; token < last; ++token) {
       const int64_t row = sample * a.shape.tokens + token;
       const Row<T> r{
-          a.x.row<T>(sample, token),
+          a.normed_from.row<T>(sample, token),
           row_or_null<T>(a.y, sample, token),
           row_or_null<T>(a.gate, sample),
-          {g.upstream[0].row<T>(sample, token), row_or_null<T>(g.upstream[1], sample, token)},
-          row_or_null<T>(g.upstream_x, sample, token),
+          {a.upstream[0].row<T>(sample, token), row_or_null<T>(a.upstream[1], sample, token)},
+          row_or_null<T>(a.upstream_x, sample, token),
           {factor, factor + 2 * size},
           {a.statistics[2 * row], a.statistics[2 * row + 1]},
-          static_cast<T*>(g.dx) + row * size,
-          static_cast<T*>(g.dy) + row * size,
+          static_cast<T*>(a.dx) + row * size,
+          static_cast<T*>(a.dy) + row * size,
           modulations == 0 ? nullptr : sums,
-          g.d_gate == nullptr ? nullptr : sums + modulations * size,
+          a.d_gate == nullptr ? nullptr : sums + modulations * size,
       };
       backward_row<T, kSecond>(r, size);
     }
   });
-  add_partials<T>(a.shape, scratch.partial, kinds, threads, [&](int64_t kind, int64_t sample) {
-    if (kind == modulations) return static_cast<T*>(g.d_gate) + sample * size;
-    return static_cast<T*>(g.d_modulation) + (kind * a.shape.samples + sample) * size;
+  add_partials<T>(a.shape, partial, kinds, threads, [&](int64_t kind, int64_t sample) {
+    if (kind == modulations) return static_cast<T*>(a.d_gate) + sample * size;
+    return static_cast<T*>(a.d_modulation) + (kind * a.shape.samples + sample) * size;
   });
 }
 
-void layer_norm_modulate_forward(const LayerNormModulate& a, const NormOutputs& o, float* wide, int threads) {
-  with_type(a.shape.number, [&]<class T>() { forward<T>(a, o, wide, threads); });
+void layer_norm_modulate_forward(const LayerNormModulate& a, float* wide, int threads) {
+  with_type(a.shape.number, [&]<class T>() { forward<T>(a, wide, threads); });
 }
 
-void layer_norm_modulate_backward(const LayerNormModulate& a, const NormGradients& g, const NormScratch& scratch,
-                                  int threads) {
+void layer_norm_modulate_backward(const LayerNormModulateBackward& a, float* wide, float* partial, int threads) {
   with_type(a.shape.number, [&]<class T>() {
-    if (a.scale[1].data == nullptr) return backward<T, false>(a, g, scratch, threads);
-    backward<T, true>(a, g, scratch, threads);
+    if (a.scale[1].data == nullptr) return backward<T, false>(a, wide, partial, threads);
+    backward<T, true>(a, wide, partial, threads);
   });
 }
 

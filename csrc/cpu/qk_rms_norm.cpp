@@ -249,7 +249,12 @@ FDFO_INLINE Token token_of(const QkRmsNorm& a, const HeadRows& rows) {
   return t;
 }
 
-// Calls `run(from, packed, index, token)` for each token of a task, `index` counting those of the stream over batches.
+template <class T, class Void>
+FDFO_INLINE T* packed_token(const PackedRows<Void>& packed, int64_t batch, int64_t token) {
+  return static_cast<T*>(packed.data) + batch * packed.batch_stride + token * packed.token_stride;
+}
+
+// Calls `run(from, batch, token, t)` for each token of a task: of a block of tokens, counted over batches.
 template <class T, class Run>
 FDFO_INLINE void each_token(const QkRmsNorm& a, const HeadRows& rows, int64_t task, const Run& run) {
   Token t = token_of<T>(a, rows);
@@ -260,14 +265,14 @@ FDFO_INLINE void each_token(const QkRmsNorm& a, const HeadRows& rows, int64_t ta
       load_row(t.cos, a.cos + (rows.first + token) * a.size, t.size);
       load_row(t.sin, a.sin + (rows.first + token) * a.size, t.size);
     }
-    run(static_cast<const T*>(rows.x) + batch * rows.x_batch + token * rows.x_token,
-        static_cast<T*>(rows.packed) + batch * rows.packed_batch + token * rows.packed_token, index, t);
+    run(static_cast<const T*>(rows.x) + batch * rows.x_batch + token * rows.x_token, batch, token, t);
   }
 }
 
 template <class T, int kSize>
-FDFO_INLINE void forward_task(const QkRmsNorm& a, const HeadRows& rows, int64_t task) {
-  each_token<T>(a, rows, task, [&](const T* from, T* to, int64_t, const Token& t) {
+FDFO_INLINE void forward_task(const QkRmsNorm& a, const HeadRowsForward& r, int64_t task) {
+  each_token<T>(a, r.rows, task, [&](const T* from, int64_t batch, int64_t token, const Token& t) {
+    T* to = packed_token<T>(r.out, batch, token);
     if (!t.normed && !t.rotary) {
       memcpy(to, from, sizeof(T) * static_cast<size_t>(a.heads * a.size));
       return;
@@ -275,7 +280,7 @@ FDFO_INLINE void forward_task(const QkRmsNorm& a, const HeadRows& rows, int64_t 
     with_known<kSize>(t, [&](const auto& known) {
       for (int64_t head = 0; head < a.heads; head += kHeads) {
         const int heads = static_cast<int>(a.heads - head < kHeads ? a.heads - head : kHeads);
-        forward_heads(known, from + head * a.size, to + head * rows.packed_head, rows.packed_head, heads);
+        forward_heads(known, from + head * a.size, to + head * r.out.head_stride, r.out.head_stride, heads);
       }
     });
   });
@@ -283,9 +288,9 @@ FDFO_INLINE void forward_task(const QkRmsNorm& a, const HeadRows& rows, int64_t 
 
 // Where there is no norm: the gradients of one token's heads, turned back.
 template <class T>
-FDFO_INLINE void backward_rotary(const QkRmsNorm& a, const HeadRows& rows, const Token& t, const T* grad, T* to) {
+FDFO_INLINE void backward_rotary(const QkRmsNorm& a, const Token& t, const T* grad, int64_t head_stride, T* to) {
   const Known<0, false> known{t};
-  for (int64_t head = 0; head < a.heads; ++head, to += a.size, grad += rows.packed_head) {
+  for (int64_t head = 0; head < a.heads; ++head, to += a.size, grad += head_stride) {
     if (!t.rotary) memcpy(to, grad, sizeof(T) * static_cast<size_t>(a.size));
     for (int c = 0; t.rotary && c < known.chunks(); ++c) {
       store<true>(to + c * kChunk, before_rotary(known, grad, c), known.count(c));
@@ -303,16 +308,18 @@ FDFO_INLINE void add_in_double(double* __restrict to, const Chunk* sums, int siz
 }
 
 template <class T, int kSize>
-FDFO_INLINE void backward_task(const QkRmsNorm& a, const HeadRows& rows, int64_t task, double* partial) {
+FDFO_INLINE void backward_task(const QkRmsNorm& a, const HeadRowsBackward& r, int64_t task, double* partial) {
   double weight_grad[kMaxHeadSize] = {};
-  each_token<T>(a, rows, task, [&](const T* from, const T* grad, int64_t index, const Token& t) {
-    T* to = static_cast<T*>(rows.grad) + index * a.heads * a.size;
-    if (!t.normed) return backward_rotary(a, rows, t, grad, to);
+  const int64_t head_stride = r.upstream.head_stride;
+  each_token<T>(a, r.rows, task, [&](const T* from, int64_t batch, int64_t token, const Token& t) {
+    const T* grad = packed_token<const T>(r.upstream, batch, token);
+    T* to = static_cast<T*>(r.dx) + (batch * r.rows.tokens + token) * a.heads * a.size;
+    if (!t.normed) return backward_rotary(a, t, grad, head_stride, to);
     Chunk sums[kMaxChunks] = {};
     with_known<kSize>(t, [&](const auto& known) {
       for (int64_t head = 0; head < a.heads; head += kHeads) {
         const int heads = static_cast<int>(a.heads - head < kHeads ? a.heads - head : kHeads);
-        backward_heads(known, from + head * a.size, grad + head * rows.packed_head, rows.packed_head,
+        backward_heads(known, from + head * a.size, grad + head * head_stride, head_stride,
                        to + head * a.size, heads, partial != nullptr ? sums : nullptr);
       }
     });
@@ -336,11 +343,11 @@ FDFO_INLINE void with_type_and_size(const QkRmsNorm& a, const HeadRows& rows, co
   });
 }
 
-void qk_rms_norm_forward(const QkRmsNorm& a, const HeadRows* rows, int count, int threads) {
+void qk_rms_norm_forward(const QkRmsNorm& a, const HeadRowsForward* rows, int count, int threads) {
   for (int i = 0; i < count; ++i) {
-    with_type_and_size(a, rows[i], [&]<class T, int kSize>() {
+    with_type_and_size(a, rows[i].rows, [&]<class T, int kSize>() {
 #pragma omp parallel for schedule(static) num_threads(threads)
-      for (int64_t task = 0; task < blocks(a.batch * rows[i].tokens, kHeadTokenBlock); ++task) {
+      for (int64_t task = 0; task < blocks(a.batch * rows[i].rows.tokens, kHeadTokenBlock); ++task) {
         forward_task<T, kSize>(a, rows[i], task);
       }
     });
@@ -356,10 +363,10 @@ FDFO_INLINE void add_partials(void* to, const double* partial, int64_t count, in
   }
 }
 
-void qk_rms_norm_backward(const QkRmsNorm& a, const HeadRows* rows, int count, double* partial, int threads) {
+void qk_rms_norm_backward(const QkRmsNorm& a, const HeadRowsBackward* rows, int count, double* partial, int threads) {
   for (int i = 0; i < count; ++i) {
-    with_type_and_size(a, rows[i], [&]<class T, int kSize>() {
-      const int64_t tasks = blocks(a.batch * rows[i].tokens, kHeadTokenBlock);
+    with_type_and_size(a, rows[i].rows, [&]<class T, int kSize>() {
+      const int64_t tasks = blocks(a.batch * rows[i].rows.tokens, kHeadTokenBlock);
       double* sums = rows[i].weight_grad != nullptr ? partial : nullptr;
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t task = 0; task < tasks; ++task) backward_task<T, kSize>(a, rows[i], task, sums);

@@ -62,9 +62,9 @@ def call(name: str, device: torch.device, arguments: Any, *more: Any) -> Any:
         return getattr(module.cuda, name)(arguments, *more, torch.cuda.current_stream(device).cuda_stream)
 
 
-def arguments(name: str, *values: Any) -> Any:
+def arguments(name: str, **fields: Any) -> Any:
     """The struct `name` of csrc/include/fdfo/arguments.h; it holds addresses, so the tensors must outlive it."""
-    return getattr(extension(), name)(*values)
+    return getattr(extension(), name)(**fields)
 
 
 def inner_contiguous(tensor: T, lead: int) -> T:

@@ -52,7 +52,8 @@ def forward(h: Tensor, bias: Tensor | None, backend: str, *, inplace: bool) -> T
     if h.numel() == 0:
         return out
     if backend == "cpp":
-        _compiled.call("gelu_forward", h.device, _arguments(h, bias, None, out, None))
+        arguments = _compiled.arguments("Gelu", input=_input(h, bias), out=out.data_ptr())
+        _compiled.call("gelu_forward", h.device, arguments)
     elif backend == "triton":
         from fdfo_engine.kernels.gelu import gelu_forward_kernel  # triton: only where it runs
 
@@ -72,7 +73,11 @@ def backward(
     if h.numel() == 0:
         return out, value
     if backend == "cpp":
-        _compiled.call("gelu_backward", h.device, _arguments(h, bias, grad, out, value))
+        arguments = _compiled.arguments(
+            "GeluBackward", input=_input(h, bias), upstream=grad.data_ptr(), dh=out.data_ptr(),
+            activation=_compiled.address(value),
+        )  # fmt: skip
+        _compiled.call("gelu_backward", h.device, arguments)
     elif backend == "triton":
         from fdfo_engine.kernels.gelu import gelu_backward_kernel  # triton: only where it runs
 
@@ -84,6 +89,9 @@ def backward(
     return out, value
 
 
-def _arguments(h: Tensor, bias: Tensor | None, grad: Tensor | None, out: Tensor, activation: Tensor | None) -> Any:
-    addresses = (0 if t is None else t.data_ptr() for t in (h, bias, grad, out, activation))
-    return _compiled.arguments("Gelu", *addresses, _compiled.NUMBERS[h.dtype], *h.shape)
+def _input(h: Tensor, bias: Tensor | None) -> Any:
+    rows, size = h.shape
+    return _compiled.arguments(
+        "GeluInput", h=h.data_ptr(), bias=_compiled.address(bias), number=_compiled.NUMBERS[h.dtype], rows=rows,
+        size=size,
+    )  # fmt: skip

@@ -202,13 +202,12 @@ def _forward_cpp(work: Sequence[_Forward], eps: float) -> None:
     address, row = _compiled.address, _compiled.row_strided
     for s, statistics, out in work:
         arguments = _compiled.arguments(
-            "LayerNormModulate", _compiled.strided(s.x), _compiled.strided(s.y), row(s.gate), row(s.scale),
-            row(s.shift), row(s.scale2), row(s.shift2), address(statistics), eps, s.x.shape,
-            _compiled.NUMBERS[s.x.dtype],
+            "LayerNormModulate", x=_compiled.strided(s.x), y=_compiled.strided(s.y), gate=row(s.gate),
+            scale=row(s.scale), shift=row(s.shift), scale2=row(s.scale2), shift2=row(s.shift2), eps=eps,
+            x_new=0 if s.gate is None else address(out.x_new), out=address(out.normed), out2=address(out.normed2),
+            statistics=address(statistics), shape=s.x.shape, number=_compiled.NUMBERS[s.x.dtype],
         )  # fmt: skip
-        x_new = 0 if s.gate is None else address(out.x_new)
-        outputs = x_new, address(out.normed), address(out.normed2)
-        _compiled.call("layer_norm_modulate_forward", s.x.device, arguments, *outputs)
+        _compiled.call("layer_norm_modulate_forward", s.x.device, arguments)
 
 
 def _backward_cpp(work: Sequence[_Backward]) -> list[Tensor]:
@@ -217,15 +216,13 @@ def _backward_cpp(work: Sequence[_Backward]) -> list[Tensor]:
     for w in work:
         kept, sums = w.kept, _empty_sums(w)
         arguments = _compiled.arguments(
-            "LayerNormModulate", strided(kept.normed_from), strided(kept.y), row(kept.gate), row(kept.scale), (0, 0),
-            row(kept.scale2), (0, 0), address(kept.statistics), 0.0, w.dx.shape, _compiled.NUMBERS[w.dx.dtype],
+            "LayerNormModulateBackward", normed_from=strided(kept.normed_from), statistics=address(kept.statistics),
+            y=strided(kept.y), gate=row(kept.gate), scale=row(kept.scale), scale2=row(kept.scale2),
+            upstream=strided(w.upstream), upstream2=strided(w.upstream2), upstream_x=strided(w.upstream_x),
+            dx=address(w.dx), dy=address(w.dy), d_modulation=address(sums) if w.sum_modulations else 0,
+            d_gate=address(sums[-1]) if w.sum_gate else 0, shape=w.dx.shape, number=_compiled.NUMBERS[w.dx.dtype],
         )  # fmt: skip
-        d_modulation = address(sums) if w.sum_modulations else 0
-        d_gate = address(sums[-1]) if w.sum_gate else 0
-        _compiled.call(
-            "layer_norm_modulate_backward", w.dx.device, arguments, strided(w.upstream), strided(w.upstream2),
-            strided(w.upstream_x), address(w.dx), address(w.dy), d_modulation, d_gate,
-        )  # fmt: skip
+        _compiled.call("layer_norm_modulate_backward", w.dx.device, arguments)
         found.append(sums)
     return found
 

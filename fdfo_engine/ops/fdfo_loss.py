@@ -178,11 +178,11 @@ class _FdfoLoss(torch.autograd.Function):
 
 
 def _arguments(batch: Batch) -> Any:
-    numbers = _compiled.NUMBERS[batch.v.dtype], _compiled.NUMBERS[batch.v_old.dtype]
     v_row, v_old_row, u_row = batch.strides
     return _compiled.arguments(
-        "FdfoLoss", batch.v.data_ptr(), batch.v_old.data_ptr(), *numbers, v_row, v_old_row, batch.u.data_ptr(), u_row,
-        batch.pair.data_ptr(), batch.branch.data_ptr(), len(batch.v), batch.size,
+        "FdfoLoss", v=batch.v.data_ptr(), v_old=batch.v_old.data_ptr(), number=_compiled.NUMBERS[batch.v.dtype],
+        number_old=_compiled.NUMBERS[batch.v_old.dtype], v_stride=v_row, v_old_stride=v_old_row, u=batch.u.data_ptr(),
+        u_stride=u_row, pair=batch.pair.data_ptr(), branch=batch.branch.data_ptr(), rows=len(batch.v), size=batch.size,
     )  # fmt: skip
 
 

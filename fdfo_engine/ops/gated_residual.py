@@ -88,22 +88,23 @@ def _forward(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
     return out
 
 
-def _arguments(x: Tensor, y: Tensor | None, gate: Tensor | None) -> Any:
-    return _compiled.arguments(
-        "GatedResidual", _compiled.strided(x), _compiled.strided(y), _compiled.row_strided(gate), x.shape,
-        _compiled.NUMBERS[x.dtype],
-    )  # fmt: skip
-
-
 def _forward_cpp(x: Tensor, y: Tensor, gate: Tensor, out: Tensor) -> None:
-    _compiled.call("gated_residual_forward", x.device, _arguments(x, y, gate), out.data_ptr())
+    arguments = _compiled.arguments(
+        "GatedResidual", x=_compiled.strided(x), y=_compiled.strided(y), gate=_compiled.row_strided(gate),
+        out=out.data_ptr(), shape=x.shape, number=_compiled.NUMBERS[x.dtype],
+    )  # fmt: skip
+    _compiled.call("gated_residual_forward", x.device, arguments)
 
 
 def _backward_cpp(upstream: Tensor, y: Tensor | None, gate: Tensor | None, dy: Tensor | None) -> Tensor | None:
     B, _, D = upstream.shape
     d_gate = None if y is None else torch.empty(B, D, dtype=upstream.dtype, device=upstream.device)
-    addresses = (0 if out is None else out.data_ptr() for out in (dy, d_gate))
-    _compiled.call("gated_residual_backward", upstream.device, _arguments(upstream, y, gate), *addresses)
+    arguments = _compiled.arguments(
+        "GatedResidualBackward", upstream=_compiled.strided(upstream), y=_compiled.strided(y),
+        gate=_compiled.row_strided(gate), dy=_compiled.address(dy), d_gate=_compiled.address(d_gate),
+        shape=upstream.shape, number=_compiled.NUMBERS[upstream.dtype],
+    )  # fmt: skip
+    _compiled.call("gated_residual_backward", upstream.device, arguments)
     return d_gate
 
 

@@ -50,10 +50,10 @@ def pair_direction_reference(x: Tensor, out: Tensor) -> None:
 
 
 def _pair_direction_compiled(x: Tensor, out: Tensor) -> None:
-    size = _compiled.latent_size(x, 2)
     arguments = _compiled.arguments(
-        "PairDirection", _compiled.strided(x), out.data_ptr(), out.stride(0), len(x), size, FLOOR
-    )
+        "PairDirection", x=_compiled.strided(x), out=out.data_ptr(), out_stride=out.stride(0), pairs=len(x),
+        size=_compiled.latent_size(x, 2), floor=FLOOR,
+    )  # fmt: skip
     _compiled.call("pair_direction", x.device, arguments)
 
 

@@ -68,9 +68,10 @@ def _paired_noise_compiled(
     x = torch.empty(len(pair_P), 2, *shape, dtype=torch.float32, device=device)
     if x.numel():
         pair_P, coefficients = _checks.moved(pair_P, device), _checks.moved(coefficients, device)
-        addresses = x.data_ptr(), pair_P.data_ptr(), coefficients.data_ptr()
-        size = _compiled.latent_size(x, 2)
-        arguments = _compiled.arguments("PairedNoise", *addresses, len(pair_P), size, key_of(seed))
+        arguments = _compiled.arguments(
+            "PairedNoise", out=x.data_ptr(), pair=pair_P.data_ptr(), coefficients=coefficients.data_ptr(),
+            pairs=len(pair_P), size=_compiled.latent_size(x, 2), seed=key_of(seed),
+        )  # fmt: skip
         _compiled.call("paired_noise", device, arguments)
     return x
 

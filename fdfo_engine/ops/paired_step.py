@@ -144,15 +144,13 @@ def _by_kernel(launch: Callable[[_Move], None]) -> Callable[[_Move], None]:
     return run
 
 
-_TENSORS = ("x", "v", "v_uncond", "v_out", "out")
-
-
 @_by_kernel
 def _paired_step_compiled(m: _Move) -> None:
     arguments = _compiled.arguments(
-        "PairedStep", *(_compiled.strided(getattr(m, name)) for name in _TENSORS), _compiled.NUMBERS[m.v.dtype],
-        m.pair_ids.data_ptr(), m.coefficients.data_ptr(), m.scale, len(m.x), _compiled.latent_size(m.x, 2), m.step,
-        key_of(m.seed),
+        "PairedStep", x=_compiled.strided(m.x), v=_compiled.strided(m.v), v_uncond=_compiled.strided(m.v_uncond),
+        v_out=_compiled.strided(m.v_out), out=_compiled.strided(m.out), number=_compiled.NUMBERS[m.v.dtype],
+        pair=m.pair_ids.data_ptr(), coefficients=m.coefficients.data_ptr(), guidance_scale=m.scale, pairs=len(m.x),
+        size=_compiled.latent_size(m.x, 2), step=m.step, seed=key_of(m.seed),
     )  # fmt: skip
     _compiled.call("paired_step", m.x.device, arguments)
 

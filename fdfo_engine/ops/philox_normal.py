@@ -97,8 +97,12 @@ def philox_normal_reference(count: int, key: tuple[int, int], pair_P: Tensor, st
 def _philox_normal_compiled(count: int, key: tuple[int, int], pair_P: Tensor, stream_P: Tensor) -> Tensor:
     out = torch.empty(len(pair_P), count, dtype=torch.float32, device=pair_P.device)
     if out.numel():
-        addresses = out.data_ptr(), pair_P.data_ptr(), stream_P.data_ptr()
-        _compiled.call("philox_normal", out.device, _compiled.arguments("PhiloxNormal", *addresses, *out.shape, key))
+        rows, size = out.shape
+        arguments = _compiled.arguments(
+            "PhiloxNormal", out=out.data_ptr(), pair=pair_P.data_ptr(), stream=stream_P.data_ptr(), rows=rows,
+            size=size, seed=key,
+        )  # fmt: skip
+        _compiled.call("philox_normal", out.device, arguments)
     return out
 
 

@@ -226,59 +226,60 @@ def _arguments(settings: _Settings, streams: Sequence[QKV]) -> Any:
     q = streams[0].q
     weight_dtype = next((w.dtype for w in _norm_weights(streams) if w is not None), q.dtype)
     return _compiled.arguments(
-        "QkRmsNorm", _compiled.NUMBERS[q.dtype], _compiled.NUMBERS[weight_dtype], _compiled.address(settings.cos),
-        _compiled.address(settings.sin), q.shape[0], q.shape[2] // settings.head_size, settings.head_size, settings.eps,
+        "QkRmsNorm", number=_compiled.NUMBERS[q.dtype], weight_number=_compiled.NUMBERS[weight_dtype],
+        cos=_compiled.address(settings.cos), sin=_compiled.address(settings.sin), batch=q.shape[0],
+        heads=q.shape[2] // settings.head_size, size=settings.head_size, eps=settings.eps,
     )  # fmt: skip
 
 
-class _Part(NamedTuple):
-    """q, k or v of a stream; where it lies in the `packed` output, or in that one's gradient, from token `first` on.
+def _rows(x: Tensor, weight: Tensor | None, rotary: bool, first: int) -> Any:
+    """q, k or v of a stream whose tokens are packed from `first` on."""
+    return _compiled.arguments(
+        "HeadRows", x=_compiled.strided(x), weight=_compiled.address(weight), rotary=rotary, tokens=x.shape[1],
+        first=first,
+    )  # fmt: skip
 
-    In a backward, v is not there and q stands for it: only its shape is read.
-    """
 
-    x: Tensor
-    packed: Tensor
-    first: int
-    weight: Tensor | None = None
-    rotary: bool = False
-    dx: Tensor | None = None
-    d_weight: Tensor | None = None
-
-    def arguments(self) -> Any:
-        """As the extension takes it."""
-        batch, token, head, _ = self.packed.stride()
-        start = self.packed.data_ptr() + self.first * token * self.packed.element_size()
-        return _compiled.arguments(
-            "HeadRows", _compiled.strided(self.x), (start, batch, token, head), _compiled.address(self.weight),
-            self.rotary, self.x.shape[1], self.first, _compiled.address(self.dx), _compiled.address(self.d_weight),
-        )  # fmt: skip
+def _from_token(packed: Tensor, first: int) -> tuple[int, int, int, int]:
+    """Address of a packed tensor's token `first`, and strides of batch, token and head."""
+    batch, token, head, _ = packed.stride()
+    return packed.data_ptr() + first * token * packed.element_size(), batch, token, head
 
 
 def _forward_cpp(settings: _Settings, streams: Sequence[QKV], packed: _Packed, _roots: Tensor | None) -> None:
-    parts, first, rotary = list[_Part](), 0, settings.cos is not None
+    parts, first, rotary = [], 0, settings.cos is not None
+
+    def add(rows: Any, out: Tensor) -> None:
+        parts.append(_compiled.arguments("HeadRowsForward", rows=rows, out=_from_token(out, first)))
+
     for s in streams:
-        parts.append(_Part(s.q, packed.q, first, s.q_weight, rotary))
-        parts.append(_Part(s.k, packed.k, first, s.k_weight, rotary))
+        add(_rows(s.q, s.q_weight, rotary, first), packed.q)
+        add(_rows(s.k, s.k_weight, rotary, first), packed.k)
         if s.v is not None and packed.v is not None:
-            parts.append(_Part(s.v, packed.v, first))
+            add(_rows(s.v, None, False, first), packed.v)
         first += s.q.shape[1]
-    rows = [part.arguments() for part in parts]
-    _compiled.call("qk_rms_norm_forward", packed.q.device, _arguments(settings, streams), rows)
+    _compiled.call("qk_rms_norm_forward", packed.q.device, _arguments(settings, streams), parts)
 
 
 def _backward_cpp(
     settings: _Settings, streams: Sequence[QKV], upstream: _Packed, gradients: Sequence[QKV], _roots: Tensor | None
 ) -> None:
-    parts, first, rotary = list[_Part](), 0, settings.cos is not None
+    parts, first, rotary = [], 0, settings.cos is not None
+
+    def add(rows: Any, grad: Tensor, dx: Tensor | None, weight_grad: Tensor | None) -> None:
+        part = _compiled.arguments(
+            "HeadRowsBackward", rows=rows, upstream=_from_token(grad, first), dx=_compiled.address(dx),
+            weight_grad=_compiled.address(weight_grad),
+        )  # fmt: skip
+        parts.append(part)
+
     for s, to in zip(streams, gradients, strict=True):
-        parts.append(_Part(s.q, upstream.q, first, s.q_weight, rotary, to.q, to.q_weight))
-        parts.append(_Part(s.k, upstream.k, first, s.k_weight, rotary, to.k, to.k_weight))
-        if upstream.v is not None:
-            parts.append(_Part(s.q, upstream.v, first, dx=to.v))
+        add(_rows(s.q, s.q_weight, rotary, first), upstream.q, to.q, to.q_weight)
+        add(_rows(s.k, s.k_weight, rotary, first), upstream.k, to.k, to.k_weight)
+        if upstream.v is not None:  # v itself is not read: q stands for it
+            add(_rows(s.q, None, False, first), upstream.v, to.v, None)
         first += s.q.shape[1]
-    rows = [part.arguments() for part in parts]
-    _compiled.call("qk_rms_norm_backward", upstream.q.device, _arguments(settings, streams), rows)
+    _compiled.call("qk_rms_norm_backward", upstream.q.device, _arguments(settings, streams), parts)
 
 
 class _Launch(NamedTuple):

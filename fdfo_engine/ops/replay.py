@@ -85,6 +85,17 @@ class _Walk:
     coefficients: Tensor
     seed: int
 
+    def on(self, device: torch.device) -> _Walk:
+        """With its tensors on `device`."""
+        return _Walk(
+            index=_checks.moved(self.index, device),
+            branch=_checks.moved(self.branch, device),
+            pair=_checks.moved(self.pair, device),
+            last=_checks.moved(self.last, device),
+            coefficients=_checks.moved(self.coefficients, device),
+            seed=self.seed,
+        )
+
 
 def replay_reference(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tensor) -> Tensor:
     """The specification: item b is step `step_B[b]` of trajectory `row_B[b]`."""
@@ -105,12 +116,13 @@ def replay_reference(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Ten
 def _replay_compiled(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tensor) -> Tensor:
     v, (wanted, item_B, out) = _compiled.inner_contiguous(velocities, 3), _outputs(velocities, walk, row_B, step_B)
     if out.numel():
-        tables = [_checks.moved(t, v.device) for t in (walk.index, walk.branch, walk.pair, walk.last, wanted)]
-        tables.append(_checks.moved(walk.coefficients, v.device))
+        there, wanted = walk.on(v.device), _checks.moved(wanted, v.device)
         arguments = _compiled.arguments(
-            "Replay", _compiled.strided(v), v.stride(2), _compiled.NUMBERS[v.dtype], out.data_ptr(),
-            *(table.data_ptr() for table in tables), len(walk.index), v.shape[2], _compiled.latent_size(v, 3),
-            key_of(walk.seed),
+            "Replay", velocities=_compiled.strided(v), step_stride=v.stride(2), number=_compiled.NUMBERS[v.dtype],
+            out=out.data_ptr(), index=there.index.data_ptr(), branch=there.branch.data_ptr(),
+            pair=there.pair.data_ptr(), last=there.last.data_ptr(), wanted=wanted.data_ptr(),
+            coefficients=there.coefficients.data_ptr(), rows=len(walk.index), steps=v.shape[2],
+            size=_compiled.latent_size(v, 3), seed=key_of(walk.seed),
         )  # fmt: skip
         _compiled.call("replay", v.device, arguments)
     return out if item_B is None else out[_checks.moved(item_B, v.device)]
@@ -122,11 +134,11 @@ def _replay_triton(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tenso
     v, (wanted, item_B, out) = _compiled.inner_contiguous(velocities, 3), _outputs(velocities, walk, row_B, step_B)
     if out.numel():
         block, size = BLOCK if v.is_cuda else INTERPRETED_BLOCK, _compiled.latent_size(v, 3)
-        tables = [_checks.moved(t, v.device) for t in (walk.index, walk.branch, walk.pair, walk.last, wanted)]
+        there, wanted = walk.on(v.device), _checks.moved(wanted, v.device)
         with torch.cuda.device_of(v):  # triton launches on the current device, not on the tensor's
             replay_kernel[(len(walk.index) * -(-size // (4 * block)),)](
-                v, out, *tables, _checks.moved(walk.coefficients, v.device), size, v.shape[2], *v.stride()[:3],
-                *key_of(walk.seed), BLOCK=block, enable_fp_fusion=False,
+                v, out, there.index, there.branch, there.pair, there.last, wanted, there.coefficients, size, v.shape[2],
+                *v.stride()[:3], *key_of(walk.seed), BLOCK=block, enable_fp_fusion=False,
             )  # fmt: skip
     return out if item_B is None else out[_checks.moved(item_B, v.device)]
 

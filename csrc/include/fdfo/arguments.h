@@ -93,25 +93,50 @@ struct QkRmsNorm {
   float eps;
 };
 
-// q, k or v of one stream and its place in the tensor that packs the streams along the tokens.
+// q, k or v of one stream.
 struct HeadRows {
-  const void* x;  // [batch, tokens, heads * size]
+  const void* x;  // [batch, tokens, heads * size]; a backward reads it where it is normed
   int64_t x_batch, x_token;
-  void* packed;  // from the stream's first token on: the output of the forward, its gradient in the backward
-  int64_t packed_batch, packed_token, packed_head;
   const void* weight;     // [size], or null: it is not normed
   bool rotary;
-  int64_t tokens, first;  // `first` of the packed tokens
-  void* grad;             // backward: of x, [batch, tokens, heads * size] without gaps
-  void* weight_grad;      // backward: [size], or null
+  int64_t tokens, first;  // `first` of its tokens among the packed ones
 };
 
-// Contiguous [rows, size] tensors of one number type; out may be h or grad itself.
-struct Gelu {
-  const void *h, *bias, *grad;  // bias [size] may be null; grad is the backward's alone
-  void *out, *activation;       // activation, the forward's value once more from a backward, may be null
-  Number number;
+// The part of a stream, from its first token on, in a tensor that packs the streams along the tokens.
+template <class T>
+struct PackedRows {
+  T* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+struct HeadRowsForward {
+  HeadRows rows;
+  PackedRows<void> out;
+};
+
+struct HeadRowsBackward {
+  HeadRows rows;
+  PackedRows<const void> upstream;
+  void* dx;           // [batch, tokens, heads * size] without gaps
+  void* weight_grad;  // [size], or null
+};
+
+// What GELU is taken of, h + bias: contiguous [rows, size].
+struct GeluInput {
+  const void *h, *bias;  // bias [size] may be null
+  Number number;         // of all tensors
   int64_t rows, size;
+};
+
+struct Gelu {
+  GeluInput in;
+  void* out;  // may be h itself
+};
+
+struct GeluBackward {
+  GeluInput in;
+  const void* upstream;
+  void *dh, *activation;  // dh may be `upstream` itself; activation, the forward's value once more, may be null
 };
 
 // [samples, tokens, size], a token's elements contiguous. `data` may be null.
@@ -142,32 +167,50 @@ struct TokenShape {
 };
 
 struct GatedResidual {
-  TokenRows x, y;  // in a backward x is the upstream gradient, and y.data is null where the gate takes no gradient
+  TokenRows x, y;
   SampleRows gate;
+  void* out;
   TokenShape shape;
 };
+
+// The gradient of x is the upstream one.
+struct GatedResidualBackward {
+  TokenRows upstream;
+  TokenRows y;        // null where the gate takes no gradient
+  SampleRows gate;    // null where y takes none
+  void *dy, *d_gate;  // [samples, tokens, size] and [samples, size]; null likewise
+  TokenShape shape;
+};
+
+constexpr int kModulations = 2;  // of one norm at most: SD3.5-Medium's blocks have two
 
 struct LayerNormModulate {
-  TokenRows x;      // in a backward what was normalised
-  TokenRows y;      // with a gate; in a backward null where the gate takes no gradient
+  TokenRows x;
+  TokenRows y;      // with a gate
   SampleRows gate;  // null: no residual is added before
-  SampleRows scale[2], shift[2];  // the second ones may be null; in a backward there is no shift
-  float* statistics;              // [samples, tokens, 2]: mean and 1 / sqrt(var + eps); may be null in a forward
+  SampleRows scale[kModulations], shift[kModulations];  // the second ones may be null
   float eps;
+  void* x_new;              // with a gate
+  void* out[kModulations];  // one a modulation
+  float* statistics;        // [samples, tokens, 2]: mean and 1 / sqrt(var + eps); may be null
   TokenShape shape;
 };
 
-struct NormOutputs {
-  void* x_new;   // with a gate
-  void* out[2];  // one a modulation
-};
+struct LayerNormModulateBackward {
+  TokenRows normed_from;             // what the forward has normalised: x_new, or x without a gate
+  const float* statistics;           // the forward's
+  TokenRows y;                       // with a gate that takes a gradient, else null
+  SampleRows gate;                   // null: no residual was added before
+  SampleRows scale[kModulations];    // the second one may be null
+  TokenRows upstream[kModulations];  // of each normalised output
+  TokenRows upstream_x;              // of x_new, or null
+  void *dx, *dy;                     // dy with a gate
+  void* d_modulation;                // [kinds, samples, size]: of scale and shift of each modulation, or null
+  void* d_gate;                      // [samples, size], or null
+  TokenShape shape;
 
-struct NormGradients {
-  TokenRows upstream[2];  // of each normalised output
-  TokenRows upstream_x;   // of x_new, or null
-  void *dx, *dy;          // dy with a gate
-  void* d_modulation;     // [kinds, samples, size]: of scale and shift of each modulation, or null
-  void* d_gate;           // [samples, size], or null
+  // Rows a sample whose gradient is a sum over tokens: of each scale and shift, and of the gate.
+  int kinds() const { return (d_modulation == nullptr ? 0 : scale[1].data == nullptr ? 2 : 4) + (d_gate != nullptr); }
 };
 
 }  // namespace fdfo
