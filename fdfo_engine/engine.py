@@ -105,9 +105,7 @@ class Engine:
         self.notes: dict[str, Any] = {}
         self._epoch_version = 0
         self.checkpoints = RunCheckpoints(config, self.base.record)
-        self.ema: dict[str, Tensor] | None = None
-        if config.update.ema is not None:
-            self.ema = self.trainer.weights()
+        self.ema = None if config.update.ema is None else self.trainer.weights()
         self.trainer.train(False)
 
     @property
@@ -282,7 +280,8 @@ class Engine:
 
     def trained_weights(self, weights: Weights = "auto") -> dict[str, Tensor]:
         """Float32 trained weights by parameter name, on the CPU."""
-        return self.ema if self._averages(weights) and self.ema is not None else self.trainer.weights()
+        average = self._average_for(weights)
+        return self.trainer.weights() if average is None else average
 
     def save(self) -> Path:
         """Commits a checkpoint under `run.dir`, with the settings beside it for `resume`; returns its folder.
@@ -369,8 +368,7 @@ class Engine:
         refuse_style(style, self.config.model)
         trained = self.trained_weights(weights)
         fresh = partial(load_model, self.config, self.device, self.base)  # at ZeRO-3 the live one holds only pieces
-        base = self.base.record
-        on_main(lambda: write_export(fresh(), self.config, base, self.epoch, Path(folder), trained, style))
+        on_main(lambda: write_export(fresh(), self.config, self.base.record, self.epoch, Path(folder), trained, style))
         return Path(folder)
 
     def _block(self, prompts: Sequence[str], number: int) -> SampledBlock:
@@ -385,19 +383,16 @@ class Engine:
             return "the weights are as they were"
         return f"after {steps} optimiser steps of epoch {self.epoch + 1}: Engine.load goes back to a checkpoint"
 
-    def _averages(self, weights: Weights) -> bool:
-        return takes_average(weights, keeps=self.ema is not None)
+    def _average_for(self, weights: Weights) -> dict[str, Tensor] | None:
+        return self.ema if takes_average(weights, keeps=self.ema is not None) else None
 
     def _gathered(self) -> AbstractContextManager[None]:
         keeps = gathers_rollout(self.config, self.trainer.weight_bytes, self.device)
         return self.trainer.whole_weights() if keeps else nullcontext()
 
     def _using(self, weights: Weights | Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        if isinstance(weights, Mapping):
-            return self.trainer.weights_swapped(dict(weights))
-        if self._averages(weights) and self.ema is not None:
-            return self.trainer.weights_swapped(self.ema)
-        return nullcontext()
+        instead = dict(weights) if isinstance(weights, Mapping) else self._average_for(weights)
+        return nullcontext() if instead is None else self.trainer.weights_swapped(instead)
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -69,12 +69,19 @@ def names_a_file(model_id: str) -> bool:
 
 def why_no_pipeline(model_id: str) -> str:
     """Why `model_id`, a file of weights or a folder without model_index.json, is no pipeline, and what to do."""
+    return _why_no_file(model_id) if names_a_file(model_id) else _why_no_folder(model_id)
+
+
+def _why_no_file(model_id: str) -> str:
     path = Path(model_id)
-    if names_a_file(model_id):
-        if path.is_absolute() and not path.is_file():
-            return f"no such file; {_TAKES}"
-        kind = "a GGUF file" if model_id.lower().endswith(GGUF) else "one file of weights"
-        return f"{kind}; {_TAKES}, which is made so:\n{_maker(path).snippet(_reachable(model_id), is_folder=False)}"
+    if path.is_absolute() and not path.is_file():
+        return f"no such file; {_TAKES}"
+    kind = "a GGUF file" if model_id.lower().endswith(GGUF) else "one file of weights"
+    return f"{kind}; {_TAKES}, which is made so:\n{_maker(path).snippet(_reachable(model_id), is_folder=False)}"
+
+
+def _why_no_folder(model_id: str) -> str:
+    path = Path(model_id)
     nested = sorted(p.parent for pattern in ("*/", "snapshots/*/") for p in path.glob(f"{pattern}{INDEX}"))
     if nested:
         return f"a folder without {INDEX}; there is one in {nested[-1]}"
@@ -124,14 +131,15 @@ def require_variant(model_id: str, variant: str | None) -> None:
     """
     parts = sorted(path for path in Path(model_id).glob("*/") if path.is_dir())
     known = {part.name: variants(part) for part in parts}
+    usable = {None, variant}
     for name, present in known.items():
-        if present and present.isdisjoint({None, variant}):
-            others = ", ".join(sorted(other for other in present if other))
+        if present and present.isdisjoint(usable):
+            others = ", ".join(sorted(filter(None, present)))
             raise EnvironmentProblem(
                 f"model.variant = {variant}: the weights of {name} in {model_id} are of variant {others} only; "
                 f"set model.variant: {others}"
             )
-    if variant and known and not any(variant in present for present in known.values()):
+    if variant and known and variant not in set().union(*known.values()):
         raise EnvironmentProblem(f"model.variant = {variant}: {model_id} has no weights of it; set model.variant: null")
 
 

@@ -114,10 +114,14 @@ def fulfilled(
             facts.append(is_there and all(color_of(entry.name, one.box) == entry.color for one in mine))
         if entry.position is not None:
             relation, other = entry.position
-            theirs = taken[other] if len(taken[other]) == wanted.include[other].count else []
-            holds = (relation in relations(a.box, b.box) for a in mine for b in theirs)
-            facts.append(is_there and bool(theirs) and all(holds))
+            others_are_there = len(taken[other]) == wanted.include[other].count
+            facts.append(is_there and others_are_there and _all_lie(relation, mine, taken[other]))
     return facts + [len(objects.get(entry.name, ())) < entry.count for entry in wanted.exclude]
+
+
+def _all_lie(relation: Relation, mine: Sequence[Detected], theirs: Sequence[Detected]) -> bool:
+    """Whether each of `mine` lies so as seen from each of `theirs`, of which there are some."""
+    return bool(theirs) and all(relation in relations(a.box, b.box) for a in mine for b in theirs)
 
 
 def relations(one: Box, other: Box) -> set[Relation]:

@@ -322,21 +322,26 @@ class Commands:
         known = {str(pair) for pair in ids}
         if foreign := [pair for pair in by_pair if pair not in known]:
             raise Problem(422, "invalid", f"pair {foreign[0]}: the round has no such pair")
-        rows = [by_pair.get(str(pair)) for pair in ids]
-        example = next(row for row in rows if row is not None)
-        is_weights = isinstance(example[0], list)
-        blank = [[0.0] * len(branch) for branch in example] if is_weights else [None, None]
-        filled = [blank if row is None else row for row in rows]
-        numbers = [[[float("nan") if v is None else v for v in _listed(branch)] for branch in row] for row in filled]
-        try:
-            table = torch.tensor(numbers, dtype=torch.float64)
-        except ValueError as error:
-            raise Problem(422, "invalid", "weights: takes as many numbers for each branch of each pair") from error
-        return table if is_weights else table.squeeze(2)
+        return _filled([by_pair.get(str(pair)) for pair in ids])
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _filled(rows: Sequence[Any]) -> Tensor:
+    """A table of what was given for each pair: a number for each branch, or weights; None is no opinion."""
+    example = next(row for row in rows if row is not None)
+    is_weights = isinstance(example[0], list)
+    blank = [[0.0] * len(branch) for branch in example] if is_weights else [None, None]
+    numbers = [[_numbers(branch) for branch in (blank if row is None else row)] for row in rows]
+    try:
+        table = torch.tensor(numbers, dtype=torch.float64)
+    except ValueError as error:
+        raise Problem(422, "invalid", "weights: takes as many numbers for each branch of each pair") from error
+    return table if is_weights else table.squeeze(2)
+
+
+def _numbers(of_branch: Any) -> list[float]:
+    """NaN for None."""
+    given = of_branch if isinstance(of_branch, list) else [of_branch]
+    return [float("nan") if number is None else number for number in given]
 
 
 def _by_pair(ids: Sequence[int], table_PK: Tensor) -> dict[str, Any]:
