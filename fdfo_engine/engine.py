@@ -22,10 +22,12 @@ from fdfo_engine.ops import pair_direction
 from fdfo_engine.planning.fit import gathers_rollout, plan_memory
 from fdfo_engine.rollout.backend import pair_backend
 from fdfo_engine.rollout.blocks import JoinedBlocks, distance, in_step, share
+from fdfo_engine.rollout.generation import generate_share
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.checkpoint import checkpoint_name
+from fdfo_engine.runtime.closable import Closable
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     all_gather_rows,
@@ -37,6 +39,7 @@ from fdfo_engine.runtime.distributed import (
 from fdfo_engine.runtime.durable import refuse_filled
 from fdfo_engine.runtime.errors import Cancelled, CheckpointError, UsageError
 from fdfo_engine.runtime.events import Listener
+from fdfo_engine.runtime.host import host_kept
 from fdfo_engine.runtime.progress import Progress
 from fdfo_engine.runtime.run_checkpoints import RunCheckpoints
 from fdfo_engine.runtime.run_folder import run_config
@@ -50,8 +53,10 @@ from fdfo_engine.update.zero import ZeroTrainer
 OnBlock = Callable[[Sequence[str], Tensor], None]
 
 
-class Engine:
+class Engine(Closable):
     """A flow model under FDFO training. On several ranks every method is collective and takes the same arguments.
+
+    `close`, or the end of a `with` block, gives its memory back; after that it is of no use.
 
     Attributes:
         config: the resolved settings. model: the loaded `FlowModel`. trainer: its weights under ZeRO.
@@ -64,6 +69,7 @@ class Engine:
         progress: tells what is being done, as events.
     """
 
+    @host_kept()
     def __init__(self, config: Config, *, trains: bool = True, on_event: Listener | None = None) -> None:
         """Joins the ranks, loads the model and hands it to DeepSpeed; reads nothing of `run.dir` but its base's record.
 
@@ -86,7 +92,9 @@ class Engine:
         all_agree_hash(dump_config(config), "the settings")
         self.backend = pair_backend(config, self.device)
         self.base = base_of_run(config)
-        self.model = load_model(config, self.device, self.base)
+        with self.progress.phase("loading", total=1, unit="models") as phase:
+            phase.reach(0)
+            self.model = load_model(config, self.device, self.base)
         self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
         prompts = PromptCache(self.model, open_prompt_store(config, self.device, self.base))
         self.sampler = PairedSampler(self.model, prompts, config, self.backend)
@@ -141,6 +149,12 @@ class Engine:
         """Whether optimiser steps were taken since the last epoch's end: such weights are not saved."""
         return self.weights_version != self._epoch_version
 
+    def _release(self) -> None:
+        """Lets go of model and optimizer: hooks in C++ would hold them for the life of the process."""
+        self.trainer.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def cancel(self, reason: str = "cancel was called") -> None:
         """Ends the call in progress, on every rank, with `Cancelled`; from any thread.
 
@@ -159,14 +173,16 @@ class Engine:
 
         Raises:
             UsageError: no prompts, or fewer blocks than ranks.
+            CheckpointError: `run.dir` holds checkpoints that this engine did not load: `save` would refuse in the end.
             NumericsError: an embedding, a velocity or an image was not finite; names the part.
             Cancelled: `cancel` was called.
         """
         refuse_text(prompts)
+        on_main(self.checkpoints.require_ours)
         first, count = self.next_pair, len(prompts)
         own = share(-(-count // self._block_pairs), "blocks of sampling.block_pairs pairs")
         local = list(range(own.start * self._block_pairs, min(own.stop * self._block_pairs, count)))
-        together(lambda: self.sampler.warm([prompts[i] for i in local]))
+        self.sampler.warm([prompts[i] for i in local], self.progress)
         kept = JoinedBlocks(len(own))
         with self._gathered(), self.progress.phase("rollout", total=2 * count) as phase:
             for i, number in enumerate(in_step(own)):
@@ -178,24 +194,11 @@ class Engine:
                         texts = prompts[number * self._block_pairs : (number + 1) * self._block_pairs]
                         on_block(texts, block.images[: len(texts)])
         self.next_pair += count
-        grid, joined = self.sampler.grid, kept.first(len(local))
-        return Rollout(
-            images=joined.images,
-            prompts=[prompts[i] for i in local],
-            pair_ids=[first + i for i in local],
-            velocities=joined.velocities,
-            direction=pair_direction(joined.latents, backend=self.backend),
-            distance=distance(joined.latents),
-            gammas=joined.gammas,
-            sigmas=grid.sigmas,
-            timesteps=grid.timesteps,
-            seed=self.config.run.seed,
-            weights_version=self.weights_version,
-            first_pair=first,
-            num_pairs=count,
-            block_pairs=self._block_pairs,
+        return kept.rollout(
+            self.sampler.grid, [prompts[i] for i in local], [first + i for i in local], seed=self.config.run.seed,
+            weights_version=self.weights_version, first_pair=first, num_pairs=count, block_pairs=self._block_pairs,
             backend=self.backend,
-        )
+        )  # fmt: skip
 
     def update(self, rollout: Rollout, rewards: Tensor, *, allow_stale: bool = False) -> dict[str, float]:
         """One epoch's optimiser steps on `rollout`; returns metrics over all ranks.
@@ -264,19 +267,12 @@ class Engine:
         self.sampler.tell_cut(prompts)
         grid = self.sampler.grid if steps is None else self.model.grid(steps)
         guidance = self.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        size, count = self.config.evaluation.batch, len(prompts)
-        own = share(-(-count // size), "batches", may_idle=True)
-        images = []
-        with self._using(weights), self._gathered(), self.progress.phase("generation", total=count) as phase:
-            for i, number in enumerate(in_step(own)):
-                phase.reach(min(i * world_size() * size, count))
-                indices = [min(i, count - 1) for i in range(number * size, (number + 1) * size)]
-                batch = [prompts[i] for i in indices]
-                ids = [first + i for i in indices]
-                generate = partial(self.sampler.generate_batch, self.trainer, batch, ids, seed=seed, grid=grid)
-                images.append(together(partial(generate, guidance=guidance)).cpu())
-        rows = torch.cat(images)[: max(0, min(own.stop * size, count) - own.start * size)]
-        return all_gather_rows(rows)
+        with self._using(weights), self._gathered(), self.progress.phase("generation", total=len(prompts)) as phase:
+            own = generate_share(
+                self.sampler, self.trainer, prompts, phase, batch=self.config.evaluation.batch, first=first, seed=seed,
+                grid=grid, guidance=guidance,
+            )  # fmt: skip
+        return all_gather_rows(own)
 
     def trained_weights(self, weights: Weights = "auto") -> dict[str, Tensor]:
         """Float32 trained weights by parameter name, on the CPU."""

@@ -23,7 +23,6 @@ from fdfo_engine.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from fdfo_engine.config import Config, MetricConfig
-    from fdfo_engine.engine import Engine
     from fdfo_engine.evaluation.compare import Measured, Request
     from fdfo_engine.evaluation.measures import Measures
 
@@ -180,15 +179,16 @@ def _measure(
     from fdfo_engine.engine import Engine
     from fdfo_engine.evaluation.compare import measure_weights
     from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.terminal import shown
 
-    engine: Engine = Engine(config, trains=False)
     images = f"{len(request.prompts)} prompts x {request.images_per_prompt}"
-    say(f"{BASE}: {images}")
-    sets = [measure_weights(engine, request, measures, name=BASE, weights="raw")]
-    for name in names:
-        engine.load(name)
-        say(f"{name}: {images}")
-        sets.append(measure_weights(engine, request, measures, name=name, weights=weights))
+    with shown() as terminal, Engine(config, trains=False, on_event=terminal) as engine:
+        say(f"{BASE}: {images}")
+        sets = [measure_weights(engine, request, measures, name=BASE, weights="raw")]
+        for name in names:
+            engine.load(name)
+            say(f"{name}: {images}")
+            sets.append(measure_weights(engine, request, measures, name=name, weights=weights))
     return sets
 
 

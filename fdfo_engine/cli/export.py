@@ -55,13 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.models.export_checks import refuse_style
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.run_folder import run_config
+    from fdfo_engine.runtime.terminal import shown
 
     config = run_config(arguments.run_dir)
     refuse_absent_average(arguments, config)
     refuse_style(arguments.style, config.model, _STYLE_OPTIONS.get(arguments.style))
-    epoch = export_run(
-        arguments.run_dir, arguments.out, checkpoint=arguments.checkpoint, weights=arguments.weights,
-        style=arguments.style, overwrite=arguments.overwrite, base=arguments.base,
-    )  # fmt: skip
+    with shown() as terminal, terminal.working("export"):
+        epoch = export_run(
+            arguments.run_dir, arguments.out, checkpoint=arguments.checkpoint, weights=arguments.weights,
+            style=arguments.style, overwrite=arguments.overwrite, base=arguments.base,
+        )  # fmt: skip
     say(f"epoch {epoch} written to {arguments.out}, loaded back and compared")
     return 0

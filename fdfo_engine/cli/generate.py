@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fdfo_engine.config import Config
+    from fdfo_engine.runtime.terminal import Terminal
 
 _COLUMNS = 4
 
@@ -69,12 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_absent_average(arguments, config)
     prompts = _prompts(arguments, config)
     checkpoints = _checkpoints(arguments, config)
-    sets = _images(arguments, config, prompts, checkpoints)
+    from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.terminal import shown
+
+    with shown() as terminal:
+        sets = _images(arguments, config, prompts, checkpoints, terminal)
     _write(arguments.out, prompts, sets)
     if arguments.film:
         _write_film(arguments, prompts, sets)
-    from fdfo_engine.runtime.console import say
-
     say(f"{len(prompts)} prompts, {' and '.join(sets)}: {arguments.out / 'grid.png'}")
     return 0
 
@@ -117,12 +120,12 @@ def _checkpoints(arguments: argparse.Namespace, config: Config) -> list[str | No
 
 
 def _images(
-    arguments: argparse.Namespace, config: Config, prompts: list[str], checkpoints: list[str | None]
+    arguments: argparse.Namespace, config: Config, prompts: list[str], checkpoints: list[str | None], terminal: Terminal
 ) -> dict[str, Tensor]:
     """Name of a set of weights -> images `[N, 3, H, W]`."""
     from fdfo_engine.engine import Engine
 
-    engine = Engine(config, trains=False)
+    engine = Engine(config, trains=False, on_event=terminal)
     options = {"seed": arguments.seed, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
     sets = {}
     if arguments.untrained or arguments.compare or arguments.film:

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fdfo_engine.planning.memory import GIB, choose_micro_batch, refusal
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.own_code import search_in
+    from fdfo_engine.runtime.terminal import shown
 
     for name, value in (("--gpu-gb", arguments.gpu_gb), ("--ranks", arguments.ranks)):
         if not 0 < value < float("inf"):
@@ -45,8 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     search_in(Path(file).parent)
     plan = BatchPlan.from_config(config, arguments.ranks)
     free = int(arguments.gpu_gb * GIB)
-    counted, scorers = blank_footprint(config), reward_bytes(config)
-    prediction = choose_micro_batch(counted, config, arguments.ranks, free, scorers)
+    with shown() as terminal, terminal.working("counting"):
+        counted, scorers = blank_footprint(config), reward_bytes(config)
+        prediction = choose_micro_batch(counted, config, arguments.ranks, free, scorers)
     say(dataclasses.replace(plan, micro_batch=prediction.micro_batch).describe())
     say(prediction.describe())
     if prediction.needed > free:

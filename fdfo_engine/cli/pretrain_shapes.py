@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdfo_engine.cli.options import add_overwrite, refuse_filled_out, refuse_outside
 from fdfo_engine.runtime.durable import open_to_readers
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from fdfo_engine.shapes.pretrain import Reporting
 
 
 def add_parser(verbs: Any) -> None:
@@ -49,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _from_nothing(arguments: argparse.Namespace) -> None:
-    from fdfo_engine.shapes.pretrain import PretrainSettings, Reporting, pretrain
+    from fdfo_engine.shapes.pretrain import PretrainSettings, pretrain
 
     settings = PretrainSettings()
     flow, autoencoder = settings.flow, settings.autoencoder
@@ -58,21 +63,35 @@ def _from_nothing(arguments: argparse.Namespace) -> None:
     if arguments.autoencoder_steps is not None:
         autoencoder = dataclasses.replace(autoencoder, steps=arguments.autoencoder_steps)
     settings = PretrainSettings(autoencoder=autoencoder, flow=flow)
-    pretrain(arguments.out, seed=arguments.seed, settings=settings, reporting=Reporting(progress=_say_line))
+    with _reported() as reporting:
+        pretrain(arguments.out, seed=arguments.seed, settings=settings, reporting=reporting)
 
 
 def _further(arguments: argparse.Namespace) -> None:
-    from fdfo_engine.shapes.pretrain import Reporting, continue_pretraining
+    from fdfo_engine.shapes.pretrain import continue_pretraining
 
     if arguments.steps is None:
         raise UsageError("--continue-from: takes --steps, how many more")
-    continue_pretraining(
-        arguments.continue_from,
-        arguments.out,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        reporting=Reporting(progress=_say_line),
-    )
+    with _reported() as reporting:
+        continue_pretraining(
+            arguments.continue_from, arguments.out, steps=arguments.steps, seed=arguments.seed, reporting=reporting
+        )
+
+
+@contextmanager
+def _reported() -> Iterator[Reporting]:
+    """Each line of the log is printed, each step moves a bar."""
+    from fdfo_engine.runtime import events
+    from fdfo_engine.runtime.terminal import shown
+    from fdfo_engine.shapes.pretrain import Reporting
+
+    with shown() as terminal:
+        stream = events.EventStream([terminal])
+
+        def step(stage: str, done: int, total: int) -> None:
+            stream.tell(events.Phase(epoch=0, name="pretraining", done=done, total=total, unit=f"{stage} steps"))
+
+        yield Reporting(progress=_say_line, step=step)
 
 
 def _say_line(line: dict[str, Any]) -> None:

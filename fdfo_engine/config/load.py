@@ -1,7 +1,7 @@
 """From a file and overrides to checked settings, or to every problem at once."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ class _Places:
         return f"{self.of(path)} {yaml_source.dotted(path)}{text}"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, or a bundled config by its bare name (`shapes`), and lays `section.key=value` over it.
+def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Reads a YAML file, or a bundled config by its bare name (`shapes`), and lays overrides over it.
+
+    They are texts, `section.key=value`, or a mapping with such keys: `{"run.dir": "x", "run.epochs": 3}`.
 
     Raises:
         ConfigError: every problem of the file and of the overrides, each with its place.

@@ -1,8 +1,10 @@
 """`section.key=value` from the command line, laid over the values of a file."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 from fdfo_engine.config.churn import RawChurn
@@ -22,19 +24,28 @@ class Overridden:
     problems: list[str] = field(default_factory=list)
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Overridden:
-    """Sets each override in a copy of `tree`: sections before keys in them, else in order, so the last one wins."""
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> Overridden:
+    """Sets each override in a copy of `tree`: sections before keys in them, else in order, so the last one wins.
+
+    A mapping has dotted keys and values as they are: `{"run.dir": "x"}`.
+    """
     result = Overridden(copy.deepcopy(tree))
     parsed: list[tuple[list[str], Any]] = []
-    for text in overrides:
+    for read in _readers(overrides):
         try:
-            parsed.append(_parse(text))
+            parsed.append(read())
         except ConfigError as error:
             result.problems += error.problems
     # a new schedule clears the old one's keys, so it goes before the keys of its own
     for parts, value in sorted(parsed, key=lambda item: (len(item[0]), tuple(item[0]) != _CHURN_SCHEDULE)):
         _set(result, parts, value)
     return result
+
+
+def _readers(overrides: Sequence[str] | Mapping[str, Any]) -> list[Callable[[], tuple[list[str], Any]]]:
+    if isinstance(overrides, Mapping):
+        return [partial(_given, key, value) for key, value in overrides.items()]
+    return [partial(_parse, text) for text in overrides]
 
 
 def _parse(text: str) -> tuple[list[str], Any]:
@@ -44,15 +55,31 @@ def _parse(text: str) -> tuple[list[str], Any]:
         raise ConfigError(
             [f"override {shown}: no such option; a setting is given without dashes, as section.key=value"]
         )
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise ConfigError([f"override {shown}: takes section.key=value"])
-    if is_secret_key(parts[-1]):
-        raise ConfigError([f"override {key}: {SECRET_ADVICE}"])
+    parts, _ = _given(key, None)
     document = read_yaml(value, f"override {key}")
     if document.problems:
         raise ConfigError([f"override {key}: {sentence}" for _, _, sentence in document.problems])
     return parts, document.value
+
+
+def _given(key: object, value: Any) -> tuple[list[str], Any]:
+    """The parts of a dotted key, and its value with paths as text and tuples as lists, as YAML would have them."""
+    parts = str(key).strip().split(".")
+    if not isinstance(key, str) or not all(parts):
+        raise ConfigError([f"override {key!r}: takes section.key as its name"])
+    if is_secret_key(parts[-1]):
+        raise ConfigError([f"override {key}: {SECRET_ADVICE}"])
+    return parts, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def _set(result: Overridden, parts: list[str], value: Any) -> None:

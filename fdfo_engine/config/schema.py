@@ -327,6 +327,18 @@ class LogConfig(Section):
     images_every: int = Field(default=10, ge=0)
     """Epochs between grids of sampled images; 0 = never."""
 
+    webhook: Name | None = None
+    """URL that events are posted to, each as its line of events.jsonl; a failure costs that event alone."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            refuse([("", f"{value}: takes an address that begins with http:// or https://")])
+        advice = "would be copied into the run folder; put it in env FDFO_WEBHOOK_KEY, which is sent as a bearer token"
+        refuse([("", advice)] if value is not None and "@" in value.split("/")[2] else [])
+        return value
+
 
 class KernelsConfig(Section):
     """Which code runs the engine's own operations."""

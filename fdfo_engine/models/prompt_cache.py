@@ -1,7 +1,7 @@
 """Each prompt is encoded once while it is in use; a bound keeps memory flat on long prompt lists."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,21 +37,27 @@ class PromptCache:
         wanted = self._wanted(prompts)
         return Conditioning.cat([wanted[prompt] for prompt in prompts]).to(self._model.device)
 
-    def warm(self, prompts: Sequence[str]) -> None:
-        """Encodes what is missing in one go: the text encoders then move to the device once."""
-        self._wanted(prompts)
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those that are not in memory, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
 
     def tell_cut(self, prompts: Sequence[str]) -> None:
         """Says how many of `prompts` are longer than a text encoder reads, of those that were not looked at before."""
         self._cut.tell(prompts)
 
-    def _wanted(self, prompts: Sequence[str]) -> dict[str, Conditioning]:
+    def warm(self, prompts: Sequence[str], each: Callable[[int], None] = lambda _: None) -> None:
+        """Encodes what is missing in one go: the text encoders then move to the device once. After each, `each(1)`."""
+        self._wanted(prompts, each)
+
+    def _wanted(self, prompts: Sequence[str], each: Callable[[int], None] = lambda _: None) -> dict[str, Conditioning]:
         self.tell_cut(prompts)
         wanted = {prompt: self._rows.get(prompt) or self._stored(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, row in wanted.items() if row is None]
         if missing:
             with torch.no_grad(), self._model.text_encoders(), without_advice():
-                wanted |= {prompt: self._encoded(prompt) for prompt in missing}
+                for prompt in missing:
+                    wanted[prompt] = self._encoded(prompt)
+                    each(1)
         rows = {prompt: row for prompt, row in wanted.items() if row is not None}
         for prompt, row in rows.items():
             self._keep(prompt, row)

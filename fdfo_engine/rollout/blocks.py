@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from fdfo_engine.models.flow_model import Grid
+from fdfo_engine.ops import pair_direction
 from fdfo_engine.rollout.sampler import SampledBlock
 from fdfo_engine.runtime.distributed import max_over_ranks, rank, world_size
 from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.trajectory import Rollout
 
 
 def share(count: int, what: str, *, may_idle: bool = False) -> range:
@@ -45,12 +50,25 @@ class JoinedBlocks:
                 self._rows[name] = part.new_empty(self._count * size, *part.shape[1:])
             self._rows[name][number * size : (number + 1) * size] = part
 
-    def first(self, pairs: int) -> SampledBlock:
-        """All that came, without the padding behind `pairs` of them."""
-        return SampledBlock(**{name: rows[:pairs] for name, rows in self._rows.items()})
+    def rollout(self, grid: Grid, prompts: list[str], pair_ids: list[int], *, backend: str, **about: Any) -> Rollout:
+        """All that came, without the padding behind `prompts`; `about` are the other fields of `Rollout`."""
+        joined = {name: rows[: len(prompts)] for name, rows in self._rows.items()}
+        return Rollout(
+            images=joined["images"],
+            prompts=prompts,
+            pair_ids=pair_ids,
+            velocities=joined["velocities"],
+            direction=pair_direction(joined["latents"], backend=backend),
+            distance=_distance(joined["latents"]),
+            gammas=joined["gammas"],
+            sigmas=grid.sigmas,
+            timesteps=grid.timesteps,
+            backend=backend,
+            **about,
+        )
 
 
-def distance(latents: Tensor) -> Tensor:
+def _distance(latents: Tensor) -> Tensor:
     """Root mean square of half the difference of the branches, of `[P, 2, *shape]`: float32 `[P]` on the CPU."""
     half = (latents[:, 0] - latents[:, 1]) / 2
     return half.square().flatten(1).mean(1).sqrt().cpu()

@@ -13,7 +13,9 @@ from fdfo_engine.models.guidance import predict
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, paired_noise, paired_step, philox_normal
 from fdfo_engine.rollout.churn import churn_gammas
+from fdfo_engine.runtime.distributed import max_over_ranks, together
 from fdfo_engine.runtime.errors import NumericsError
+from fdfo_engine.runtime.progress import Progress
 
 DECODE_IMAGES = 4
 """Images that the VAE decodes at once, whatever the block: it takes more memory an image than the network does."""
@@ -129,9 +131,12 @@ class PairedSampler:
         require_finite_images(self._model, images, names)
         return images
 
-    def warm(self, prompts: Sequence[str]) -> None:
-        """Encodes `prompts` ahead of `sample_block`, all in one go."""
-        self._prompts.warm(prompts)
+    def warm(self, prompts: Sequence[str], progress: Progress) -> None:
+        """Encodes `prompts` ahead of `sample_block`, all in one go; collective."""
+        if missing := max_over_ranks(len(self._prompts.missing(prompts))):
+            with progress.phase("prompts", total=missing, unit="prompts") as phase:
+                phase.reach(0)
+                together(lambda: self._prompts.warm(prompts, phase.advance))
 
     def tell_cut(self, prompts: Sequence[str]) -> None:
         """See `PromptCache.tell_cut`."""

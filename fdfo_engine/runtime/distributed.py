@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,17 +18,18 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import DistributedError, UsageError, error_message, exit_code, of_exit_code
+from fdfo_engine.runtime.host import host_kept
 
 T = TypeVar("T")
 
 MAX_DIFF_BYTES = 1 << 20
 MAX_DIFF_LINES = 8
 _PATIENCE_S = 1.0
-_CHOSEN_PORT = "FDFO_CHOSEN_PORT"
+_LOOPBACK = "lo"
 
 
 def setup_distributed(
@@ -37,8 +37,8 @@ def setup_distributed(
 ) -> torch.device:
     """Joins the process group and returns this rank's device (`cuda` becomes `cuda:LOCAL_RANK`).
 
-    Without a launcher it sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT for a single process.
-    The group is NCCL on CUDA and gloo elsewhere; DeepSpeed reuses it. A second call changes nothing.
+    A world of one rank, which it is without a launcher, listens to nobody but this machine and sets no environment
+    variable. The group is NCCL on CUDA and gloo elsewhere; DeepSpeed reuses it. A second call changes nothing.
 
     Args:
         device: where the tensors of this rank live.
@@ -48,14 +48,25 @@ def setup_distributed(
     Raises:
         DistributedError: the address cannot be reached or bound, or ranks are missing; names both.
     """
-    _default_environment()
     device = torch.device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join("nccl" if device.type == "cuda" else "gloo", timeout_s, join_timeout_s)
+        with host_kept():
+            _join("nccl" if device.type == "cuda" else "gloo", timeout_s, join_timeout_s)
     return device
+
+
+@contextmanager
+def launcher_environment() -> Iterator[None]:
+    """Within it the variables of a launcher are set as it would set them: DeepSpeed reads them where it begins."""
+    with host_kept():
+        if world_size() == 1:
+            os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
+        for name, value in (("RANK", rank()), ("LOCAL_RANK", 0), ("WORLD_SIZE", world_size())):
+            os.environ.setdefault(name, str(value))
+        yield
 
 
 def close_distributed() -> None:
@@ -66,8 +77,6 @@ def close_distributed() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    if os.environ.get(_CHOSEN_PORT) == os.environ.get("MASTER_PORT"):  # ours, and our store may hold it for a while
-        os.environ.pop("MASTER_PORT", None)
 
 
 def rank() -> int:
@@ -232,34 +241,35 @@ def all_agree_hash(text: str, what: str) -> None:
         raise UsageError("\n".join([head, *lines]))
 
 
-def _default_environment() -> None:
-    """Plain `python train.py`: DeepSpeed would otherwise ask mpi4py."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = os.environ[_CHOSEN_PORT] = str(probe.getsockname()[1])
-
-
 def _join(backend: str, timeout_s: float, join_timeout_s: float) -> None:
-    own, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    own, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    timeout = timedelta(seconds=timeout_s)
+    if ranks == 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    host, port = (_launched(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
     # torchrun's agent already serves the store.
     serves = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         tcp = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, serves,
-            timeout=timedelta(seconds=join_timeout_s), wait_for_workers=False,
+            host, int(port), ranks, serves, timeout=timedelta(seconds=join_timeout_s), wait_for_workers=False
         )  # fmt: skip
         store = PrefixStore(f"fdfo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-        _wait_for_ranks(store, own, ranks, address, join_timeout_s)
-        dist.init_process_group(
-            backend, store=store, rank=own, world_size=ranks, timeout=timedelta(seconds=timeout_s)
-        )  # fmt: skip
+        _wait_for_ranks(store, own, ranks, f"{host}:{port}", join_timeout_s)
+        dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         verb = "serve" if serves else "reach"
-        raise DistributedError(f"rank {own} cannot {verb} {address}: {_first_line(error)}") from error
+        raise DistributedError(f"rank {own} cannot {verb} {host}:{port}: {_first_line(error)}") from error
+
+
+def _launched(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise DistributedError(
+            f"{name} is not set, and WORLD_SIZE = {os.environ['WORLD_SIZE']}: start it by a launcher"
+        )
+    return value
 
 
 def _wait_for_ranks(store: Store, own: int, ranks: int, address: str, timeout_s: float) -> None:

@@ -25,6 +25,23 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
 
 
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Images `[..., 3, H, W]` in 0..1 as PIL pictures, one after another: those of a rollout pair by pair."""
+    return [to_picture(image) for image in images.flatten(0, -4)]
+
+
+def save_images(images: Tensor, folder: str | Path, stem: str = "image") -> list[Path]:
+    """Writes images `[..., 3, H, W]` in 0..1 to `folder` as `image_0000.png` and so on; returns the files.
+
+    Raises:
+        OSError: the storage refuses.
+    """
+    files = [Path(folder) / f"{stem}_{n:04d}.png" for n in range(len(images.flatten(0, -4)))]
+    for file, picture in zip(files, to_pictures(images), strict=True):
+        save_png(picture, file)
+    return files
+
+
 def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
     """Images `[N, 3, H, W]` in rows of `columns`, each over its caption, which is cut to two lines."""
     pictures = [_fit(to_picture(image)) for image in images]

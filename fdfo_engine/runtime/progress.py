@@ -15,6 +15,7 @@ _EVERY_PART = 50
 _EVERY_S = 1.0
 _OF_THE_NEXT_EPOCH = ("prompts", "rollout", "reward", "update")
 _DOING: dict[str, str] = {
+    "prompts": "while prompts were encoded",
     "rollout": "while pairs were sampled",
     "reward": "while images were scored",
     "update": "amid the update",
@@ -130,6 +131,17 @@ class Phase:
             self._counted += number
         if self._is_over:
             raise Cancelled("the phase was ended")
+
+    def advance(self, number: int) -> None:
+        """`number` more units are there; not collective: within an action that ranks take `together`.
+
+        Raises:
+            Cancelled, or what the listener raises.
+        """
+        self._done += number
+        if self._is_news():
+            self._tell()
+        self._progress.stop_if_cancelled(self)
 
     def look(self) -> None:
         """As `reach`, for what `count` has counted; collective."""

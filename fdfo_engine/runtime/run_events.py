@@ -13,6 +13,7 @@ from fdfo_engine.runtime.console import say, warn, warnings_heard
 from fdfo_engine.runtime.distributed import on_main
 from fdfo_engine.runtime.errors import CheckpointError, GuardStop, Stopped, error_message, exit_code
 from fdfo_engine.runtime.event_log import EventLog
+from fdfo_engine.runtime.posting import KubeflowStatus, Webhook, is_kubeflow
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.run_log import RunLog
 from fdfo_engine.runtime.run_pictures import RunPictures
@@ -44,6 +45,7 @@ class RunEvents:
         self._kept: events.EventStream | None = None
         self._early: list[events.AnyData] = []
         self._log: RunLog | None = None
+        self._posts: list[events.Listener] = []
         self._epoch = 0
         self._phase: events.Phase | None = None
         self._has_said = self._has_said_urgent = False
@@ -57,6 +59,7 @@ class RunEvents:
                 Ticker(self._folder.status.beat, self._terminal.tick, self._say_what_a_stop_does)
             )
             self._around.enter_context(warnings_heard(self._caution))
+            self._posts = self._opened_posts()
             self._tell(events.State(epoch=0, state="starting", epochs=self._config.run.epochs))
         return self
 
@@ -70,6 +73,14 @@ class RunEvents:
                 warn(f"the end of the run is not in its files: {refused}")
             self._around.close()
             self._terminal.close()
+
+    def _opened_posts(self) -> list[events.Listener]:
+        posts: list[Webhook | KubeflowStatus] = []
+        posts += [Webhook(self._config.log.webhook)] if self._config.log.webhook else []
+        posts += [KubeflowStatus(self._config.run.epochs)] if is_kubeflow() else []
+        for post in posts:
+            self._around.callback(post.close)
+        return list(posts)
 
     def open(self, epoch: int, room: int) -> None:
         """Cuts the logs back to `epoch` (-1: a fresh run) and writes on from there if `room` bytes are left. On rank 0.
@@ -112,8 +123,9 @@ class RunEvents:
         assert self._folder is not None
         log = EventLog(self._folder.path)
         self._around.callback(log.close)
+        files: list[events.Listener] = [RunPictures(self._folder.path), log, *listeners]
         with self._lock:
-            self._kept = events.EventStream([RunPictures(self._folder.path), log, *listeners], last_seq=log.last_seq)
+            self._kept = events.EventStream([*files, *self._posts], last_seq=log.last_seq)
             for data in self._early:
                 self._kept.tell(data)
 

@@ -43,7 +43,7 @@ class RunPictures:
         """Writes the files of an `Images` event.
 
         Raises:
-            CheckpointError: the storage refuses.
+            OSError, CheckpointError: the storage refuses.
         """
         data = event.data
         if not isinstance(data, events.Images) or data.pixels is None:

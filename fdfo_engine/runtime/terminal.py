@@ -6,16 +6,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.console import is_printing_rank, say, visible
+from fdfo_engine.runtime.ticker import Ticker
 
 PLAIN_S = 30.0
 """How often a line tells how far it is, where there is no terminal to draw a bar in."""
 
 _REDRAW_S = 1.0
+_MOST_OFTEN_S = 0.1
 _SMOOTHING_EPOCHS = 5
 _BAR = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {unit}, {elapsed}, left {remaining}"
 _NO_TOTAL = "{desc}, {elapsed}"
@@ -31,7 +34,7 @@ class Terminal:
         self._draws = sys.stderr.isatty()
         self._phase: events.Phase | None = None
         self._bar: Any = None
-        self._shown_s = time.monotonic()
+        self._shown_s = self._drawn_s = time.monotonic()
 
     def __call__(self, event: events.Event) -> None:
         """Shows the event, if a person wants to see it."""
@@ -62,6 +65,14 @@ class Terminal:
             elif not self._draws:
                 say(phase_line(self._phase))
 
+    @contextmanager
+    def working(self, name: events.PhaseName) -> Iterator[None]:
+        """Shows that something is being done of which nobody knows how far it is."""
+        stream = events.EventStream([self])
+        stream.tell(events.Phase(epoch=0, name=name, done=0, total=1))
+        yield
+        stream.tell(events.Phase(epoch=0, name=name, done=1, total=1))
+
     def close(self) -> None:
         """Leaves no bar behind."""
         with self._lock:
@@ -76,7 +87,9 @@ class Terminal:
         if self._bar is not None:
             self._bar.total = phase.total
             self._bar.n = phase.done
-            self._bar.refresh()
+            if time.monotonic() - self._drawn_s > _MOST_OFTEN_S:
+                self._drawn_s = time.monotonic()
+                self._bar.refresh()
         if phase.done == phase.total:
             self._end_bar()
 
@@ -86,13 +99,24 @@ class Terminal:
         self._bar = self._phase = None
 
 
+@contextmanager
+def shown() -> Iterator[Terminal]:
+    """A terminal that keeps itself fresh, for a command."""
+    terminal = Terminal()
+    with Ticker(terminal.tick):
+        try:
+            yield terminal
+        finally:
+            terminal.close()
+
+
 def _bar(phase: events.Phase) -> Any:
     from tqdm import tqdm
 
     class Bar(tqdm):
         monitor_interval = 0  # no thread of tqdm's beside ours
 
-    layout = _NO_TOTAL if phase.total is None else _BAR
+    layout = _BAR if phase.total is not None and phase.total > 1 else _NO_TOTAL
     return Bar(
         total=phase.total, desc=phase.name, unit=phase.unit, bar_format=layout, leave=False, file=sys.stderr,
         dynamic_ncols=True, mininterval=0.0,
@@ -101,7 +125,7 @@ def _bar(phase: events.Phase) -> Any:
 
 def phase_line(phase: events.Phase) -> str:
     """How far a phase is, in words."""
-    if phase.total is None:
+    if phase.total is None or phase.total == 1:
         return f"{phase.name}: {phase.done} {phase.unit}" if phase.done else f"{phase.name}: still at it"
     parts = [f"{phase.name} {phase.done}/{phase.total} {phase.unit}"]
     if phase.per_second is not None and phase.eta_s is not None:

@@ -39,6 +39,8 @@ class Reporting:
     eval_seed: int = 1234
     progress: Callable[[Line], None] | None = None
     """Called with each line of the log."""
+    step: Callable[[str, int, int], None] | None = None
+    """Called after each step with the stage's name, the steps done and all of them."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class _Log:
 
         def log(step: int, loss: float) -> None:
             losses.append(loss)
+            if self.reporting.step:
+                self.reporting.step(name, step, steps)
             due = pipe is not None and (step % self.reporting.evaluate_every == 0 or step == steps)
             if due or step % self.reporting.log_every == 0 or step == steps:
                 quality = self.quality(pipe) if due else {}

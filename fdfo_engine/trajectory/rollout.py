@@ -61,6 +61,13 @@ class Rollout:
     kept: list[int] | None = None
     trained_version: int | None = None
 
+    def __repr__(self) -> str:
+        """Short: a notebook shows it after each call."""
+        height, width = self.images.shape[-2:]
+        pairs = f"{len(self.prompts)} pairs" + (f" of {self.num_pairs}" if len(self.prompts) != self.num_pairs else "")
+        state = f"after {self.weights_version} optimiser steps" + (", used" if self.used else "")
+        return f"Rollout({pairs}, {self.steps} steps, {height} x {width}, {state})"
+
     @property
     def steps(self) -> int:
         """Number of solver steps T."""

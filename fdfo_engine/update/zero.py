@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fdfo_engine.config import OptimizerConfig, ZeroConfig
-from fdfo_engine.runtime.distributed import any_rank, rank, world_size
+from fdfo_engine.runtime.distributed import any_rank, launcher_environment, rank, world_size
 from fdfo_engine.runtime.split_weights import num_values
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,15 +57,27 @@ class ZeroTrainer:
             fused=zero.offload_optimizer or None,  # one pass over host memory instead of ten
         )
         values = sum(p.numel() for p in self._parameters.values())
-        self.engine: Any = deepspeed.initialize(
-            model=network, optimizer=adamw, config=deepspeed_config(optimizer, zero, values), dist_init_required=False
-        )[0]
+        settings = deepspeed_config(optimizer, zero, values)
+        with launcher_environment():
+            self.engine: Any = deepspeed.initialize(
+                model=network, optimizer=adamw, config=settings, dist_init_required=False
+            )[0]
         self._allocate_moments()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The network's forward, through DeepSpeed: at stage 3 calling the bare module would be wrong."""
+        if self.stage == 3:
+            os.environ.setdefault("LOCAL_RANK", "0")  # asked for in the course of each step; a launcher has set it
         output: tuple[Tensor, ...] = self.engine(*args, **kwargs)
         return output
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off: from C++ they hold optimizer and network for the life of the process."""
+        self.engine.destroy()
+        if self.stage == 3:  # a list of the module's remembers whose forward ran last
+            stack: list[Any] = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+            own = set(map(id, self.engine.module.modules()))
+            stack[:] = [module for module in stack if id(module) not in own]
 
     @contextmanager
     def forward_by(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -357,8 +369,6 @@ def _deepspeed() -> Any:
     """DeepSpeed, told that its shared-memory CPU collective is not there: it would be compiled (90 s) at each start."""
     import logging
 
-    # DeepSpeed calls torch.distributed under a name that torch is about to retire, once a step
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", None)
