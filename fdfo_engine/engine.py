@@ -18,10 +18,9 @@ from fdfo_engine.models.flow_model import ExportStyle
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
-from fdfo_engine.ops import pair_direction
 from fdfo_engine.planning.fit import gathers_rollout, plan_memory
 from fdfo_engine.rollout.backend import pair_backend
-from fdfo_engine.rollout.blocks import JoinedBlocks, distance, in_step, share
+from fdfo_engine.rollout.blocks import JoinedBlocks, in_step, share
 from fdfo_engine.rollout.generation import generate_share
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock

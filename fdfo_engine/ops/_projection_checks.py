@@ -31,10 +31,13 @@ def check_projection(op: str, name: str, x: Tensor, projection: Projection) -> N
         _checks.tensor(op, f"{name}bias", bias, (x.dtype,), shape=weight.shape[:1], device=x.device)
     if projection.adapter is not None:
         _check_adapter(op, f"{name}adapter", x, weight, projection.adapter)
-    end: Any = projection.end
+    _check_end(op, f"{name}end", projection.end)
+
+
+def _check_end(op: str, name: str, end: Any) -> None:
     if end is not None and not isinstance(end, get_args(End)):
         kinds = ", ".join(kind.__name__ for kind in get_args(End))
-        _checks.refuse(op, f"{name}end", f"a {type(end).__name__}", f"None or one of {kinds}")
+        _checks.refuse(op, name, f"a {type(end).__name__}", f"None or one of {kinds}")
 
 
 def _check_adapter(op: str, name: str, x: Tensor, weight: Tensor, adapter: Adapter) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ BUCKET_VALUES = 500_000_000
 
 MAX_LIVE_VALUES = 1_000_000_000
 """Weights that stage 3 gathers at once, DeepSpeed's own default."""
+
+_AT_STAGE_3: WeakSet[ZeroTrainer] = WeakSet()
+"""Trainers not closed yet whose weights are split over the ranks."""
 
 _KEPT = -1
 """A module that is none of DeepSpeed's numbers: a weight that it uses stays gathered."""
@@ -56,6 +60,12 @@ class ZeroTrainer:
             weight_decay=optimizer.weight_decay,
             fused=zero.offload_optimizer or None,  # one pass over host memory instead of ten
         )
+        if zero.stage == 3:
+            # DeepSpeed puts a linear of its own in place of torch's, which other models of the process would run too
+            self._linear: Callable[..., Tensor] = next(
+                (each._linear for each in _AT_STAGE_3), torch.nn.functional.linear
+            )
+            _AT_STAGE_3.add(self)
         values = sum(p.numel() for p in self._parameters.values())
         settings = deepspeed_config(optimizer, zero, values)
         with launcher_environment():
@@ -78,6 +88,9 @@ class ZeroTrainer:
             stack: list[Any] = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
             own = set(map(id, self.engine.module.modules()))
             stack[:] = [module for module in stack if id(module) not in own]
+            _AT_STAGE_3.discard(self)
+            if not _AT_STAGE_3:
+                torch.nn.functional.linear = self._linear
 
     @contextmanager
     def forward_by(self, forward: Callable[..., Any]) -> Iterator[None]:

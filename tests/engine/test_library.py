@@ -64,6 +64,7 @@ def test_building_an_engine_changes_nothing_of_the_process(tiny_sd3, tmp_path):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_closed_engine_gives_its_memory_back(tiny_sd3, tmp_path, stage, train):
+    linear = torch.nn.functional.linear
     engine = Engine(tiny_config(tiny_sd3, tmp_path, zero={"stage": stage}, model={"train": train}, update={"ema": 0.5}))
     engine.update(engine.rollout(PROMPTS), REWARDS)
     watched = {
@@ -74,6 +75,7 @@ def test_a_closed_engine_gives_its_memory_back(tiny_sd3, tmp_path, stage, train)
     }
     engine.close()
     engine.close()
+    assert torch.nn.functional.linear is linear
     del engine
     gc.collect()
     assert not [name for name, reference in watched.items() if reference() is not None]

@@ -51,8 +51,10 @@ def test_value_and_gradients(shape, dtype, recompute, device, feed_forward):
     upstream = draw(*shape[0], shape[3], seed=9, dtype=dtype, device=device)
     found = run(feed_forward, arguments, upstream, recompute=recompute)
     plain, exact = reference(arguments, upstream), reference(arguments, upstream, torch.float64)
-    # on one element, roundings don't average out, and the plain code's may cancel by chance
-    floor = torch.finfo(dtype).eps if dtype != torch.float32 and shape == SHAPES[0] else 1e-6
+    # of few elements, roundings don't average out, and the plain code's may cancel by chance: which ones do depends on
+    # the CPU's matrix products. On one element it is two roundings, on a few hundred one.
+    roundings = {SHAPES[0]: 2, SHAPES[1]: 1}.get(shape, 0) if dtype != torch.float32 else 0
+    floor = roundings * torch.finfo(dtype).eps / 2 or 1e-6
     for name, actual, other, value in zip(("y", *NAMES), found, plain, exact, strict=True):
         assert (actual.dtype, actual.shape) == (dtype, value.shape)
         assert_as_good_as(actual, other, value, name=name, floor=floor)
