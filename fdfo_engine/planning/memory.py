@@ -11,7 +11,7 @@ from fdfo_engine.config.schema import AUTO_MICRO_BATCH
 from fdfo_engine.planning.footprint import Footprint
 from fdfo_engine.rollout.sampler import DECODE_IMAGES
 from fdfo_engine.runtime.errors import UsageError
-from fdfo_engine.update.zero import BUCKET_VALUES, MAX_LIVE_VALUES
+from fdfo_engine.update.deepspeed_settings import BUCKET_VALUES, MAX_LIVE_VALUES
 
 GIB = 1 << 30
 MICRO_BATCHES = (AUTO_MICRO_BATCH, 12, 8, 6, 4, 3, 2, 1)

@@ -21,14 +21,9 @@ from torch import Tensor, nn
 from fdfo_engine.config import OptimizerConfig, ZeroConfig
 from fdfo_engine.runtime.distributed import any_rank, launcher_environment, rank, world_size
 from fdfo_engine.runtime.split_weights import num_values
+from fdfo_engine.update.deepspeed_settings import deepspeed_config, import_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET_VALUES = 500_000_000
-"""Gradients that DeepSpeed exchanges at once."""
-
-MAX_LIVE_VALUES = 1_000_000_000
-"""Weights that stage 3 gathers at once, DeepSpeed's own default."""
-
 _AT_STAGE_3: WeakSet[ZeroTrainer] = WeakSet()
 """Trainers not closed yet whose weights are split over the ranks."""
 
@@ -49,7 +44,7 @@ class ZeroTrainer:
         optimizer: OptimizerConfig,
         zero: ZeroConfig,
     ) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = import_deepspeed()
         self.stage, self._offloads = zero.stage, zero.offload_optimizer
         self._parameters = dict(parameters)
         adamw = torch.optim.AdamW(
@@ -84,13 +79,23 @@ class ZeroTrainer:
     def close(self) -> None:
         """Takes DeepSpeed's hooks off: from C++ they hold optimizer and network for the life of the process."""
         self.engine.destroy()
-        if self.stage == 3:  # a list of the module's remembers whose forward ran last
-            stack: list[Any] = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
-            own = set(map(id, self.engine.module.modules()))
-            stack[:] = [module for module in stack if id(module) not in own]
-            _AT_STAGE_3.discard(self)
-            if not _AT_STAGE_3:
-                torch.nn.functional.linear = self._linear
+        if self.stage == 3:
+            self._close_stage_3()
+
+    def _close_stage_3(self) -> None:
+        stack: list[Any] = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+        own = set(map(id, self.engine.module.modules()))
+        stack[:] = [module for module in stack if id(module) not in own]  # it remembers whose forward ran last
+        # after a forward the modules live on all the same: what they weigh is given back
+        nothing = torch.empty(0)
+        for parameter in self.engine.module.parameters():
+            parameter.data = parameter.ds_tensor.data = nothing
+        for master in self._masters():
+            master.data = nothing
+        self._inner.state.clear()
+        _AT_STAGE_3.discard(self)
+        if not _AT_STAGE_3:
+            torch.nn.functional.linear = self._linear
 
     @contextmanager
     def forward_by(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -352,51 +357,3 @@ class ZeroTrainer:
                 optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
         if self.stage == 3:
             optimizer.averaged_gradients = {}
-
-
-def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig, values: int) -> dict[str, Any]:
-    """DeepSpeed's own settings for `values` trained values; `zero.deepspeed` adds to them (its keys are checked)."""
-    extra = dict(zero.deepspeed)
-    placed: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer else {}
-    placed |= {"offload_param": {"device": "cpu"}} if zero.offload_parameters else {}
-    generated: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches are dealt by the update
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
-        "steps_per_print": 1 << 30,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own for the CPU is compiled for minutes at the first start
-        "zero_optimization": {
-            "stage": zero.stage,
-            "reduce_bucket_size": min(BUCKET_VALUES, values),  # allocated as it stands: 2 GB by default
-        }
-        | placed
-        | extra.pop("zero_optimization", {}),
-    }
-    if zero.stage < 3:
-        generated["gradient_allreduce_op"] = "sum"
-    return generated | extra
-
-
-def _deepspeed() -> Any:
-    """DeepSpeed, told that its shared-memory CPU collective is not there: it would be compiled (90 s) at each start."""
-    import logging
-
-    deepspeed = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    compatible = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", None)
-    if isinstance(compatible, dict) and not torch.cuda.is_available():
-        compatible["deepspeed_shm_comm"] = False
-    _forget_closed_group()
-    return deepspeed
-
-
-def _forget_closed_group() -> None:
-    """DeepSpeed keeps its copy of the world; where that was closed since, a second engine would go on using it."""
-    groups: Any = importlib.import_module("deepspeed.utils.groups")
-    if (world := getattr(groups, "_WORLD_GROUP", None)) is None:
-        return
-    try:
-        torch.distributed.get_process_group_ranks(world)
-    except (KeyError, ValueError):
-        groups._WORLD_GROUP = None

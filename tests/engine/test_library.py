@@ -73,10 +73,16 @@ def test_a_closed_engine_gives_its_memory_back(tiny_sd3, tmp_path, stage, train)
         "weight": weakref.ref(next(engine.model.network.parameters())),
         "vae": weakref.ref(engine.model.pipeline.vae),
     }
+    held = list(engine.model.network.parameters())
+    masters = list(engine.trainer._masters())
     engine.close()
     engine.close()
     assert torch.nn.functional.linear is linear
-    del engine
+    if stage == 3:  # DeepSpeed's modules outlive it there, without what they weigh
+        assert not any(p.numel() or p.ds_tensor.numel() for p in held)
+        assert not any(master.numel() for master in masters)
+        watched = {"vae": watched["vae"]}
+    del engine, held, masters
     gc.collect()
     assert not [name for name, reference in watched.items() if reference() is not None]
 
