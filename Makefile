@@ -14,6 +14,7 @@ DEMO_ARGS ?=
 SHORT_RUN := runs/shapes-short
 SHORT_ARGS := run.epochs=4 sampling.pairs_per_epoch=12 sampling.block_pairs=6 evaluation.every=4 evaluation.count=32 checkpoint.every=2 log.tensorboard=false
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 # One thread a rank: two ranks on two cores do not fight over them. A free port: two runs on one machine do not either.
 free_port = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -41,11 +42,12 @@ demo-short: setup  ## the same in a minute: four small epochs, from the start ea
 	$(launch) run.dir=$(SHORT_RUN) $(SHORT_ARGS)
 	$(BIN)/fdfo report $(SHORT_RUN)
 
+# A process a core: most tests keep one busy, and those that start ranks of their own mind no company.
 test: setup  ## the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-all: setup  ## the tests with the slow ones
-	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow or not slow" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from fdfo_engine.planning.memory import GIB, choose_micro_batch
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 CARDS = {"sd35m_16gb": 16, "flux1_dev_24gb": 24, "sd35m_combined": 48, "sd35m_pickscore": 48, "sd35m_vlm": 48}
 LARGEST = 80
-QUICK = ("shapes", "sd35m_16gb")
+QUICK = ("shapes",)
 
 
 def gpu_gb(path):

@@ -184,7 +184,10 @@ def snippets(file):
 
 
 @needs_base
-@pytest.mark.parametrize(("file", "number"), [("docs/LIBRARY.md", 0), ("docs/LIBRARY.md", 1), ("README.md", 0)])
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [("docs/LIBRARY.md", 0), ("docs/LIBRARY.md", 1), pytest.param("README.md", 0, marks=pytest.mark.slow)],
+)
 def test_snippets_run_as_printed(file, number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(snippets(file)[number], file, "exec"), {"__name__": "__main__"})

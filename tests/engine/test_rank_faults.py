@@ -33,9 +33,11 @@ def two_ranks(pipeline, folder, *, epochs=1, **variables):
 @pytest.mark.parametrize(
     "name",
     [
-        "metrics.jsonl",
         "events.jsonl",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluations.jsonl", "pairs_epoch_000001.png")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("metrics.jsonl", "evaluations.jsonl", "pairs_epoch_000001.png")
+        ),
     ],
 )
 def test_what_only_rank_0_writes_fails_for_all(tiny_sd3, tmp_path, name):

@@ -103,7 +103,17 @@ def test_fused_blocks_give_the_same_velocity(dev, tmp_path):
         assert largest(fused.velocity(fused.network, x, times, rows) - exact) < 1e-5 * largest(exact)
 
 
-@pytest.mark.parametrize("settings", [{}, {"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"})
+        ),
+    ],
+    ids=str,
+)
 def test_sizes_from_configs_alone(dev, tmp_path, settings):
     checks.check_blank_sizes_are_the_loaded_models(dev, tmp_path, **settings)
 

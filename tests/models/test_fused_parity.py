@@ -59,7 +59,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("train", ["lora everywhere", "full"])
+@pytest.mark.parametrize("train", ["lora everywhere", pytest.param("full", marks=pytest.mark.slow)])
 def test_triton_is_diffusers_own(variant, train):
     model = TRAINED[train](build(variant, layers=1, single_layers=1))
     exact = forward_backward(model, inputs(variant, 2))

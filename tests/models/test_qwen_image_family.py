@@ -122,7 +122,17 @@ def test_lora_is_on_every_attention_projection(tiny, tmp_path):
     assert checks.adapted_modules(model) == wanted
 
 
-@pytest.mark.parametrize("settings", [{}, {"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"})
+        ),
+    ],
+    ids=str,
+)
 def test_sizes_from_configs_alone(tiny, tmp_path, settings):
     checks.check_blank_sizes_are_the_loaded_models(tiny, tmp_path, slack=1024, **settings)
 

@@ -23,6 +23,8 @@ def row(i):
 if sys.argv[1] == "triton":
     architecture = int(sys.argv[2])
     cases = [case for case in k.triton_cases() if architecture in case.architectures]
+    if sys.argv[3] == "once":
+        cases = list({case.kernel: case for case in cases}.values())
     with multiprocessing.get_context("fork").Pool(2) as pool:
         rows = pool.map(row, range(len(cases)), chunksize=1)
 else:
@@ -31,10 +33,10 @@ print(json.dumps(rows))
 """
 
 
-def resources(kind, architecture, cache):
+def resources(kind, architecture, cache, how="all"):
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-c", COMPILE, kind, str(architecture)]
+    command = [sys.executable, "-c", COMPILE, kind, str(architecture), how]
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -53,9 +55,11 @@ def assert_in_registers(rows):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("architecture", [pytest.param(80, marks=SLOW), 90, pytest.param(100, marks=SLOW)])
-def test_triton_kernels(architecture, tmp_path):
-    rows = resources("triton", architecture, tmp_path)
+@pytest.mark.parametrize(
+    ("architecture", "how"), [(90, "once"), *(pytest.param(sm, "all", marks=SLOW) for sm in (80, 90, 100))]
+)
+def test_triton_kernels(architecture, how, tmp_path):
+    rows = resources("triton", architecture, tmp_path, how)
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"philox", "tuples"}
     kernels = {row["kernel"].removeprefix("triton ") for row in rows}
     found = {file for file in files if any(f"{name}_".startswith(f"{file}_") for name in kernels)}

@@ -10,7 +10,17 @@ from fdfo_engine.planning.footprint import blank_footprint, footprint
 from fdfo_engine.runtime.errors import UsageError
 
 
-@pytest.mark.parametrize("settings", [{}, {"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"train": "full"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"})
+        ),
+    ],
+    ids=str,
+)
 def test_sizes_are_those_of_the_loaded_model(tiny_sd3, tmp_path, settings):
     config = tiny_config(tiny_sd3, tmp_path / "run", model={"fused": False} | settings)
     model = load_model(config, torch.device("cpu"))
