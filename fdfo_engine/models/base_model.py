@@ -7,13 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
 from fdfo_engine.config import ModelConfig
 from fdfo_engine.models.base_files import INDEX_NAME, base_files
@@ -21,6 +16,7 @@ from fdfo_engine.models.pipeline_folder import names_a_file, why_no_pipeline
 from fdfo_engine.models.pipeline_loading import absent_model
 from fdfo_engine.runtime.base_record import BaseRecord
 from fdfo_engine.runtime.errors import EnvironmentProblem
+from fdfo_engine.runtime.hub import ask_hub, hub_errors, quiet_hub
 from fdfo_engine.shapes.pipeline import shapes_base
 
 
@@ -101,13 +97,21 @@ def model_index(model_id: str, revision: str | None) -> Path:
     if _is_path(model_id):
         raise EnvironmentProblem(f"model.id = {model_id!r}: no such folder; if a run's base moved there is --base PATH")
     try:
-        return Path(hf_hub_download(model_id, INDEX_NAME, revision=revision))
+        return _index_from_hub(model_id, revision)
     except RemoteEntryNotFoundError as error:
         reason = "its repository has no model_index.json: it holds no diffusers pipeline, or files to make one of"
         raise EnvironmentProblem(f"model.id = {model_id!r}: {reason}") from error
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise EnvironmentProblem(f"model.id = {model_id!r}: no such folder, and the hub gave none: {reason}") from error
+    except HFValidationError as error:
+        raise EnvironmentProblem(f"model.id = {model_id!r}: no folder here, and no OWNER/NAME of the hub") from error
+    except hub_errors() as error:
+        raise absent_model(model_id, error, revision) from error
+
+
+def _index_from_hub(model_id: str, revision: str | None) -> Path:
+    with quiet_hub():
+        if not isinstance(try_to_load_from_cache(model_id, INDEX_NAME, revision=revision), str):
+            ask_hub(model_id, INDEX_NAME, revision=revision)  # the download would try for half a minute
+        return Path(hf_hub_download(model_id, INDEX_NAME, revision=revision))
 
 
 def _is_path(model_id: str) -> bool:
@@ -127,6 +131,7 @@ def _fetched(pipeline_class: Any, model_id: str, settings: ModelConfig) -> Path:
     """The folder of the hub's cache that has all files of the pipeline."""
     commit = model_index(model_id, settings.revision).parent.name
     try:
-        return Path(pipeline_class.download(model_id, revision=commit, variant=settings.variant))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        with quiet_hub():
+            return Path(pipeline_class.download(model_id, revision=commit, variant=settings.variant))
+    except (*hub_errors(), ValueError) as error:
         raise absent_model(model_id, error) from error

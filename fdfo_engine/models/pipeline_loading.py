@@ -16,6 +16,7 @@ from fdfo_engine.config import ModelConfig
 from fdfo_engine.models.pipeline_folder import require_parts, require_variant, variants
 from fdfo_engine.models.quantized import compute_alike, packing, quantize
 from fdfo_engine.runtime.errors import EnvironmentProblem
+from fdfo_engine.runtime.hub import hub_reason
 
 
 def load_pipeline(kind: Any, model_id: str, settings: ModelConfig, optional_parts: Sequence[str] = ()) -> Any:
@@ -150,8 +151,10 @@ def become_fake(network: nn.Module) -> None:
             tensors |= {name: _faked(t) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
 
-def absent_model(model_id: str, error: Exception) -> EnvironmentProblem:
+def absent_model(model_id: str, error: Exception, revision: str | None = None) -> EnvironmentProblem:
     """What to raise where `model_id`, or a part of it, is not to be had or is damaged."""
+    if refusal := hub_reason(model_id, error, revision=revision):
+        return EnvironmentProblem(f"model.id = {model_id!r}: {refusal}")
     reason = f"model_index.json names no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
     if "no file named" in reason and not Path(model_id).is_dir():
         reason += " (where the repository has files of a variant only, such as *.fp16.safetensors, set model.variant)"

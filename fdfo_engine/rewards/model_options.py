@@ -15,6 +15,7 @@ from fdfo_engine.config.section import Section
 from fdfo_engine.rewards.reward import Reward
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
+from fdfo_engine.runtime.hub import ask_hub, hub_errors, hub_reason, quiet_hub
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -103,6 +104,20 @@ class Source:
             return False
         return True
 
+    def require_reachable(self) -> None:
+        """Asks the hub for what is not on this machine and may be fetched.
+
+        Raises:
+            EnvironmentProblem: the hub refuses it, or is not reached.
+        """
+        if self.is_here():
+            return
+        try:
+            ask_hub(self.model, "config.json", revision=self.revision)
+        except hub_errors() as error:
+            if reason := hub_reason(self.model, error, revision=self.revision):
+                raise EnvironmentProblem(f"{self.model}: {reason}") from error
+
 
 class FromPretrained(Protocol[T_co]):
     """`from_pretrained` of transformers, or what is called like it."""
@@ -140,6 +155,8 @@ def loaded(what: str, source: Source, read: FromPretrained[T]) -> T:
     except ImportError as error:
         raise EnvironmentProblem(f"{what} of {source.model}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError) as error:
+        if refusal := hub_reason(source.model, error, revision=source.revision):
+            raise EnvironmentProblem(f"{what} of {source.model}: {refusal}") from error
         reason = _first_line(error)
         raise RewardError(f"{what}: cannot load {source.model!r}: {reason}; takes a hub id or a folder") from error
 
@@ -153,7 +170,8 @@ def _read(what: str, source: Source, read: FromPretrained[T]) -> T:
         if not source.allow_download:
             raise EnvironmentProblem(_would_fetch(f"{what} of {source.model}")) from error
     say(f"fetching the {what} of {source.model} from huggingface.co")
-    return read(source.model, revision=source.revision, local_files_only=False)
+    with quiet_hub():
+        return read(source.model, revision=source.revision, local_files_only=False)
 
 
 def _would_fetch(what: str) -> str:
@@ -197,13 +215,15 @@ class ModelReward(Reward, Generic[OptionsT]):
         self.options = options
 
     def require_ready(self) -> None:
-        """Asks, where nothing may be fetched, whether this machine has the models.
+        """Asks whether this machine has the models, or else, where they may be fetched, whether the hub gives them.
 
         Raises:
-            EnvironmentProblem: one is not here.
+            EnvironmentProblem: one is not here, and may not be fetched or is not given.
         """
-        for source in () if self.options.allow_download else self.options.sources:
-            if not source.is_here():
+        for source in self.options.sources:
+            if source.allow_download:
+                source.require_reachable()
+            elif not source.is_here():
                 raise EnvironmentProblem(_would_fetch(source.model))
 
     def forbid_downloads(self) -> None:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fdfo_engine.runtime.errors import PromptError
+from fdfo_engine.runtime.hub import hub_errors, hub_reason, quiet_hub
 
 HUB = "hub:"
 _HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -67,19 +68,22 @@ def local_files(found: PromptSet, *, allow_download: bool) -> list[Path]:
         PromptError: they are not here and may not be fetched, or the hub does not give them.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     what = f"{', '.join(found.files)} of the dataset {found.repo} from huggingface.co"
+    patterns = list(found.files)
     try:
-        folder = Path(
-            snapshot_download(
-                found.repo, repo_type="dataset", allow_patterns=list(found.files), local_files_only=not allow_download
+        with quiet_hub():
+            folder = Path(
+                snapshot_download(
+                    found.repo, repo_type="dataset", allow_patterns=patterns, local_files_only=not allow_download
+                )
             )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (*hub_errors(), HFValidationError) as error:
         if not allow_download:
             raise PromptError(_would_fetch(what)) from error
-        raise PromptError(f"could not fetch {what}: {str(error).splitlines()[0]}") from error
+        reason = hub_reason(found.repo, error, kind="dataset") or str(error).splitlines()[0]
+        raise PromptError(f"could not fetch {what}: {reason}") from error
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if found.has(name)]
     if missing := _missing(found, names):

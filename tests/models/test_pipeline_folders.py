@@ -9,13 +9,11 @@ import pytest
 import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_flux import build_tiny_flux
 from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
-from fdfo_engine.models import base_model
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.planning.footprint import blank_footprint
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
@@ -281,16 +279,3 @@ def test_a_plan_counts_packed_files_as_weights_packed_here(tiny_sd3, base, tmp_p
     (base / "transformer/config.json").write_text(json.dumps({**config, "quantization_config": packed}))
     found = blank_footprint(tiny_config(base, tmp_path / "run"))
     assert found == blank_footprint(tiny_config(tiny_sd3, tmp_path / "run", model={"quantize": "nf4"}))
-
-
-def test_a_repository_without_a_pipeline_is_told(tmp_path, monkeypatch):
-    class GoneError(RemoteEntryNotFoundError):
-        def __init__(self):
-            Exception.__init__(self, "404")
-
-    def download(*_, **__):
-        raise GoneError
-
-    monkeypatch.setattr(base_model, "hf_hub_download", download)
-    with pytest.raises(EnvironmentProblem, match=r"its repository has no model_index\.json"):
-        load_model(named("owner/name", tmp_path / "run"), CPU)
