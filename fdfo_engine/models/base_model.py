@@ -133,5 +133,5 @@ def _fetched(pipeline_class: Any, model_id: str, settings: ModelConfig) -> Path:
     try:
         with quiet_hub():
             return Path(pipeline_class.download(model_id, revision=commit, variant=settings.variant))
-    except (*hub_errors(), ValueError) as error:
+    except hub_errors(ValueError) as error:
         raise absent_model(model_id, error) from error

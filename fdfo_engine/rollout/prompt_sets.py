@@ -79,7 +79,7 @@ def local_files(found: PromptSet, *, allow_download: bool) -> list[Path]:
                     found.repo, repo_type="dataset", allow_patterns=patterns, local_files_only=not allow_download
                 )
             )
-    except (*hub_errors(), HFValidationError) as error:
+    except hub_errors(HFValidationError) as error:
         if not allow_download:
             raise PromptError(_would_fetch(what)) from error
         reason = hub_reason(found.repo, error, kind="dataset") or str(error).splitlines()[0]

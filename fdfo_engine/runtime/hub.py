@@ -37,11 +37,11 @@ def ask_hub(repository: str, file: str, *, revision: str | None = None, kind: Ki
             raise
 
 
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises: of its HTTP library, of its cache, and where the hub may not be asked."""
+def hub_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What the hub's client raises: of its HTTP library, of its cache, where the hub may not be asked; and `more`."""
     from huggingface_hub import errors
 
-    return errors.HTTPError, errors.OfflineModeIsEnabled, OSError  # type: ignore[attr-defined]
+    return errors.HTTPError, errors.OfflineModeIsEnabled, OSError, *more  # type: ignore[attr-defined]
 
 
 def hub_reason(
