@@ -26,6 +26,7 @@ from fdfo_engine.runtime.run_pictures import IMAGES_NAME, grid
 from fdfo_engine.runtime.stop import Stopping, StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
 from fdfo_engine.training.evaluating import Evaluations
+from fdfo_engine.training.preflight import require_packages
 from fdfo_engine.training.scoring import Scored, ScoredPairs
 from fdfo_engine.training.watch import RewardWatch
 
@@ -65,6 +66,7 @@ def run(
     plan = BatchPlan.from_config(config, world_size())
     prompts = load_prompts(config.prompts, config.run.seed)
     all_agree_hash(prompts.sha256, "the prompt list")
+    require_packages(config)
     weighted = _ready_rewards(config, prompts)
     _require_resumable(config, resume)
     say(plan.describe())

@@ -11,7 +11,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
 if str(_HERE.parent) not in sys.path:
     sys.path.append(str(_HERE.parent))  # lets an uninstalled checkout run
 
-from fdfo_engine.config import BatchPlan, describe_keys, dump_config, load_config
+from fdfo_engine.config import BatchPlan, Config, describe_keys, dump_config, load_config
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import report_and_exit_code
 from fdfo_engine.runtime.process import end_process
@@ -27,7 +27,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--config", required=True, help="YAML file, or the bare name of a bundled one (shapes)")
     parse.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
-    parse.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic; stop")
+    parse.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the settings and the arithmetic, look at prompts, rewards, model and disk; stop",
+    )
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
     parse.add_argument("--base", metavar="PATH", help="where the base model lies now, if it moved since the run began")
     parse.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment wins
@@ -41,19 +45,35 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.base is not None:
             config = config.with_base(arguments.base)
-        if arguments.dry_run:
-            say(dump_config(config) + "\n" + BatchPlan.from_config(config, _launched_ranks()).describe())
-            return 0
-        from fdfo_engine.loop import run
         from fdfo_engine.runtime.own_code import search_in
 
         search_in(Path(arguments.config).parent)
+        if arguments.dry_run:
+            return dry_run(config, _launched_ranks())
+        from fdfo_engine.loop import run
+
         run(config, resume=arguments.resume, base_has_moved=arguments.base is not None)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)
     finally:
         _leave_group()
     return 0
+
+
+def dry_run(config: Config, ranks: int) -> int:
+    """Prints the settings, the arithmetic and what is found of prompts, rewards, model and disk; no weight is loaded.
+
+    Returns the exit status: of the first thing that would stop the run, else 0.
+    """
+    say(dump_config(config) + "\n" + BatchPlan.from_config(config, ranks).describe())
+    say("\nlooking at prompts, rewards, model and disk; no weight is loaded")
+    from fdfo_engine.training.preflight import preflight
+
+    status = 0
+    for finding in preflight(config):
+        say(finding.describe())
+        status = status or finding.exit_code
+    return status
 
 
 def _launched_ranks() -> int:

@@ -134,7 +134,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
                  "oid": blob_name(p.read_bytes())}
                 for p in files
             ]  # fmt: skip
-        siblings = [{"rfilename": p.relative_to(root).as_posix()} for p in files]
+        siblings = [{"rfilename": p.relative_to(root).as_posix(), "size": p.stat().st_size} for p in files]
         return {"id": repository, "sha": self.hub.commit, "siblings": siblings, "private": False}
 
     def _send(self, status, data, headers, with_body):

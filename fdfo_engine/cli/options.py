@@ -79,7 +79,7 @@ def add_prompt_files(parse: argparse.ArgumentParser, *, required: bool) -> Any:
     group = parse.add_mutually_exclusive_group(required=required)
     group.add_argument(
         "--prompts", metavar="FILE|SET",
-        help="text, .jsonl, .json, .csv, .tsv or .parquet file; drawbench, parti, hpdv2, pickscore or "
+        help="text, .jsonl, .json, .csv, .tsv or .parquet file; starter, drawbench, parti, hpdv2, pickscore or "
         "hub:OWNER/NAME/FILE; or `shapes`: its held-out captions",
     )  # fmt: skip
     parse.add_argument("--column", help="column of the prompt in a file that has several; default: the run's")

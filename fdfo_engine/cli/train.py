@@ -23,7 +23,11 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("-h", "--help", action=_HelpWithKeys, nargs=0, help="show this message and every setting")
     add_config(parse)
     parse.add_argument("--ranks", type=int, help="processes; default: one a GPU, one on a machine without")
-    parse.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic; stop")
+    parse.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the settings and the arithmetic, look at prompts, rewards, model and disk; stop",
+    )
     add_base(parse)
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
     parse.set_defaults(verb=run)
@@ -54,7 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         return main(command)
     config = load_config(name, overrides)  # a mistake is told here, before the launcher starts
+    if arguments.dry_run:
+        from fdfo_engine.runtime.own_code import search_in
+        from fdfo_engine.train import dry_run
+
+        search_in(Path(name).parent)
+        return dry_run(config, ranks)
     started = time.time()
     script = Path(__file__).resolve().parent.parent / "train.py"
     status = launch([str(script), *command], ranks)
-    return status if arguments.dry_run else true_status(Path(config.run.dir), started, status)
+    return true_status(Path(config.run.dir), started, status)

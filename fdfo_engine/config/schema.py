@@ -54,8 +54,9 @@ class PromptsConfig(Section):
     """The prompts the run samples from."""
 
     source: str = Field(min_length=1)
-    """Text file (one prompt a line), .jsonl, .json, .csv, .tsv or .parquet file, the name of a prompt set (`drawbench`,
-    `parti`, `hpdv2`, `pickscore`), `hub:OWNER/NAME/FILE`, or `shapes`, which generates them."""
+    """Text file (one prompt a line), .jsonl, .json, .csv, .tsv or .parquet file, the name of a prompt set (`starter`,
+    which comes with the engine; `drawbench`, `parti`, `hpdv2`, `pickscore`), `hub:OWNER/NAME/FILE`, or `shapes`, which
+    generates them."""
 
     column: str = Field(default="prompt", min_length=1)
     """Key or column of the prompt in a file that has several; the prompt sets know their own."""
@@ -284,7 +285,7 @@ class EvaluationConfig(Section):
     """Epochs between evaluations; 0 = never."""
 
     prompts: Name | None = None
-    """Source of the prompts, as prompts.source; null takes that one (of `shapes`, its held-out prompts)."""
+    """Source of the prompts, as prompts.source; null takes that one (of `shapes` and `starter` the held-out part)."""
 
     count: int = Field(default=64, ge=1)
     """Images an evaluation, one a prompt."""

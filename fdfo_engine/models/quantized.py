@@ -20,6 +20,20 @@ FOUR_BITS = "four bits of bitsandbytes"
 _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
+def quantizing_library() -> Any:
+    """The package that `model.quantize` needs.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "model.quantize = nf4: needs bitsandbytes; pip install 'fdfo-engine[quantize]'"
+        ) from error
+
+
 def quantize(transformer: Any) -> None:
     """Replaces each linear layer inside the blocks by bitsandbytes' NF4 one; `.to(device)` then packs the weights.
 
@@ -29,12 +43,7 @@ def quantize(transformer: Any) -> None:
     Raises:
         EnvironmentProblem: bitsandbytes is not installed.
     """
-    try:
-        bnb = importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "model.quantize = nf4: needs bitsandbytes; pip install 'fdfo-engine[quantize]'"
-        ) from error
+    bnb = quantizing_library()
     for parent, name, linear in list(_linears(transformer)):
         weight = linear.weight
         with torch.device("meta"):

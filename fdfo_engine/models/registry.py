@@ -5,6 +5,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ def locate_base(config: Config) -> Base:
     loader = _loader(config, resolve_model_id(config.model.id))
     with _without_advice():
         return find_base(config.model, getattr(loader, "pipeline_class", None))
+
+
+def require_model(config: Config) -> Path | None:
+    """Asks whether `config.model` is of a family, and here or given by the hub: of it only the index is fetched.
+
+    Returns:
+        The folder of its index: the pipeline's own, or what the hub's cache holds of it so far; None where a family of
+        one's own looks elsewhere.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `locate_base`.
+    """
+    source = resolve_model_id(config.model.id)
+    loader = _loader(config, source)
+    return model_index(source, config.model.revision).parent if hasattr(loader, "pipeline_class") else None
 
 
 def agreed_base(config: Config) -> Base:

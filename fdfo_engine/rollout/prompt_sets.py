@@ -10,8 +10,11 @@ from pathlib import Path
 
 from fdfo_engine.runtime.errors import PromptError
 from fdfo_engine.runtime.hub import hub_errors, hub_reason, quiet_hub
+from fdfo_engine.shapes.scene import Split
 
 HUB = "hub:"
+STARTER = "starter"
+"""The set that comes with the engine: lines of our own to train on, and others that are held out."""
 _HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 _WILDCARD = re.compile(r"[*?\[]")
 _PART = re.compile(r"(.*)-\d+-of-(\d+)(\.[^/]*)")
@@ -59,6 +62,11 @@ def named_set(source: str, column: str) -> PromptSet | None:
             raise PromptError(f"prompts.source = {source!r}: takes hub:OWNER/NAME or hub:OWNER/NAME/FILE")
         return PromptSet(f"{owner}/{name}", (pattern,) if pattern else _ANY_TABLE, column)
     return None if Path(source).exists() else PROMPT_SETS.get(source)
+
+
+def starter_file(split: Split) -> Path:
+    """The file of the set `STARTER` for training, or for evaluations."""
+    return Path(__file__).parent / "starter" / f"{split}.txt"
 
 
 def local_files(found: PromptSet, *, allow_download: bool) -> list[Path]:

@@ -14,7 +14,7 @@ import torch
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
 from fdfo_engine.rollout.prompt_files import PLAIN_TEXT, Entry, Format, format_of
-from fdfo_engine.rollout.prompt_sets import local_files, named_set
+from fdfo_engine.rollout.prompt_sets import PROMPT_SETS, STARTER, local_files, named_set, starter_file
 from fdfo_engine.runtime.errors import PromptError, UsageError
 from fdfo_engine.shapes.scene import Split, captions
 
@@ -84,7 +84,9 @@ class PromptList:
 
 
 def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") -> PromptList:
-    """Reads `prompts.source`: a file, a prompt set by its name or from the hub, or the shapes generator (its `split`).
+    """Reads `prompts.source`: a file, a prompt set by its name or from the hub, or the shapes generator.
+
+    `split` chooses between two lists where there are two: of the shapes generator and of the set `starter`.
 
     A prompt is the text that stands in the file, without white space around it. Lines and rows without a visible
     character, or with null, are no prompts and are counted, as are comments if `prompts.comments` says that there are.
@@ -98,7 +100,7 @@ def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") 
     if settings.source == "shapes":
         return PromptList(captions(split, settings.count, seed), seed)
     reading = Reading()
-    prompts = _read(settings, reading)
+    prompts = _read(settings, reading, split)
     if settings.dedup:
         read = len(prompts)
         prompts = list(dict.fromkeys(prompts))
@@ -125,8 +127,8 @@ def refuse_text(prompts: Sequence[str]) -> None:
         raise UsageError(f"prompts: the text {prompts!r}; takes a list of texts")
 
 
-def _read(settings: PromptsConfig, reading: Reading) -> list[str]:
-    files, column = _files_and_column(settings)
+def _read(settings: PromptsConfig, reading: Reading, split: Split) -> list[str]:
+    files, column = _files_and_column(settings, split)
     prompts: list[str] = []
     for path in files:
         form = format_of(path)
@@ -138,7 +140,9 @@ def _read(settings: PromptsConfig, reading: Reading) -> list[str]:
     return prompts
 
 
-def _files_and_column(settings: PromptsConfig) -> tuple[list[Path], str]:
+def _files_and_column(settings: PromptsConfig, split: Split) -> tuple[list[Path], str]:
+    if settings.source == STARTER and not Path(STARTER).exists():
+        return [starter_file(split)], settings.column
     known = named_set(settings.source, settings.column)
     if known is not None:
         return local_files(known, allow_download=settings.allow_download), known.column
@@ -146,7 +150,8 @@ def _files_and_column(settings: PromptsConfig) -> tuple[list[Path], str]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise PromptError(
-            f"prompts.source = {settings.source!r}: {what} ({path.resolve()}; working folder {Path.cwd()})"
+            f"prompts.source = {settings.source!r}: {what} ({path.resolve()}; working folder {Path.cwd()}). "
+            f"Sets by name: {', '.join([STARTER, *PROMPT_SETS])}"
         )
     return [path], settings.column
 

@@ -37,6 +37,19 @@ def ask_hub(repository: str, file: str, *, revision: str | None = None, kind: Ki
             raise
 
 
+def weight_files(repository: str, revision: str | None = None) -> dict[str, int]:
+    """Path and bytes of each file of safetensors that `repository` has in its folders, as the hub lists them.
+
+    Raises:
+        one of `hub_errors()`.
+    """
+    from huggingface_hub import HfApi
+
+    listed = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in listed}
+    return {name: size for name, size in sizes.items() if "/" in name and name.endswith(".safetensors")}
+
+
 def hub_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """What the hub's client raises: of its HTTP library, of its cache, where the hub may not be asked; and `more`."""
     from huggingface_hub import errors

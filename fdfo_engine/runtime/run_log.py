@@ -73,6 +73,20 @@ class RunLog:
             self._wandb.log(numbers | {"epoch": step})
 
 
+def tracker_library() -> Any:
+    """The package that `log.wandb` needs.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        hint = 'pip install "fdfo-engine[wandb]", or set log.wandb: false'
+        raise EnvironmentProblem(f"log.wandb: wandb is not installed; {hint}") from error
+    return wandb
+
+
 def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -83,11 +97,7 @@ def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
 
 
 def _open_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        hint = 'pip install "fdfo-engine[wandb]", or set log.wandb: false'
-        raise EnvironmentProblem(f"log.wandb: wandb is not installed; {hint}") from error
+    wandb = tracker_library()
     identity = folder / "wandb_id"  # so that a resumed run continues its own curves
     if not identity.is_file():
         replace_file(identity, uuid.uuid4().hex.encode())

@@ -177,3 +177,17 @@ def test_a_file_of_a_sets_name_comes_first(tmp_path, monkeypatch):
     Path("parti").write_text("mine\n")
     assert load("parti") == ["mine"]
     assert prompt_sets.named_set("unknown", "prompt") is None
+
+
+def test_the_set_that_comes_with_the_engine_is_two_lists():
+    settings = PromptsConfig(source="starter")
+    trained, held_out = (load_prompts(settings, 0, split=split).prompts for split in ("train", "heldout"))
+    assert (len(trained), len(held_out)) == (336, 64)
+    plain = [prompt.casefold() for prompt in trained + held_out]
+    assert len(set(plain)) == 400, "no line twice, nor in both"
+    assert all(3 <= len(prompt.split()) <= 20 for prompt in plain)
+
+
+def test_a_source_that_is_not_there_names_the_sets():
+    with pytest.raises(PromptError, match=r"no such file .*Sets by name: starter, pickscore"):
+        load("data/prompts.txt")
