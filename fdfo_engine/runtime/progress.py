@@ -148,9 +148,10 @@ class Phase:
         self.reach(self._counted if self.total is None else min(self._counted, self.total))
 
     def finish(self) -> None:
-        """Tells that all of it is done."""
+        """Tells that all of it is done, where the last word was not that already."""
         self._done = self._done if self.total is None else self.total
-        self._tell()
+        if self._told != self._done:
+            self._tell()
 
     def _between(self) -> None:
         self._progress.poll()

@@ -28,8 +28,10 @@ def test_an_epoch_tells_its_blocks_micro_batches_and_images(tiny_sd3, tmp_path):
     engine.save()
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     phases = [(phase.epoch, phase.name, phase.done, phase.total) for phase in told(events, "phase")]
-    # 2 blocks of 2 pairs; 2 optimiser steps with 2 x 2 x 2 items a block, at most 5 a micro-batch; one batch of images
+    # 4 prompts; 2 blocks of 2 pairs; 2 optimiser steps with 2 x 2 x 2 items a block, at most 5 a micro-batch
     assert phases == [
+        *[(0, "loading", done, 1) for done in (0, 1)],
+        *[(1, "prompts", done, 4) for done in range(5)],
         *[(1, "rollout", done, 8) for done in (0, 4, 8)],
         *[(1, "update", done, 8) for done in range(9)],
         *[(1, "generation", done, 3) for done in (0, 3)],
@@ -43,7 +45,7 @@ def test_what_is_left_follows_from_the_speed(tiny_sd3, tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     events = []
     make(tiny_sd3, tmp_path, events).rollout(PROMPTS)
-    first, middle, last = told(events, "phase")
+    first, middle, last = (phase for phase in told(events, "phase") if phase.name == "rollout")
     assert (first.eta_s, first.per_second, last.eta_s) == (None, None, 0.0)
     assert middle.eta_s == pytest.approx((8 - middle.done) / middle.per_second)
 
@@ -93,7 +95,7 @@ def test_a_cancelled_update_says_what_the_weights_are(tiny_sd3, tmp_path, done, 
             engine.save()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))])
 def test_after_a_cancelled_update_and_load_the_next_has_the_bits_of_an_untouched_one(tiny_sd3, tmp_path, stage):
     engine, other = (make(tiny_sd3, tmp_path / name, zero={"stage": stage}) for name in ("a", "b"))
     engine.save()

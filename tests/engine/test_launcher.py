@@ -35,7 +35,8 @@ def weights(folder, epoch):
     return load_file(folder / f"run/checkpoints/epoch_{epoch:06d}/weights.safetensors")
 
 
-@pytest.mark.parametrize("by", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["deepspeed", "torchrun"])
 def test_two_ranks_run_as_one(tiny_sd3, tmp_path, by):
     folders = {}
     for name, launcher, ranks in (("one", "python", 1), ("two", by, 2)):

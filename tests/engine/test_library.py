@@ -43,6 +43,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_the_host_process_stays_as_it_was(tiny_sd3, tmp_path):
     code = HOST.format(paths=[str(ROOT), str(ROOT / "tests")], pipeline=str(tiny_sd3), run=str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd=tmp_path)
@@ -61,8 +62,15 @@ def test_building_an_engine_changes_nothing_of_the_process(tiny_sd3, tmp_path):
     assert len(warnings.filters) <= filters + 1
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("train", "stage"),
+    [
+        ("lora", 1),
+        ("full", 3),
+        *(pytest.param("lora", stage, marks=pytest.mark.slow) for stage in (0, 2, 3)),
+        *(pytest.param("full", stage, marks=pytest.mark.slow) for stage in (0, 1, 2)),
+    ],
+)
 def test_a_closed_engine_gives_its_memory_back(tiny_sd3, tmp_path, stage, train):
     linear = torch.nn.functional.linear
     engine = Engine(tiny_config(tiny_sd3, tmp_path, zero={"stage": stage}, model={"train": train}, update={"ema": 0.5}))
@@ -186,7 +194,11 @@ def snippets(file):
 @needs_base
 @pytest.mark.parametrize(
     ("file", "number"),
-    [("docs/LIBRARY.md", 0), ("docs/LIBRARY.md", 1), pytest.param("README.md", 0, marks=pytest.mark.slow)],
+    [
+        ("docs/LIBRARY.md", 1),
+        pytest.param("docs/LIBRARY.md", 0, marks=pytest.mark.slow),
+        pytest.param("README.md", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_snippets_run_as_printed(file, number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

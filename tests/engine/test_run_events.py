@@ -48,7 +48,7 @@ def test_a_run_in_a_notebook(tiny_sd3, tmp_path):
     epochs = [event.data.values for event in kept if event.type == "metrics" and event.data.kind == "epoch"]
     assert [row["reward_mean"] for row in epochs] == [row["reward_mean"] for row in metrics]
     phases = list(dict.fromkeys(event.data.name for event in kept if event.type == "phase"))
-    assert phases == ["evaluation", "scoring", "rollout", "reward", "update"]
+    assert phases == ["loading", "evaluation", "scoring", "prompts", "rollout", "reward", "update"]
     states = [event.data.state for event in kept if event.type in ("state", "done")]
     assert states == ["starting", "running", "finished", "finished"]
     for event in kept:
@@ -129,7 +129,7 @@ def test_ctrl_c_amid_an_update_says_so_and_the_epoch_is_finished(tiny_sd3, tmp_p
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch_000002"]
 
 
-@pytest.mark.parametrize(("at", "kept"), [(9, "epoch_000001"), (15, None)])
+@pytest.mark.parametrize(("at", "kept"), [(9, "epoch_000001"), pytest.param(15, None, marks=pytest.mark.slow)])
 def test_ctrl_c_again_leaves_at_once_and_resumable(tiny_sd3, tmp_path, monkeypatch, capsys, at, kept):
     """In the first optimiser step of epoch 2 no weight has changed yet: epoch 1 can still be saved."""
     config = tiny_config(tiny_sd3, tmp_path / "broken", checkpoint={"every": 9})

@@ -25,6 +25,10 @@ from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import adapters_off
 from fdfo_engine.runtime.errors import UsageError
 
+QUICK = ("sd35-medium", "flux")
+BY_INTERPRETER = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+    name if name in ("sd35-medium", "flux") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS
+]
 TRAINED = {"lora": adapted, "lora everywhere": lambda m: adapted(m, EVERYWHERE), "full": lambda m: m}
 
 
@@ -59,6 +63,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("variant", BY_INTERPRETER)
 @pytest.mark.parametrize("train", ["lora everywhere", pytest.param("full", marks=pytest.mark.slow)])
 def test_triton_is_diffusers_own(variant, train):
     model = TRAINED[train](build(variant, layers=1, single_layers=1))
@@ -68,6 +73,7 @@ def test_triton_is_diffusers_own(variant, train):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("variant", BY_INTERPRETER)
 def test_training_rounds_as_the_rollout_does(variant):
     """To the bit, in bfloat16: on-policy log-ratios are 0."""
     model = TRAINED["lora everywhere"](build(variant, heads=4, head_size=16).bfloat16())

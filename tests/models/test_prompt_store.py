@@ -40,6 +40,7 @@ def same(one, other):
     assert all(t.dtype == other.tensors[n].dtype and t.equal(other.tensors[n]) for n, t in one.tensors.items())
 
 
+@pytest.mark.slow
 def test_a_second_process_gets_the_same_bits_and_encodes_nothing(tiny_sd3, tmp_path):
     settings = {"prompt_cache": str(tmp_path / "prompts")}
     config = tiny_config(tiny_sd3, tmp_path / "run", model=settings)

@@ -165,7 +165,7 @@ def test_taken_port_is_named():
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        [(stderr, code)] = outcomes([start(JOIN, 0, 1, port)])
+        [(stderr, code)] = outcomes([start(JOIN, 0, 2, port)])
     assert code == 8
     assert f"error: rank 0 cannot serve 127.0.0.1:{port}: " in stderr
 

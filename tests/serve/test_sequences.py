@@ -112,7 +112,7 @@ class Requests(RuleBasedStateMachine):
 
 def test_no_sequence_of_requests_deadlocks_or_loses_an_opinion(client, request):
     Requests.client = client
-    examples = 40 if request.config.getoption("-m") == "slow or not slow" else 4
+    examples = 40 if request.config.getoption("-m") == "slow or not slow" else 2
     run_state_machine_as_test(
         Requests,
         settings=settings(

@@ -42,7 +42,9 @@ def distance(one, exact):
     return ((one - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize(("kind", "fused"), [("sd3", True), ("sd3", False), ("flux", True)])
+@pytest.mark.parametrize(
+    ("kind", "fused"), [("sd3", True), pytest.param("sd3", False, marks=pytest.mark.slow), ("flux", True)]
+)
 def test_float16_is_nearer_to_float32_than_bfloat16(request, tmp_path, kind, fused):
     """By a factor of 3 at least, of the gradient of a guided run: float16 has three more bits."""
     folder = request.getfixturevalue(f"tiny_{kind}")
@@ -55,7 +57,7 @@ def test_float16_is_nearer_to_float32_than_bfloat16(request, tmp_path, kind, fus
     assert distance(half, exact) < 0.05
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_as_small_as_a_real_runs_do_not_vanish(tiny_sd3, tmp_path, stage):
     """In a backward pass in plain float16 most of them are 0."""
     zero = {"stage": stage}
