@@ -27,8 +27,6 @@ from fdfo_engine.runtime.errors import UsageError
 
 QUICK = ("sd35-medium", "flux")
 BY_INTERPRETER = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-    name if name in ("sd35-medium", "flux") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS
-]
 TRAINED = {"lora": adapted, "lora everywhere": lambda m: adapted(m, EVERYWHERE), "full": lambda m: m}
 
 
