@@ -35,11 +35,6 @@ def step_coefficients(sigma: Tensor, sigma_next: Tensor, gamma: Tensor) -> Tenso
     return _rounded(r - sigma, keep, r * _spread(gamma) * keep)
 
 
-def prior_table(gamma: Tensor, device: torch.device) -> Tensor:
-    """`prior_coefficients` of every pair on `device`, `[P, 3]`."""
-    return prior_coefficients(gamma) if gamma.is_cuda else _prior_table(tuple(gamma.tolist()), device)
-
-
 def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.device) -> Tensor:
     """`step_coefficients` of every pair on `device`, `[P, 3]`."""
     if gamma.is_cuda:
@@ -48,11 +43,6 @@ def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.dev
 
 
 # A run asks for the same few tables at every block: kept, they cost no copy to the device, and a graph may hold them.
-@functools.lru_cache(maxsize=1024)
-def _prior_table(gamma: tuple[float, ...], device: torch.device) -> Tensor:
-    return _checks.moved(prior_coefficients(torch.tensor(gamma, dtype=torch.float64)), device)
-
-
 @functools.lru_cache(maxsize=1024)
 def _step_table(sigma: float, sigma_next: float, gamma: tuple[float, ...], device: torch.device) -> Tensor:
     t, s, gamma_P = (torch.tensor(value, dtype=torch.float64) for value in (sigma, sigma_next, gamma))

@@ -159,6 +159,7 @@ def test_a_rollout_is_shown_in_short(tiny_sd3, tmp_path):
     with Engine(tiny_config(tiny_sd3, tmp_path)) as engine:
         rollout = engine.rollout(PROMPTS)
         assert repr(rollout) == "Rollout(4 pairs, 4 steps, 16 x 16, after 0 optimiser steps)"
+        assert torch.equal(rollout.gather_images(), rollout.images)
         engine.update(rollout, REWARDS)
         assert repr(rollout).endswith(", used)")
 
