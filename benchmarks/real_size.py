@@ -4,8 +4,8 @@
     python -m benchmarks.real_size --image 512 --pairs 2 --steps 4
 
 Builds a pipeline folder with the real transformer and VAE; T5 is left out, and both CLIPs have their real widths but
-two layers. Then `fdfo train` runs an epoch of it in bfloat16 in a process of its own. On a CPU that takes minutes and about
-12 GB. Pictures of random weights are noise: what is met is memory, shapes, time, and that nothing becomes NaN.
+two layers. Then `fdfo train` runs an epoch of it in bfloat16 in a process of its own. On a CPU that takes minutes and
+about 12 GB. Pictures of random weights are noise: what is met is memory, shapes, time, and that nothing becomes NaN.
 """
 
 from __future__ import annotations
