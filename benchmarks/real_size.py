@@ -120,7 +120,7 @@ def train(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--config", str(folder / "config.yaml")]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     metrics = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
-    kept = ("reward_mean", "grad_norm", "log_ratio_abs", "skipped_steps", "seconds_rollout", "seconds_update")
+    kept = ("reward_mean", "grad_norm", "log_ratio", "skipped_steps", "seconds_rollout", "seconds_update")
     return {
         "image": arguments.image,
         "pairs": arguments.pairs,
