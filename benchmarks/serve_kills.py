@@ -34,6 +34,8 @@ SETTINGS = (
     "update.micro_batch=8", "evaluation.every=0", "log.tensorboard=false", "log.images_every=0", "run.epochs=100000",
 )  # fmt: skip
 PATIENCE_S = 300.0
+DURING_START = 0.1
+"""Share of kills that do not wait until the server answers."""
 COMPARED = {"operations": "kind, body, state, result", "feedback": "pair, rater, reward_0, reward_1"}
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mean-s", type=float, default=3.0, help="of the time from a start to the kill")
+    parser.add_argument("--mean-s", type=float, default=2.0, help="of the time that it serves before a kill")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="serve-kills-") as name:
@@ -68,12 +70,14 @@ def killed_run(folder: Path, arguments: argparse.Namespace) -> dict:
         trainer, follower = Trainer(server), Follower(server)
         trainer.start()
         follower.start()
-        kills, ready = 0, 0
+        kills, serving = 0, 0
         started = time.monotonic()
         while kills < arguments.kills:
             server.start()
+            if chance.random() >= DURING_START:
+                server.wait_until_up()
             time.sleep(chance.expovariate(1 / arguments.mean_s))
-            ready += (folder / "serve.json").is_file()
+            serving += server.is_up()
             server.kill(chance.randrange(arguments.ranks))
             kills += 1
         server.start()
@@ -81,7 +85,7 @@ def killed_run(folder: Path, arguments: argparse.Namespace) -> dict:
         follower.finish(events_of(folder))
     return {
         "kills": kills,
-        "kills_while_serving": ready,
+        "kills_while_serving": serving,
         "seconds": time.monotonic() - started,
         "epochs": trainer.epochs,
         "requests": len(trainer.acknowledged),
@@ -176,6 +180,17 @@ class Server:
         self._nursery.stdin.write(f"{free_port()}\n")
         self._nursery.stdin.flush()
         self.pids = json.loads(self._nursery.stdout.readline())
+
+    def is_up(self) -> bool:
+        """Whether it takes connections."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def wait_until_up(self) -> None:
+        """Until it takes connections, or five minutes."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.is_up() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def kill(self, rank: int) -> None:
         """SIGKILL of one rank; the others are given a moment to notice, and then ended too."""
