@@ -100,18 +100,26 @@ def cxx() -> str:
     return os.environ.get("CXX", "g++")
 
 
+# folders at the root, and their names inside the package
+ROOT_FOLDERS = {"fdfo_engine.kernels": "kernels", "fdfo_engine.configs": "configs", "fdfo_engine.examples": "examples"}
 kernel_packages = ["fdfo_engine.kernels"] + [f"fdfo_engine.kernels.{name}" for name in find_packages("kernels")]
 
 setup(
-    packages=[*find_packages(include=["fdfo_engine", "fdfo_engine.*"]), *kernel_packages, "fdfo_engine.configs"],
-    package_dir={"fdfo_engine.kernels": "kernels", "fdfo_engine.configs": "configs"},
+    packages=[
+        *find_packages(include=["fdfo_engine", "fdfo_engine.*"]),
+        *kernel_packages,
+        "fdfo_engine.configs",
+        "fdfo_engine.examples",
+    ],
+    package_dir=ROOT_FOLDERS,
     package_data={
         "fdfo_engine": ["py.typed"],
         "fdfo_engine.shapes": ["base/**/*", "base/*"],
         "fdfo_engine.report": ["*.html"],
         "fdfo_engine.rollout": ["starter/*.txt"],
         "fdfo_engine.models.known": ["*/*.json", "*/*/*.json"],
-        "fdfo_engine.configs": ["*.yaml"],
+        "fdfo_engine.configs": ["*.yaml", "cluster/*"],
+        "fdfo_engine.examples": ["*/*.py", "*/*.xml"],
     },
     ext_modules=[
         Pybind11Extension(

@@ -30,6 +30,10 @@ def test_the_installed_wheel_passes_the_doctor_and_trains(tmp_path):
     assert str(site) in run(sys.executable, "-c", where, cwd=tmp_path, **away)
     report = run(sys.executable, "-m", "fdfo_engine.cli.main", "doctor", cwd=tmp_path, **away)
     assert "ready to train" in report
+    for name in ("cluster/slurm.sbatch", "examples/reward_server.py", "examples/comfyui_fdfo/__init__.py"):
+        assert run(sys.executable, "-m", "fdfo_engine.cli.main", "config", "show", name, cwd=tmp_path, **away)
+    run(sys.executable, "-m", "fdfo_engine.cli.main", "new", "mine", "--from", "sd35m_16gb", cwd=tmp_path, **away)
+    assert (tmp_path / "mine/prompts.txt").is_file()
     bench = ["bench", "--arch", "shapes", "--candidates", "R", "--train-batch", "1", "--seconds", "0.01"]
     run(sys.executable, "-m", "fdfo_engine.cli.main", *bench, cwd=tmp_path, **away)
     assert (tmp_path / "fdfo_bench.json").is_file()

@@ -13,10 +13,12 @@ from typing import NoReturn
 from fdfo_engine import __version__
 from fdfo_engine.cli import (
     bench,
+    config,
     doctor,
     evaluate,
     export,
     generate,
+    new,
     plan,
     pretrain_shapes,
     report,
@@ -31,6 +33,8 @@ from fdfo_engine.runtime.process import end_process
 
 Verb = Callable[[argparse.Namespace], int]
 _VERBS = (
+    config,
+    new,
     train,
     generate,
     evaluate,
