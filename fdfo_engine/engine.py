@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdfo_engine.algorithms import build_algorithm
 from fdfo_engine.config import BatchPlan, Config, dump_config
 from fdfo_engine.exporting import Weights, base_of_run, refuse_foreign, takes_average, write_export
 from fdfo_engine.models.export_checks import refuse_style
@@ -96,13 +97,14 @@ class Engine(Closable):
             self.model = load_model(config, self.device, self.base)
         self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
         prompts = PromptCache(self.model, open_prompt_store(config, self.device, self.base))
-        self.sampler = PairedSampler(self.model, prompts, config, self.backend)
+        algorithm = build_algorithm(config, self.backend)
+        self.sampler = PairedSampler(self.model, prompts, config, algorithm.plan, self.backend)
         reference = kl_reference(config, self.model)
         parameters = list(self.model.trained_parameters())
         self.trainer = ZeroTrainer(self.model.network, parameters, config.optimizer, config.zero)
         self._rollout_network, micro_batches = networks(config, self.trainer, [p for _, p in parameters], self.device)
         self._updater = Updater(
-            self.model, self.trainer, micro_batches, reference, config, self.sampler.conditioning, self.backend
+            self.model, self.trainer, micro_batches, reference, config, self.sampler.conditioning, algorithm
         )
         if self.memory is not None:
             self._updater.micro_batch = self.memory.micro_batch
@@ -196,7 +198,7 @@ class Engine(Closable):
         return kept.rollout(
             self.sampler.grid, [prompts[i] for i in local], [first + i for i in local], seed=self.config.run.seed,
             weights_version=self.weights_version, first_pair=first, num_pairs=count, block_pairs=self._block_pairs,
-            backend=self.backend,
+            backend=self.backend, solver=self.sampler.plan.solver,
         )  # fmt: skip
 
     def update(self, rollout: Rollout, rewards: Tensor, *, allow_stale: bool = False) -> dict[str, float]:
@@ -222,7 +224,7 @@ class Engine(Closable):
         self.primitives.discard()
         try:
             with self.progress.phase("update", unit="micro-batches") as phase:
-                metrics = self._updater.update(rollout, rewards[rollout.local_rows], phase.reach)
+                metrics = self._updater.update(rollout, rewards, phase.reach)
         except Cancelled as error:
             raise Cancelled(f"{error}, {self._state_of_weights()}") from None
         rollout.used = True

@@ -64,7 +64,7 @@ def run(
     config = with_own_rewards(config, rewards)
     setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
     plan = BatchPlan.from_config(config, world_size())
-    prompts = load_prompts(config.prompts, config.run.seed)
+    prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
     all_agree_hash(prompts.sha256, "the prompt list")
     require_packages(config)
     weighted = _ready_rewards(config, prompts)

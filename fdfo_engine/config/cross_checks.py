@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fdfo_engine.config.churn import RawChurn
+
 if TYPE_CHECKING:
     from fdfo_engine.config.schema import Config
 
@@ -52,6 +54,26 @@ RULES: tuple[Rule, ...] = (
             f"{c.update.train_steps} trained steps are more than sampling.steps = {c.sampling.steps}; "
             "lower update.train_steps, or set it to null to train all"
         ),
+    ),
+    Rule(
+        ("update.subset", "update.train_steps", "sampling.steps"),
+        lambda c: c.update.subset == "stratified" and c.sampling.steps % trained_steps(c) != 0,
+        lambda c: (
+            f"is stratified, and {c.sampling.steps} steps don't fall into {trained_steps(c)} equal stretches; "
+            "set update.train_steps to a divisor of sampling.steps"
+        ),
+    ),
+    Rule(
+        ("sampling.pairs_per_prompt", "sampling.pairs_per_epoch"),
+        lambda c: c.sampling.pairs_per_epoch % c.sampling.pairs_per_prompt != 0,
+        lambda c: (
+            f"is {c.sampling.pairs_per_prompt}, and must divide sampling.pairs_per_epoch = {c.sampling.pairs_per_epoch}"
+        ),
+    ),
+    Rule(
+        ("sampling.churn", "algorithm.name"),
+        lambda c: c.algorithm.name != "fdfo" and c.sampling.churn != RawChurn(),
+        lambda c: f"is FDFO's, and algorithm.name = {c.algorithm.name} has noise of its own; remove it",
     ),
     Rule(
         ("model.fused", "model.compile"),

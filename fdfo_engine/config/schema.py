@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from fdfo_engine.config.algorithm import AlgorithmConfig, FdfoAlgorithm
 from fdfo_engine.config.churn import ChurnConfig, RawChurn
 from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
@@ -79,6 +80,9 @@ class SamplingConfig(Section):
 
     pairs_per_epoch: int = Field(default=432, ge=1)
     """Pairs of images an epoch, over all ranks."""
+
+    pairs_per_prompt: int = Field(default=1, ge=1)
+    """Neighbouring pairs that take the same prompt; with `algorithm.name: flow_grpo` a group is twice as many images."""
 
     steps: int = Field(default=40, ge=1, le=10_000)
     """Solver steps from t = 1 (noise) to t = 0 (image)."""
@@ -201,6 +205,9 @@ class UpdateConfig(Section):
 
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay an epoch of an average of the trained weights, saved beside them; null keeps none."""
+
+    subset: Literal["random", "stratified"] = "random"
+    """How train_steps of sampling.steps are drawn: any of them, or one of each stretch of as many neighbours."""
 
     max_bad_pairs: float = Field(default=0.05, ge=0, le=1)
     """Share of an epoch's pairs that may lose their reward to failures before the run stops."""
@@ -359,6 +366,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
+    algorithm: AlgorithmConfig = FdfoAlgorithm()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1), BeforeValidator(frozen_list)]
     """What is maximised: a list of {name, weight, options}, whose weighted scores are added."""
     update: UpdateConfig = UpdateConfig()

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS
+from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS, Solver
 from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend, choose
 from fdfo_engine.ops._norm_streams import NormStream
 from fdfo_engine.ops.adapted_projections import adapted_projection, adapted_projections, ends_inside
@@ -23,11 +23,13 @@ from fdfo_engine.ops.philox import (
     DEAL_STREAM,
     GENERATION_STREAM,
     PROMPT_ORDER_STREAM,
+    RENOISE_STREAM,
     SCALAR_STREAM,
     SHARED_STREAM,
     churn_stream,
     deal_stream,
     philox_words,
+    renoise_stream,
 )
 from fdfo_engine.ops.philox_normal import pair_scalar_normal, philox_normal
 from fdfo_engine.ops.projection import Adapter, Gelu, HeadNorm, IntoResidual, Packed, Projected, Projection
@@ -41,6 +43,7 @@ __all__ = [
     "NORM_EPS",
     "PROMPT_ORDER_STREAM",
     "QKV",
+    "RENOISE_STREAM",
     "SCALAR_STREAM",
     "SHARED_STREAM",
     "Adapter",
@@ -53,6 +56,7 @@ __all__ = [
     "Projected",
     "Projection",
     "Residual",
+    "Solver",
     "adapted_projection",
     "adapted_projections",
     "backend_for",
@@ -79,6 +83,7 @@ __all__ = [
     "philox_normal",
     "philox_words",
     "qk_rms_norm",
+    "renoise_stream",
     "replay",
 ]
 

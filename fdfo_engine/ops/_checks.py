@@ -4,11 +4,15 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
+Solver = Literal["churn", "sde"]
+"""What a gamma of sampling is: METHOD's churn, or the noise level of a stochastic differential equation."""
+
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LATENT_DTYPES = (torch.float32,)
 REAL_DTYPES = (torch.float32, torch.float64)
@@ -161,6 +165,14 @@ def churn(op: str, name: str, value: Any, shape: Sequence[int]) -> Tensor:
     if not gamma.is_cuda and not bool(((gamma >= 0) & torch.isfinite(gamma)).all()):
         refuse(op, name, gamma.flatten().tolist()[:8], "finite numbers of at least 0")
     return gamma
+
+
+def solver(op: str, value: Any) -> Solver:
+    """The name of what gamma is."""
+    if value not in SOLVERS:
+        refuse(op, "solver", repr(value), " or ".join(SOLVERS))
+    chosen: Solver = value
+    return chosen
 
 
 def moved(value: Tensor, target: torch.device) -> Tensor:

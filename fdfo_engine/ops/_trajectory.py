@@ -15,38 +15,52 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.ops import _checks
+from fdfo_engine.ops._checks import Solver
 from fdfo_engine.ops.philox import SHARED_STREAM, churn_stream
 from fdfo_engine.ops.philox_normal import philox_normal
 
 
-def prior_coefficients(gamma: Tensor) -> Tensor:
-    """`(0, keep, noise)` of `keep * n + noise * eps`, float32 `[..., 3]`, for float64 churn `[...]`."""
+def prior_coefficients(gamma: Tensor, solver: Solver = "churn") -> Tensor:
+    """`(0, keep, noise)` of `keep * n + noise * eps`, float32 `[..., 3]`, for float64 gamma `[...]`.
+
+    Of an SDE, gamma in 0..1 is the branch's own share of the noise: `keep^2 + gamma^2 = 1`.
+    """
+    if solver == "sde":
+        return _rounded(torch.zeros_like(gamma), torch.sqrt(1 - gamma**2), gamma)
     keep = 1 / (1 + gamma)
     return _rounded(torch.zeros_like(gamma), keep, _spread(gamma) * keep)
 
 
-def step_coefficients(sigma: Tensor, sigma_next: Tensor, gamma: Tensor) -> Tensor:
-    """`(move, keep, noise)` of `keep * (x + move * v) + noise * eps`, float32 `[..., 3]`: overshoot to r, renoise.
+def step_coefficients(sigma: Tensor, sigma_next: Tensor, gamma: Tensor, solver: Solver = "churn") -> Tensor:
+    """`(move, keep, noise)` of `keep * (x + move * v) + noise * eps`, float32 `[..., 3]`.
 
+    Of churn: overshoot to r, renoise. Of an SDE with level s and `dt < 0`, its Euler step: mean
+    `x * (1 + s^2 dt / (2t)) + v * (1 + s^2 (1 - t) / (2t)) * dt`, noise `s * sqrt(-dt)`.
     All float64 tensors: a Python number over a tensor is not one division, and replay would differ from sampling.
     """
+    if solver == "sde":
+        dt, half = sigma_next - sigma, gamma**2 / (2 * sigma)
+        keep = 1 + half * dt
+        return _rounded((1 + half * (1 - sigma)) * dt / keep, keep, gamma * torch.sqrt(-dt))
     r = sigma_next / (1 + gamma - gamma * sigma_next)
     keep = 1 / (1 + gamma * r)
     return _rounded(r - sigma, keep, r * _spread(gamma) * keep)
 
 
-def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.device) -> Tensor:
+def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.device, solver: Solver) -> Tensor:
     """`step_coefficients` of every pair on `device`, `[P, 3]`."""
     if gamma.is_cuda:
-        return step_coefficients(gamma.new_tensor(sigma), gamma.new_tensor(sigma_next), gamma)
-    return _step_table(sigma, sigma_next, tuple(gamma.tolist()), device)
+        return step_coefficients(gamma.new_tensor(sigma), gamma.new_tensor(sigma_next), gamma, solver)
+    return _step_table(sigma, sigma_next, tuple(gamma.tolist()), device, solver)
 
 
 # A run asks for the same few tables at every block: kept, they cost no copy to the device, and a graph may hold them.
 @functools.lru_cache(maxsize=1024)
-def _step_table(sigma: float, sigma_next: float, gamma: tuple[float, ...], device: torch.device) -> Tensor:
+def _step_table(
+    sigma: float, sigma_next: float, gamma: tuple[float, ...], device: torch.device, solver: Solver
+) -> Tensor:
     t, s, gamma_P = (torch.tensor(value, dtype=torch.float64) for value in (sigma, sigma_next, gamma))
-    return _checks.moved(step_coefficients(t, s, gamma_P), device)
+    return _checks.moved(step_coefficients(t, s, gamma_P, solver), device)
 
 
 @dataclass(frozen=True)

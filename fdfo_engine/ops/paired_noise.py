@@ -21,9 +21,12 @@ def paired_noise(
     seed: int,
     gamma: float | Tensor,
     device: torch.device | str,
+    solver: _checks.Solver = "churn",
     backend: str | None = None,
 ) -> Tensor:
     """`(n + sqrt((1+g)^2 - 1) * eps) / (1 + g)`: n shared by the branches, eps fresh for each. Variance stays 1.
+
+    Solver `sde` takes g, in 0..1, as the branch's own share: `sqrt(1 - g^2) * n + g * eps`.
 
     Args:
         pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]`.
@@ -32,6 +35,7 @@ def paired_noise(
         gamma: churn at grid point 0, without a unit, finite and >= 0: one number, or float32 or float64 `[P]` on any
             device. A pair with 0 gets n itself, the same bits in both branches.
         device: where the latents go.
+        solver: what `gamma` is; see `paired_step`.
         backend: None takes the fastest that runs on `device`; a name of `ops.backends` forces one.
 
     Returns:
@@ -49,7 +53,7 @@ def paired_noise(
     sizes, target = _checks.latent_shape(op, shape), _checks.device(op, device)
     gamma_P = _checks.churn(op, "gamma", gamma, (len(pairs),))
     run = _RUNS[_dispatch.choose(op, OFFERED, target, forced=backend)]
-    coefficients = _trajectory.prior_coefficients(gamma_P)
+    coefficients = _trajectory.prior_coefficients(gamma_P, _checks.solver(op, solver))
     return run(pairs, sizes, coefficients, _checks.seed(op, seed), target)
 
 

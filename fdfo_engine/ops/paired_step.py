@@ -32,13 +32,16 @@ def paired_step(  # noqa: PLR0913
     guidance_scale: float = 1.0,
     v_out: Tensor | None = None,
     inplace: bool = False,
+    solver: _checks.Solver = "churn",
     backend: str | None = None,
 ) -> Tensor:
     """Next latents: guidance, rounding to the dtype of `v`, overshoot to `r`, renoise back to s = `sigma_next`.
 
     `r = s / (1 + g - g*s)`; `x' = x + (r - t) * v`;
     `x_next = x' / (1 + g*r) + r * sqrt((1+g)^2 - 1) / (1 + g*r) * eps`.
-    With g = 0 it is Euler, `x + (s - t) * v`, to the bit, and no noise is drawn.
+    With g = 0 it is Euler, `x + (s - t) * v`, to the bit, and no noise is drawn. Solver `sde` takes g as a noise level
+    instead: the Euler step of a stochastic differential equation, with `dt = s - t`:
+    `x_next = x * (1 + g^2 dt / (2t)) + v * (1 + g^2 (1 - t) / (2t)) * dt + g * sqrt(-dt) * eps`.
 
     Args:
         x: latents, float32 `[P, 2, *shape]`, in latent units: those of the model, in which noise has variance 1.
@@ -56,6 +59,7 @@ def paired_step(  # noqa: PLR0913
         v_out: like `v`, contiguous or not; receives the velocity that was used: guided and rounded. It may be `v`
             itself, and shares no memory with other arguments.
         inplace: write the result into `x` and return `x`.
+        solver: what `gamma` is: `churn`, or the level of an `sde`, which keeps `1 + g^2 dt / (2t)` above 0.
         backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
 
     Returns:
@@ -67,7 +71,7 @@ def paired_step(  # noqa: PLR0913
             place, whose elements share memory.
         BackendUnavailableError: `backend` can't run on `x`'s device.
 
-    Source: METHOD, 'Paired sampling' 3 to 5.
+    Source: METHOD, 'Paired sampling' 3 to 5; of the SDE Flow-GRPO, arXiv 2505.05470.
     """
     op = "paired_step"
     _checks.paired(op, "x", x, _checks.LATENT_DTYPES)
@@ -87,7 +91,7 @@ def paired_step(  # noqa: PLR0913
     move = _Move(
         x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else torch.empty(x.shape, device=x.device),
         scale=scale,
-        coefficients=_trajectory.step_table(t, s, gamma_P, x.device), pair_ids=pairs, step=_checks.step(op, step),
+        coefficients=_trajectory.step_table(t, s, gamma_P, x.device, _checks.solver(op, solver)), pair_ids=pairs, step=_checks.step(op, step),
         seed=_checks.seed(op, seed),
     )  # fmt: skip
     run(move)

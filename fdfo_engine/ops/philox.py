@@ -19,6 +19,8 @@ MASK = 0xFFFFFFFF
 
 SHARED_STREAM = 0
 """Initial noise that both branches of a pair share."""
+RENOISE_STREAM = 2**29
+"""Of noise that is mixed into a final latent again, branch 0 at step 0; see `renoise_stream`."""
 GENERATION_STREAM = 2**30
 """Initial noise of churn-free images; the pair is the image's index in its list."""
 SCALAR_STREAM = 2**31
@@ -33,9 +35,14 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 Integers = int | Sequence[int] | Tensor | npt.NDArray[Any]
 
 
-def churn_stream(k: int, branch: Branch) -> Branch:
+def churn_stream(k: int | Branch, branch: Branch) -> Branch:
     """Stream of the fresh noise at grid point k (0: the prior; step i has k = i + 1); `branch` an int or a tensor."""
     return branch + (1 + 2 * k)
+
+
+def renoise_stream(step: Branch, branch: Branch) -> Branch:
+    """Stream of the noise that a final latent is mixed with again at the time of `step`."""
+    return branch + 2 * step + RENOISE_STREAM
 
 
 def deal_stream(branch: Branch) -> Branch:

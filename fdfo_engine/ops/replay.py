@@ -17,7 +17,7 @@ INTERPRETED_BLOCK = 16384  # the interpreter takes milliseconds a program, whate
 
 
 @torch.no_grad()
-def replay(
+def replay(  # noqa: PLR0913
     velocities: Tensor,
     *,
     pair_ids: Sequence[int] | Tensor,
@@ -27,6 +27,7 @@ def replay(
     sigmas: Sequence[float] | Tensor,
     gammas: float | Tensor,
     seed: int,
+    solver: _checks.Solver = "churn",
     backend: str | None = None,
 ) -> Tensor:
     """x_i of B items (pair, branch, i): the initial noise, then every step before i with its stored velocity.
@@ -44,6 +45,7 @@ def replay(
         gammas: churn at every grid point, without a unit, finite and >= 0: one number, or float32 or float64 `[T + 1]`
             or `[P, T + 1]`, the numbers that sampling used.
         seed: the run's seed, int in 0..2^64-1.
+        solver: what sampling took `gammas` for; see `paired_step`.
         backend: None takes the fastest that runs on the velocities' device; a name of `ops.backends` forces one. To
             be what sampling computed, it must be the one that sampled.
 
@@ -68,7 +70,7 @@ def replay(
     run = _RUNS[_dispatch.choose(op, OFFERED, velocities.device, forced=backend)]
     row, row_B = torch.unique(2 * pair_B + branch_B, return_inverse=True)
     last = torch.zeros_like(row).scatter_reduce(0, row_B, step_B, "amax")
-    coefficients = _coefficients(gammas_PT[row // 2], grid)
+    coefficients = _coefficients(gammas_PT[row // 2], grid, _checks.solver(op, solver))
     return run(velocities, _Walk(row // 2, row % 2, pairs[row // 2], last, coefficients, run_seed), row_B, step_B)
 
 
@@ -167,11 +169,11 @@ def _outputs(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tensor) -> 
     return wanted, item_B if repeated else None, out
 
 
-def _coefficients(gammas_RT: Tensor, sigmas: Sequence[float]) -> Tensor:
+def _coefficients(gammas_RT: Tensor, sigmas: Sequence[float], solver: _checks.Solver) -> Tensor:
     """Of the prior and of every step, `[R, T + 1, 3]`."""
     grid = torch.tensor(sigmas, dtype=torch.float64)
-    prior = _trajectory.prior_coefficients(gammas_RT[:, :1])
-    return torch.cat([prior, _trajectory.step_coefficients(grid[:-1], grid[1:], gammas_RT[:, 1:])], 1)
+    prior = _trajectory.prior_coefficients(gammas_RT[:, :1], solver)
+    return torch.cat([prior, _trajectory.step_coefficients(grid[:-1], grid[1:], gammas_RT[:, 1:], solver)], 1)
 
 
 def _items(

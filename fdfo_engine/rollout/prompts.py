@@ -59,7 +59,11 @@ class PromptList:
         reading: what was left out of the source, or changed.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int, reading: Reading | None = None) -> None:
+    def __init__(
+        self, prompts: Sequence[str], seed: int, reading: Reading | None = None, *, pairs_per_prompt: int = 1
+    ) -> None:
+        """`pairs_per_prompt` neighbouring pairs take the same prompt."""
+        self._pairs_per_prompt = pairs_per_prompt
         self.prompts = list(prompts)
         self.reading = reading or Reading()
         self._seed = seed
@@ -74,16 +78,19 @@ class PromptList:
         return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
 
     def of_pairs(self, pair_ids: Sequence[int]) -> list[str]:
-        """The prompt of each global pair: `order[p mod N]` of pass `p // N`."""
+        """The prompt of each global pair p: `order[p mod N]` of pass `p // N`, a group of pairs counted as one."""
         n = len(self.prompts)
-        return [self.prompts[self._order(p // n)[p % n]] for p in pair_ids]
+        groups = [pair // self._pairs_per_prompt for pair in pair_ids]
+        return [self.prompts[self._order(p // n)[p % n]] for p in groups]
 
     def _permutation(self, number: int) -> list[int]:
         words = philox_words(torch.arange(len(self.prompts)), PROMPT_ORDER_STREAM, number, seed=self._seed)
         return words.argsort(stable=True).tolist()
 
 
-def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") -> PromptList:
+def load_prompts(
+    settings: PromptsConfig, seed: int, *, split: Split = "train", pairs_per_prompt: int = 1
+) -> PromptList:
     """Reads `prompts.source`: a file, a prompt set by its name or from the hub, or the shapes generator.
 
     `split` chooses between two lists where there are two: of the shapes generator and of the set `starter`.
@@ -98,14 +105,14 @@ def load_prompts(settings: PromptsConfig, seed: int, *, split: Split = "train") 
         EnvironmentProblem: a .parquet file without pyarrow.
     """
     if settings.source == "shapes":
-        return PromptList(captions(split, settings.count, seed), seed)
+        return PromptList(captions(split, settings.count, seed), seed, pairs_per_prompt=pairs_per_prompt)
     reading = Reading()
     prompts = _read(settings, reading, split)
     if settings.dedup:
         read = len(prompts)
         prompts = list(dict.fromkeys(prompts))
         reading.left_out["repeated"] = read - len(prompts)
-    return PromptList(prompts, seed, reading)
+    return PromptList(prompts, seed, reading, pairs_per_prompt=pairs_per_prompt)
 
 
 def describe_prompts(prompts: PromptList, pairs_per_epoch: int = 0) -> str:

@@ -12,7 +12,7 @@ from fdfo_engine.models.flow_model import Conditioning, FlowModel, Grid, Network
 from fdfo_engine.models.guidance import predict
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, paired_noise, paired_step, philox_normal
-from fdfo_engine.rollout.churn import churn_gammas
+from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.runtime.distributed import max_over_ranks, together
 from fdfo_engine.runtime.errors import NumericsError
 from fdfo_engine.runtime.progress import Progress
@@ -34,8 +34,11 @@ class SampledBlock:
 class PairedSampler:
     """Samples blocks of pairs and churn-free images from a flow model. Draws no random state: see METHOD on noise."""
 
-    def __init__(self, model: FlowModel, prompts: PromptCache, config: Config, backend: str) -> None:
-        """`backend` runs the pair ops (`ops.backend_for`)."""
+    def __init__(
+        self, model: FlowModel, prompts: PromptCache, config: Config, plan: SamplingPlan, backend: str
+    ) -> None:
+        """`plan` is the algorithm's; `backend` runs the pair ops (`ops.backend_for`)."""
+        self.plan = plan
         self._model = model
         self._prompts = prompts
         self._sampling = config.sampling
@@ -53,11 +56,17 @@ class PairedSampler:
                 step.
         """
         model, grid, pairs, guidance = self._model, self.grid, len(pair_ids), self._sampling.guidance_scale
-        gammas = churn_gammas(self._sampling.churn, grid.sigmas, pair_ids, self._seed)
+        gammas = self.plan.gammas(grid.sigmas, pair_ids)
         sigmas, ids = grid.sigmas.tolist(), torch.tensor(pair_ids, device=model.device)
         conditioning, negative = self.conditioning(prompts, copies=2)
         x_PKCHW = paired_noise(
-            ids, model.latent_shape, seed=self._seed, gamma=gammas[:, 0], device=model.device, backend=self._backend
+            ids,
+            model.latent_shape,
+            seed=self._seed,
+            gamma=gammas[:, 0],
+            device=model.device,
+            solver=self.plan.solver,
+            backend=self._backend,
         )
         velocities = torch.empty(
             pairs, 2, grid.steps, *model.latent_shape, dtype=model.dtype, device=model.device
@@ -78,6 +87,7 @@ class PairedSampler:
                 inplace=True,
                 seed=self._seed,
                 pair_ids=ids,
+                solver=self.plan.solver,
                 backend=self._backend,
             )
         self._check_latents(x_PKCHW, velocities, pair_ids)

@@ -100,7 +100,7 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_h
     door.check()
     setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
     BatchPlan.from_config(config, world_size())
-    prompts = load_prompts(config.prompts, config.run.seed)
+    prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
     all_agree_hash(prompts.sha256, "the prompt list")
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdfo_engine.ops import replay
+from fdfo_engine.ops import Solver, replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
 from fdfo_engine.runtime.durable import open_to_readers
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
@@ -33,13 +33,14 @@ class Rollout:
         velocities: `[P, 2, T, C, H, W]` in the model's dtype: guided, as the steps used them.
         direction: u of branch 0, float32 `[P, C, H, W]`; branch 1 has its negative.
         distance: float32 `[P]` on the CPU: how far apart the two latents ended, rms of half their difference.
-        gammas: float64 `[P, T + 1]`, the churn at every grid point.
+        gammas: float64 `[P, T + 1]`, the fresh noise at every grid point: churn, or what `solver` takes them for.
         sigmas, timesteps: the grid, float32 `[T + 1]` and `[T]`.
         seed: of the noise. weights_version: optimiser steps taken when it was sampled.
         first_pair, num_pairs: the global range of pairs this rollout is a part of; block_pairs: sampled together.
         backend: that sampled it; replay is bit for bit on the same one. used: whether it was trained on.
         kept: indices of the pairs that are left of the range, ascending, on every rank the same; None means all.
         trained_version: optimiser steps taken when one last trained on it, None before the first.
+        solver: of the trajectories; see `ops.paired_step`.
     """
 
     images: Tensor
@@ -60,6 +61,7 @@ class Rollout:
     used: bool = False
     kept: list[int] | None = None
     trained_version: int | None = None
+    solver: Solver = "churn"
 
     def __repr__(self) -> str:
         """Short: a notebook shows it after each call."""
@@ -94,7 +96,7 @@ class Rollout:
         """x at `step` of each item, float32 `[B, C, H, W]`; indices are int64 `[B]`, `pair` a row of this rollout."""
         return replay(
             self.velocities, pair_ids=self.pair_ids, pair=pair, branch=branch, step=step,
-            sigmas=self.sigmas, gammas=self.gammas, seed=self.seed,
+            sigmas=self.sigmas, gammas=self.gammas, seed=self.seed, solver=self.solver,
             backend=self.backend,
         )  # fmt: skip
 

@@ -1,14 +1,14 @@
-"""What a training step maximises: the paper's clipped surrogate, or weights that a caller made from log-ratios."""
+"""What a training step maximises: an algorithm's loss, or weights that a caller made from log-ratios."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fdfo_engine.ops import fdfo_loss, log_ratio
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.items import Items
 
@@ -37,55 +37,19 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class ClippedSurrogate:
-    """METHOD's loss.
-
-    Attributes:
-        values: A of each branch, float32 `[P, 2]`; 0 pulls at nothing.
-        normalizer, clip_range: B and c.
-        backend: that runs the op.
-    """
-
-    values: Tensor
-    normalizer: int
-    clip_range: float
-    backend: str
-
-    @property
-    def live(self) -> Tensor:
-        """See `Objective`."""
-        return (self.values != 0).any(1)
-
-    def loss(self, velocity: Tensor, rollout: Rollout, items: Items) -> tuple[Tensor, Tensor]:
-        """See `Objective`."""
-        pair, branch = items.pair, items.branch
-        return fdfo_loss(
-            velocity,
-            rollout.velocities[pair, branch, items.step],
-            rollout.direction,
-            self.values[pair, branch].to(velocity.device),
-            clip_range=self.clip_range,
-            pair=pair,
-            branch=branch,
-            normalizer=float(self.normalizer),
-            backend=self.backend,
-        )
-
-
-@dataclass(frozen=True)
 class WeightedLogRatios:
     """`sum of w * l`, whatever loss the weights `dL/dl` belong to.
 
     Attributes:
         weights: w of every solver step, float32 `[P, 2, T]`; 0 pulls at nothing.
         normalizer, clip_range: see `Objective`; the weights are taken as they are.
-        backend: that runs the op.
+        log_ratio: the algorithm's, of velocities at items of a rollout.
     """
 
     weights: Tensor
     normalizer: int
     clip_range: float
-    backend: str
+    log_ratio: Callable[[Tensor, Rollout, Items], Tensor]
 
     @property
     def live(self) -> Tensor:
@@ -94,10 +58,6 @@ class WeightedLogRatios:
 
     def loss(self, velocity: Tensor, rollout: Rollout, items: Items) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
-        pair, branch, step = items.pair, items.branch, items.step
-        ratios = log_ratio(
-            velocity, rollout.velocities[pair, branch, step], rollout.direction, pair=pair, branch=branch,
-            backend=self.backend,
-        )  # fmt: skip
-        weights = self.weights[pair, branch, step].to(ratios.device)
+        ratios = self.log_ratio(velocity, rollout, items)
+        weights = self.weights[items.pair, items.branch, items.step].to(ratios.device)
         return torch.where(weights == 0, 0.0, weights * ratios).sum(), ratios.detach()

@@ -12,7 +12,7 @@ from fdfo_engine.runtime.distributed import all_gather_rows, all_sum
 from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.runtime.progress import Progress
 from fdfo_engine.trajectory import Rollout
-from fdfo_engine.update.advantage import Advantage, advantage, given_advantage
+from fdfo_engine.update.advantage import Advantage, given_advantage
 from fdfo_engine.update.objective import Objective
 from fdfo_engine.update.totals import StepResult, Totals
 from fdfo_engine.update.updater import Updater
@@ -69,7 +69,7 @@ class Primitives:
         """Adds the gradient of one part of `rollout`; exactly one of rewards, advantages and weights says of what.
 
         Args:
-            rewards: float `[P, 2]`; NaN in either branch is no opinion on that pair. METHOD's loss.
+            rewards: float `[P, 2]`; NaN in either branch is no opinion on that pair. The algorithm's loss.
             advantages: float `[P, 2]`, signed for each branch; otherwise as rewards.
             weights: float `[P, 2, S]`, finite: `dL/dl` of each item of `forward`, for any loss of the log-ratios l.
             clip_range: METHOD's c, instead of `update.clip_range`; not with weights.
@@ -98,8 +98,8 @@ class Primitives:
                 rollout, _rows(rollout, "weights", weights, share.shape[2]), share, count
             )
         else:
-            signed = _advantage(rollout, rewards, advantages)
-            objective = self._updater.surrogate(rollout, signed, count, clip_range)
+            signed = self._advantage(rollout, rewards, advantages)
+            objective = self._updater.objective(rollout, signed, count, clip_range)
         totals = Totals.zero(self._updater.device)
         with self._progress.phase("update", unit="micro-batches") as phase:
             self._updater.accumulate(rollout, objective, share, totals, phase.reach, more=more)
@@ -120,6 +120,11 @@ class Primitives:
         """Drops the gradients gathered since the last optimiser step."""
         self._updater.discard()
 
+    def _advantage(self, rollout: Rollout, rewards: Tensor | None, advantages: Tensor | None) -> Advantage:
+        if rewards is not None:
+            return self._updater.algorithm.advantage(_of_pairs(rollout, "rewards", rewards), rollout)
+        return given_advantage(_rows(rollout, "advantages", advantages), rollout.direction)
+
     def _share(self, rollout: Rollout, part: int, parts: int | None) -> Tensor:
         count = parts or self._parts
         trained = self._updater.trained_steps(rollout)
@@ -138,20 +143,19 @@ def _only_one(**arguments: Tensor | None) -> str:
 
 
 def _rows(rollout: Rollout, name: str, values: Any, *rest: int) -> Tensor:
-    """This rank's rows of the global `values` `[P, 2, *rest]`, float64 on the CPU."""
+    """This rank's rows of the global `values`."""
+    return _of_pairs(rollout, name, values, *rest)[rollout.local_rows]
+
+
+def _of_pairs(rollout: Rollout, name: str, values: Any, *rest: int) -> Tensor:
+    """The global `values` `[P, 2, *rest]`, float64 on the CPU."""
     values_PK: Tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     shape, axes = (rollout.num_pairs, 2, *rest), ", ".join(("pair", "branch", "step")[: 2 + len(rest)])
     if values_PK.shape != shape:
         raise UsageError(f"{name}: shape {list(values_PK.shape)}; takes {list(shape)}: {axes}")
     if rest and not torch.isfinite(values_PK).all():
         raise UsageError(f"{name}: hold a number that is not finite; takes 0 where an item is to pull at nothing")
-    return values_PK[rollout.local_rows]
-
-
-def _advantage(rollout: Rollout, rewards: Tensor | None, advantages: Tensor | None) -> Advantage:
-    if rewards is not None:
-        return advantage(_rows(rollout, "rewards", rewards), rollout.direction)
-    return given_advantage(_rows(rollout, "advantages", advantages), rollout.direction)
+    return values_PK
 
 
 def _answer(rollout: Rollout, objective: Objective, totals: Totals) -> dict[str, float]:

@@ -15,15 +15,16 @@ from fdfo_engine.config import Config
 from fdfo_engine.models.finite import blame
 from fdfo_engine.models.flow_model import Conditioning, FlowModel, Network
 from fdfo_engine.models.guidance import predict
-from fdfo_engine.ops import guided_velocity, log_ratio
+from fdfo_engine.ops import guided_velocity
 from fdfo_engine.runtime.distributed import max_over_ranks
 from fdfo_engine.runtime.errors import NumericsError, UsageError
 from fdfo_engine.trajectory import Rollout
-from fdfo_engine.update.advantage import Advantage, advantage
+from fdfo_engine.update.advantage import Advantage
+from fdfo_engine.update.algorithm import Algorithm
 from fdfo_engine.update.deal import deal_steps
 from fdfo_engine.update.half_precision import GradientScale
 from fdfo_engine.update.items import Items
-from fdfo_engine.update.objective import ClippedSurrogate, Objective, WeightedLogRatios
+from fdfo_engine.update.objective import Objective, WeightedLogRatios
 from fdfo_engine.update.totals import StepResult, Totals, update_metrics
 from fdfo_engine.update.zero import ZeroTrainer
 
@@ -65,9 +66,9 @@ class Updater:
         reference: Network | None,
         config: Config,
         conditioner: Conditioner,
-        backend: str,
+        algorithm: Algorithm,
     ) -> None:
-        """`backend` runs the loss (`ops.backend_for`). `micro_batch` may be set before an update.
+        """`algorithm` has the loss. `micro_batch` may be set before an update.
 
         `network` is what whole micro-batches go through: `trainer`, or its CUDA graphs; smaller ones take `trainer`.
         `reference` is the untrained network for `update.kl_weight`; None switches the LoRA off instead.
@@ -81,7 +82,7 @@ class Updater:
         self._guidance = config.sampling.guidance_scale
         self._seed = config.run.seed
         self._conditioner = conditioner
-        self._backend = backend
+        self.algorithm = algorithm
         self._skipped_in_a_row = 0
         self._accumulation = _Accumulation()
         self._gradient_scale: GradientScale | None = None
@@ -89,7 +90,7 @@ class Updater:
             self._gradient_scale = GradientScale((p for _, p in model.trained_parameters()), model.device)
 
     def update(self, rollout: Rollout, rewards: Tensor, reach: Reach) -> dict[str, float]:
-        """Trains on `rollout` with `rewards` `[P, 2]` of this rank's pairs; returns metrics over all ranks.
+        """Trains on `rollout` with `rewards` `[num_pairs, 2]` of all ranks' pairs; returns metrics over all ranks.
 
         `reach` is called before each micro-batch, on all ranks alike, with how many are done and there are. What it
         raises ends the update: optimiser steps that were taken stay, gradients of an unfinished one are dropped.
@@ -98,10 +99,10 @@ class Updater:
             NumericsError: ten optimiser steps in a row had a gradient that was not finite.
         """
         started = time.perf_counter()
-        adv = advantage(rewards, rollout.direction)
+        adv = self.algorithm.advantage(rewards, rollout)
         totals = Totals.zero(self.device)
         shares = self.deal(rollout)
-        objective = self.surrogate(rollout, adv, len(shares))
+        objective = self.objective(rollout, adv, len(shares))
         for share in shares:
             self.accumulate(rollout, objective, share, totals, reach, parts=len(shares))
             totals.count_step(self.step())
@@ -115,20 +116,19 @@ class Updater:
             train_steps=self.trained_steps(rollout),
             optimizer_steps=parts or self._settings.optimizer_steps,
             seed=self._seed,
+            subset=self._settings.subset,
         )
 
-    def surrogate(
-        self, rollout: Rollout, adv: Advantage, parts: int, clip_range: float | None = None
-    ) -> ClippedSurrogate:
-        """METHOD's loss for one of `parts` optimiser steps on `rollout`."""
+    def objective(self, rollout: Rollout, adv: Advantage, parts: int, clip_range: float | None = None) -> Objective:
+        """The algorithm's loss for one of `parts` optimiser steps on `rollout`."""
         items = self._items_of_a_step(rollout, parts)
-        return ClippedSurrogate(adv.values, items, clip_range or self._settings.clip_range, self._backend)
+        return self.algorithm.objective(adv.values, items, clip_range or self._settings.clip_range)
 
     def weighted(self, rollout: Rollout, weights: Tensor, share: Tensor, parts: int) -> WeightedLogRatios:
         """A caller's loss by `weights` `[P, 2, S]` of the items `share` `[P, 2, S]`, one of `parts` of `rollout`."""
         spread = torch.zeros(*share.shape[:2], rollout.steps).scatter_(2, share, weights.float())
         items = self._items_of_a_step(rollout, parts)
-        return WeightedLogRatios(spread, items, self._settings.clip_range, self._backend)
+        return WeightedLogRatios(spread, items, self._settings.clip_range, self.algorithm.log_ratio)
 
     def _items_of_a_step(self, rollout: Rollout, parts: int) -> int:
         return 2 * rollout.num_pairs * self.trained_steps(rollout) // parts
@@ -215,11 +215,8 @@ class Updater:
         return torch.cat(values).view(share.shape)
 
     def _log_ratio(self, rollout: Rollout, items: Items) -> Tensor:
-        pair, branch, step = items.pair, items.branch, items.step
-        v_old = rollout.velocities[pair, branch, step]
         velocity = self._velocity(self._trainer, self._inputs(rollout, items))
-        u, backend = rollout.direction, self._backend
-        return log_ratio(velocity, v_old, u, pair=pair, branch=branch, backend=backend).cpu()
+        return self.algorithm.log_ratio(velocity, rollout, items).cpu()
 
     @contextmanager
     def _training(self) -> Iterator[None]:

@@ -1,0 +1,15 @@
+"""From the settings to the algorithm they name."""
+
+from fdfo_engine.algorithms.fdfo import Fdfo
+from fdfo_engine.algorithms.flow_grpo import FlowGrpo
+from fdfo_engine.config import Config, FdfoAlgorithm, FlowGrpoAlgorithm
+from fdfo_engine.update.algorithm import Algorithm
+
+
+def build_algorithm(config: Config, backend: str) -> Algorithm:
+    """The algorithm of `config`; `backend` runs its ops (`ops.backend_for`)."""
+    match config.algorithm:
+        case FdfoAlgorithm():
+            return Fdfo(config.algorithm, config.sampling.churn, config.run.seed, backend)
+        case FlowGrpoAlgorithm():
+            return FlowGrpo(config.algorithm, backend)

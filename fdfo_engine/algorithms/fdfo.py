@@ -1,0 +1,107 @@
+"""Finite Difference Flow Optimization: METHOD is its specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdfo_engine.config import ChurnConfig, FdfoAlgorithm
+from fdfo_engine.ops import fdfo_loss, log_ratio
+from fdfo_engine.rollout.churn import churn_gammas
+from fdfo_engine.rollout.plan import SamplingPlan
+from fdfo_engine.trajectory import Rollout
+from fdfo_engine.update.advantage import Advantage, advantage
+from fdfo_engine.update.items import Items
+
+
+@dataclass(frozen=True)
+class Fdfo:
+    """Pairs of one initial noise; every step of both branches is pulled toward the better image."""
+
+    settings: FdfoAlgorithm
+    churn: ChurnConfig
+    seed: int
+    backend: str
+
+    @property
+    def plan(self) -> SamplingPlan:
+        """Churn by its schedule."""
+        return SamplingPlan("churn", self._gammas)
+
+    def _gammas(self, sigmas: Tensor, pair_ids: Sequence[int]) -> Tensor:
+        return churn_gammas(self.churn, sigmas, pair_ids, self.seed)
+
+    def advantage(self, rewards: Tensor, rollout: Rollout) -> Advantage:
+        """Half the difference of a pair's rewards, after what the settings make of it."""
+        if self.settings.keep_share < 1:
+            rewards = without_small_differences(rewards, self.settings.keep_share)
+        if self.settings.advantage_scale == "spread":
+            rewards = rewards / difference_spread(rewards)
+        return advantage(rewards[rollout.local_rows], rollout.direction)
+
+    def log_ratio(self, velocity: Tensor, rollout: Rollout, items: Items) -> Tensor:
+        """METHOD's l."""
+        pair, branch = items.pair, items.branch
+        v_old = rollout.velocities[pair, branch, items.step]
+        return log_ratio(velocity, v_old, rollout.direction, pair=pair, branch=branch, backend=self.backend)
+
+    def objective(self, values: Tensor, normalizer: int, clip_range: float) -> ClippedSurrogate:
+        """METHOD's loss."""
+        return ClippedSurrogate(values, normalizer, clip_range, self.backend)
+
+
+def without_small_differences(rewards: Tensor, share: float) -> Tensor:
+    """`rewards` `[N, 2]` with all but the `share` of pairs whose rewards differ most turned into ties."""
+    difference = (rewards[:, 0] - rewards[:, 1]).abs()
+    known = difference[torch.isfinite(difference)]
+    kept = max(1, round(share * len(known)))
+    if kept >= len(known):
+        return rewards
+    least = known.sort(descending=True).values[kept - 1]
+    return torch.where((difference < least)[:, None], 0.0, rewards)
+
+
+def difference_spread(rewards: Tensor) -> float:
+    """Root mean square of half the differences of `rewards` `[N, 2]`; 1 where all pairs tie."""
+    half = (rewards[:, 0] - rewards[:, 1]) / 2
+    spread = float(half[torch.isfinite(half)].square().mean().sqrt())
+    return spread if spread > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class ClippedSurrogate:
+    """METHOD's loss.
+
+    Attributes:
+        values: A of each branch, float32 `[P, 2]`; 0 pulls at nothing.
+        normalizer, clip_range: B and c.
+        backend: that runs the op.
+    """
+
+    values: Tensor
+    normalizer: int
+    clip_range: float
+    backend: str
+
+    @property
+    def live(self) -> Tensor:
+        """See `Objective`."""
+        return (self.values != 0).any(1)
+
+    def loss(self, velocity: Tensor, rollout: Rollout, items: Items) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        pair, branch = items.pair, items.branch
+        return fdfo_loss(
+            velocity,
+            rollout.velocities[pair, branch, items.step],
+            rollout.direction,
+            self.values[pair, branch].to(velocity.device),
+            clip_range=self.clip_range,
+            pair=pair,
+            branch=branch,
+            normalizer=float(self.normalizer),
+            backend=self.backend,
+        )

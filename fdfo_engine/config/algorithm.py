@@ -1,0 +1,46 @@
+"""The settings of the training algorithms: FDFO, and earlier methods on the same engine to compare it with."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from fdfo_engine.config.section import Section
+
+
+class FdfoAlgorithm(Section):
+    """Finite Difference Flow Optimization: pairs that share their noise, see METHOD."""
+
+    name: Literal["fdfo"] = "fdfo"
+    """Name of the algorithm."""
+
+    keep_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the pairs, those with the largest reward differences, that an epoch trains on; the others count as ties
+    and cost neither forward nor backward."""
+
+    advantage_scale: Literal["none", "spread"] = "none"
+    """spread divides the advantages by their root mean square over the epoch's pairs; none takes rewards as they are."""
+
+
+class FlowGrpoAlgorithm(Section):
+    """Flow-GRPO (arXiv 2505.05470): each step of a stochastic sampler is an action, rewarded against its group."""
+
+    name: Literal["flow_grpo"]
+    """Name of the algorithm."""
+
+    noise: float = Field(default=0.7, gt=0, le=1.4)
+    """a of the sampler's noise level a * sqrt(t / (1 - t))."""
+
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Largest magnitude of an advantage, in standard deviations of the epoch's rewards."""
+
+
+def _name(value: Any) -> str | None:
+    """The tag of an algorithm section: `fdfo` where none is given."""
+    found = value.get("name", "fdfo") if isinstance(value, dict) else getattr(value, "name", None)
+    return found if isinstance(found, str) else None
+
+
+AlgorithmConfig = Annotated[
+    Annotated[FdfoAlgorithm, Tag("fdfo")] | Annotated[FlowGrpoAlgorithm, Tag("flow_grpo")],
+    Discriminator(_name),
+]
