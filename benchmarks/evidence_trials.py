@@ -21,8 +21,8 @@ EPOCHS = 30
 EVALUATE_EVERY = 10
 
 COMMON = (
-    "sampling.pairs_per_epoch=24", "update.ema=null", "checkpoint.keep=2", "evaluation.every=0", "log.tensorboard=false",
-    "log.images_every=0", f"run.epochs={EPOCHS}",
+    "sampling.pairs_per_epoch=24", "update.ema=null", "checkpoint.keep=2", "evaluation.every=0",
+    "log.tensorboard=false", "log.images_every=0", f"run.epochs={EPOCHS}",
 )  # fmt: skip
 GROUPS = ("sampling.pairs_per_prompt=4", "sampling.churn={schedule: raw, weight: 0.0025}")
 """Eight images a prompt; churn is FDFO's, and left at its default."""
@@ -30,6 +30,8 @@ GROUPS = ("sampling.pairs_per_prompt=4", "sampling.churn={schedule: raw, weight:
 METHODS: dict[str, tuple[str, ...]] = {
     "fdfo": (),
     "flow_grpo": ("algorithm={name: flow_grpo}", *GROUPS, "update.clip_range=1e-4"),
+    "awm": ("algorithm={name: awm}", *GROUPS, "update.clip_range=1"),
+    "nft": ("algorithm={name: nft}", *GROUPS),
 }
 """Published settings on this grid; FDFO's are those of `configs/shapes.yaml`."""
 

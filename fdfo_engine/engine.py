@@ -196,9 +196,10 @@ class Engine(Closable):
                         on_block(texts, block.images[: len(texts)])
         self.next_pair += count
         return kept.rollout(
-            self.sampler.grid, [prompts[i] for i in local], [first + i for i in local], seed=self.config.run.seed,
+            self.sampler.plan, self.sampler.grid, [prompts[i] for i in local], [first + i for i in local],
+            seed=self.config.run.seed,
             weights_version=self.weights_version, first_pair=first, num_pairs=count, block_pairs=self._block_pairs,
-            backend=self.backend, solver=self.sampler.plan.solver,
+            backend=self.backend,
         )  # fmt: skip
 
     def update(self, rollout: Rollout, rewards: Tensor, *, allow_stale: bool = False) -> dict[str, float]:

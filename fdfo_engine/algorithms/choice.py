@@ -1,8 +1,11 @@
 """From the settings to the algorithm they name."""
 
+from fdfo_engine.algorithms.awm import Awm
 from fdfo_engine.algorithms.fdfo import Fdfo
 from fdfo_engine.algorithms.flow_grpo import FlowGrpo
-from fdfo_engine.config import Config, FdfoAlgorithm, FlowGrpoAlgorithm
+from fdfo_engine.algorithms.nft import Nft
+from fdfo_engine.algorithms.renoised_images import renoised_plan
+from fdfo_engine.config import AwmAlgorithm, Config, FdfoAlgorithm, FlowGrpoAlgorithm, NftAlgorithm
 from fdfo_engine.update.algorithm import Algorithm
 
 
@@ -13,3 +16,7 @@ def build_algorithm(config: Config, backend: str) -> Algorithm:
             return Fdfo(config.algorithm, config.sampling.churn, config.run.seed, backend)
         case FlowGrpoAlgorithm():
             return FlowGrpo(config.algorithm, backend)
+        case AwmAlgorithm():
+            return Awm(config.algorithm, renoised_plan(config, config.algorithm.noise), backend)
+        case NftAlgorithm():
+            return Nft(config.algorithm, renoised_plan(config, config.algorithm.noise), backend)

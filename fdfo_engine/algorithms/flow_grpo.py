@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,10 +36,7 @@ class FlowGrpo:
     @property
     def plan(self) -> SamplingPlan:
         """The stochastic sampler; both branches of a pair start from noise of their own."""
-        return SamplingPlan("sde", self._gammas)
-
-    def _gammas(self, sigmas: Tensor, pair_ids: Sequence[int]) -> Tensor:
-        return noise_levels(sigmas, self.settings.noise).expand(len(pair_ids), -1).clone()
+        return SamplingPlan("sde", partial(stochastic, self.settings.noise))
 
     def advantage(self, rewards: Tensor, rollout: Rollout) -> Advantage:
         """Rewards relative to their prompt's images."""
@@ -50,10 +48,9 @@ class FlowGrpo:
         sigmas, level = rollout.sigmas.double().cpu(), rollout.gammas[items.pair, step + 1].double()
         t, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
         shift, std = (1 + level**2 * (1 - t) / (2 * t)) * dt, level * torch.sqrt(-dt)
-        pair_ids = torch.tensor(rollout.pair_ids, dtype=torch.int64)[items.pair]
         eps = philox_normal(
-            velocity.shape[1:], seed=rollout.seed, pair_ids=pair_ids, stream=churn_stream(step + 1, items.branch),
-            device=velocity.device, backend=rollout.backend,
+            velocity.shape[1:], seed=rollout.seed, pair_ids=rollout.ids_of(items.pair),
+            stream=churn_stream(step + 1, items.branch), device=velocity.device, backend=rollout.backend,
         )  # fmt: skip
         u = (-std / shift).float().to(velocity.device).view(-1, 1, 1, 1) * eps
         rows = torch.arange(len(items))
@@ -64,6 +61,11 @@ class FlowGrpo:
     def objective(self, values: Tensor, normalizer: int, clip_range: float) -> ClippedRatio:
         """The clipped ratio of log densities."""
         return ClippedRatio(values, normalizer, clip_range, self.log_ratio)
+
+
+def stochastic(noise: float, sigmas: Tensor, pair_ids: Sequence[int]) -> Tensor:
+    """`noise_levels` of every pair, float64 `[P, T + 1]`."""
+    return noise_levels(sigmas, noise).expand(len(pair_ids), -1).clone()
 
 
 def noise_levels(sigmas: Tensor, noise: float) -> Tensor:

@@ -6,6 +6,9 @@ from pydantic import Discriminator, Field, Tag
 
 from fdfo_engine.config.section import Section
 
+RENOISING = ("awm", "nft")
+"""Algorithms that look at final images noised again: their rollout runs the model once more for every trained step."""
+
 
 class FdfoAlgorithm(Section):
     """Finite Difference Flow Optimization: pairs that share their noise, see METHOD."""
@@ -18,7 +21,7 @@ class FdfoAlgorithm(Section):
     and cost neither forward nor backward."""
 
     advantage_scale: Literal["none", "spread"] = "none"
-    """spread divides the advantages by their root mean square over the epoch's pairs; none takes rewards as they are."""
+    """spread divides the advantages by their root mean square over the epoch's pairs; none takes rewards as is."""
 
 
 class FlowGrpoAlgorithm(Section):
@@ -34,6 +37,35 @@ class FlowGrpoAlgorithm(Section):
     """Largest magnitude of an advantage, in standard deviations of the epoch's rewards."""
 
 
+class AwmAlgorithm(Section):
+    """Advantage Weighted Matching (arXiv 2509.25050): the final image, noised again, rewarded against its group."""
+
+    name: Literal["awm"]
+    """Name of the algorithm."""
+
+    noise: float = Field(default=0.4, ge=0, le=1.4)
+    """a of the sampler's noise level a * sqrt(t / (1 - t)); 0 samples without noise on the way."""
+
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Largest magnitude of an advantage, in standard deviations of the epoch's rewards."""
+
+
+class NftAlgorithm(Section):
+    """DiffusionNFT (arXiv 2509.16117) on policy: the final image, noised again, as an example for and against."""
+
+    name: Literal["nft"]
+    """Name of the algorithm."""
+
+    noise: float = Field(default=0.0, ge=0, le=1.4)
+    """a of the sampler's noise level a * sqrt(t / (1 - t)); 0 samples without noise on the way."""
+
+    reach: float = Field(default=1.0, gt=0, le=1)
+    """How far the positive and the negative velocity lie from the old one, in steps of the new one."""
+
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantage, in standard deviations of the epoch's rewards, at which an image counts as an example of one kind."""
+
+
 def _name(value: Any) -> str | None:
     """The tag of an algorithm section: `fdfo` where none is given."""
     found = value.get("name", "fdfo") if isinstance(value, dict) else getattr(value, "name", None)
@@ -41,6 +73,9 @@ def _name(value: Any) -> str | None:
 
 
 AlgorithmConfig = Annotated[
-    Annotated[FdfoAlgorithm, Tag("fdfo")] | Annotated[FlowGrpoAlgorithm, Tag("flow_grpo")],
+    Annotated[FdfoAlgorithm, Tag("fdfo")]
+    | Annotated[FlowGrpoAlgorithm, Tag("flow_grpo")]
+    | Annotated[AwmAlgorithm, Tag("awm")]
+    | Annotated[NftAlgorithm, Tag("nft")],
     Discriminator(_name),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fdfo_engine.config.algorithm import RENOISING
 from fdfo_engine.config.cross_checks import trained_steps
 from fdfo_engine.config.problems import ConfigError
 from fdfo_engine.config.schema import Config
@@ -53,6 +54,7 @@ class BatchPlan:
         if num_blocks < world_size:
             raise ConfigError([_too_few_blocks(pairs, block, world_size, is_auto=is_auto)])
         trained = trained_steps(config)
+        looks_again = trained if config.algorithm.name in RENOISING else 0
         passes = 1 if sampling.guidance_scale == 1.0 else 2
         networks = 1 if update.kl_weight == 0 else 2
         return cls(
@@ -65,7 +67,7 @@ class BatchPlan:
             optimizer_steps=update.optimizer_steps,
             items_per_optimizer_step=2 * pairs * trained // update.optimizer_steps,
             micro_batch=update.micro_batch_items,
-            sampling_evaluations=2 * pairs * sampling.steps * passes,
+            sampling_evaluations=2 * pairs * (sampling.steps + looks_again) * passes,
             training_evaluations=2 * pairs * trained * passes * networks,
         )
 

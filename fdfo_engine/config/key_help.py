@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fdfo_engine.config.schema import Config
+from fdfo_engine.config.variants import VARIANTS
 
 _KINDS = {
     "integer": "a whole number",
@@ -31,7 +32,7 @@ _BOUNDS = (
 
 @dataclass(frozen=True)
 class KeyHelp:
-    """One key: dotted, with `*` for the index of a list; `variant` tells the churn schedules apart."""
+    """One key: dotted, with `*` for the index of a list; `variant` tells the kinds of a section apart."""
 
     key: str
     takes: str
@@ -50,7 +51,7 @@ def all_keys() -> tuple[KeyHelp, ...]:
 
 
 def find_key(key: str, variant: str | None = None) -> KeyHelp | None:
-    """Help of a key, of the given churn schedule if the key is one of several."""
+    """Help of a key, of the given kind of its section if the key is one of several."""
     found = [help_ for help_ in all_keys() if help_.key == key]
     return next((h for h in found if h.variant == variant), found[0] if found else None)
 
@@ -97,7 +98,7 @@ def _walk(schema: dict[str, Any], defs: dict[str, Any], prefix: str, variant: st
         yield from _walk(node, defs, f"{key}.", variant)
         for option in node.get("oneOf", ()):
             of_variant = _resolved(option, defs)
-            yield from _walk(of_variant, defs, f"{key}.", of_variant["properties"]["schedule"]["const"])
+            yield from _walk(of_variant, defs, f"{key}.", of_variant["properties"][VARIANTS[key].tag]["const"])
         if "items" in node:
             yield from _walk(_resolved(node["items"], defs), defs, f"{key}.*.", variant)
 

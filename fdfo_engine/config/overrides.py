@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from fdfo_engine.config.churn import RawChurn
 from fdfo_engine.config.problems import ConfigError
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_key, redacted
+from fdfo_engine.config.variants import VARIANTS
 from fdfo_engine.config.yaml_source import Path, read_yaml
-
-_CHURN_SCHEDULE: Path = ("sampling", "churn", "schedule")
 
 
 @dataclass
@@ -36,8 +34,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str] | Mapping[str
             parsed.append(read())
         except ConfigError as error:
             result.problems += error.problems
-    # a new schedule clears the old one's keys, so it goes before the keys of its own
-    for parts, value in sorted(parsed, key=lambda item: (len(item[0]), tuple(item[0]) != _CHURN_SCHEDULE)):
+    # a new kind of section clears the old one's keys, so it goes before the keys of its own
+    for parts, value in sorted(parsed, key=lambda item: (len(item[0]), not _tells_kind(item[0]))):
         _set(result, parts, value)
     return result
 
@@ -83,8 +81,8 @@ def _plain(value: Any) -> Any:
 
 
 def _set(result: Overridden, parts: list[str], value: Any) -> None:
-    if tuple(parts) == _CHURN_SCHEDULE:
-        _clear_other_schedule(result.tree, value)
+    if _tells_kind(parts):
+        _clear_other_kind(result.tree, parts[:-1], value)
     node: Any = result.tree
     path: Path = ()
     for i, part in enumerate(parts):
@@ -111,8 +109,16 @@ def _index(node: Any, part: str) -> str | int | None:
     return None
 
 
-def _clear_other_schedule(tree: dict[str, Any], schedule: Any) -> None:
-    sampling = tree.get("sampling")
-    churn = sampling.get("churn") if isinstance(sampling, dict) else None
-    if isinstance(churn, dict) and churn.get("schedule", RawChurn().schedule) != schedule:
-        churn.clear()
+def _tells_kind(parts: Sequence[str]) -> bool:
+    """Whether the key says which kind its section is."""
+    variants = VARIANTS.get(".".join(parts[:-1]))
+    return variants is not None and variants.tag == parts[-1]
+
+
+def _clear_other_kind(tree: dict[str, Any], section: Sequence[str], kind: Any) -> None:
+    variants = VARIANTS[".".join(section)]
+    node: Any = tree
+    for part in section:
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict) and node.get(variants.tag, variants.default) != kind:
+        node.clear()

@@ -82,7 +82,7 @@ class SamplingConfig(Section):
     """Pairs of images an epoch, over all ranks."""
 
     pairs_per_prompt: int = Field(default=1, ge=1)
-    """Neighbouring pairs that take the same prompt; with `algorithm.name: flow_grpo` a group is twice as many images."""
+    """Neighbouring pairs that take the same prompt; other algorithms than fdfo reward their images as one group."""
 
     steps: int = Field(default=40, ge=1, le=10_000)
     """Solver steps from t = 1 (noise) to t = 0 (image)."""
@@ -367,6 +367,7 @@ class Config(Section):
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     algorithm: AlgorithmConfig = FdfoAlgorithm()
+    """The method of training: FDFO, or an earlier one on the same engine to compare with."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1), BeforeValidator(frozen_list)]
     """What is maximised: a list of {name, weight, options}, whose weighted scores are added."""
     update: UpdateConfig = UpdateConfig()

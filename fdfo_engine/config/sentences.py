@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from fdfo_engine.config.key_help import KeyHelp, all_keys, find_key
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_key, is_secret_value
+from fdfo_engine.config.variants import VARIANTS
 from fdfo_engine.config.yaml_source import Path, dotted
 
 Problem = tuple[Path, str]
@@ -55,11 +56,12 @@ def _problems(detail: ErrorDetails, data: dict[str, Any]) -> Iterator[Problem]:
         case "missing" if path[-1] == detail["loc"][-1]:
             yield path, _missing(path, variant, _at(data, path[:-1]))
         case "union_tag_invalid" | "union_tag_not_found" if isinstance(_at(data, path), dict):
-            names = [h.variant for h in all_keys() if h.key == f"{dotted(path)}.schedule" and h.variant]
-            value = _at(data, path).get("schedule")
+            tag = VARIANTS[dotted(path)].tag
+            names = [h.variant for h in all_keys() if h.key == f"{dotted(path)}.{tag}" and h.variant]
+            value = _at(data, path).get(tag)
             near = difflib.get_close_matches(str(value), names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            yield (*path, "schedule"), f" = {shown(value)}: takes {', '.join(names)}{hint}"
+            yield (*path, tag), f" = {shown(value)}: takes {', '.join(names)}{hint}"
         case _:
             yield _wrong(path, variant, data)
 
@@ -69,7 +71,7 @@ def _parts(key: str) -> Path:
 
 
 def _locate(loc: tuple[int | str, ...], data: dict[str, Any]) -> tuple[Path, str | None]:
-    """The path of an error in `data`: pydantic mixes in names of union branches, one of which is the schedule's."""
+    """The path of an error in `data`: pydantic mixes in names of union branches, one of which is the kind's."""
     node: Any = data
     path: Path = ()
     variant = None

@@ -91,8 +91,8 @@ def paired_step(  # noqa: PLR0913
     move = _Move(
         x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else torch.empty(x.shape, device=x.device),
         scale=scale,
-        coefficients=_trajectory.step_table(t, s, gamma_P, x.device, _checks.solver(op, solver)), pair_ids=pairs, step=_checks.step(op, step),
-        seed=_checks.seed(op, seed),
+        coefficients=_trajectory.step_table(t, s, gamma_P, x.device, _checks.solver(op, solver)),
+        pair_ids=pairs, step=_checks.step(op, step), seed=_checks.seed(op, seed),
     )  # fmt: skip
     run(move)
     return move.out

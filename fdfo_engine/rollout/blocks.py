@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fdfo_engine.models.flow_model import Grid
 from fdfo_engine.ops import pair_direction
+from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.rollout.sampler import SampledBlock
 from fdfo_engine.runtime.distributed import max_over_ranks, rank, world_size
 from fdfo_engine.runtime.errors import UsageError
@@ -50,7 +51,9 @@ class JoinedBlocks:
                 self._rows[name] = part.new_empty(self._count * size, *part.shape[1:])
             self._rows[name][number * size : (number + 1) * size] = part
 
-    def rollout(self, grid: Grid, prompts: list[str], pair_ids: list[int], *, backend: str, **about: Any) -> Rollout:
+    def rollout(
+        self, plan: SamplingPlan, grid: Grid, prompts: list[str], pair_ids: list[int], *, backend: str, **about: Any
+    ) -> Rollout:
         """All that came, without the padding behind `prompts`; `about` are the other fields of `Rollout`."""
         joined = {name: rows[: len(prompts)] for name, rows in self._rows.items()}
         return Rollout(
@@ -63,6 +66,8 @@ class JoinedBlocks:
             gammas=joined["gammas"],
             sigmas=grid.sigmas,
             timesteps=grid.timesteps,
+            solver=plan.solver,
+            finals=None if plan.renoised_steps is None else joined["latents"],
             backend=backend,
             **about,
         )

@@ -16,6 +16,7 @@ from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.runtime.distributed import max_over_ranks, together
 from fdfo_engine.runtime.errors import NumericsError
 from fdfo_engine.runtime.progress import Progress
+from fdfo_engine.trajectory.renoised import Renoising
 
 DECODE_IMAGES = 4
 """Images that the VAE decodes at once, whatever the block: it takes more memory an image than the network does."""
@@ -93,7 +94,29 @@ class PairedSampler:
         self._check_latents(x_PKCHW, velocities, pair_ids)
         names = [f"pair {pair}, branch {branch}" for pair in pair_ids for branch in range(2)]
         images = torch.stack(list(self._decode(x_PKCHW.flatten(0, 1), names).chunk(pairs)))
+        if self.plan.renoised_steps is not None:
+            steps_PKS = self.plan.renoised_steps(pair_ids)
+            self._look_again(network, x_PKCHW, pair_ids, steps_PKS, (conditioning, negative), out=velocities.zero_())
         return SampledBlock(x_PKCHW, images, velocities, gammas)
+
+    def _look_again(
+        self,
+        network: Network,
+        x_PKCHW: Tensor,
+        pair_ids: Sequence[int],
+        steps_PKS: Tensor,
+        conditioning: tuple[Conditioning, Conditioning | None],
+        out: Tensor,
+    ) -> None:
+        """Writes the velocities at the final latents, noised again, to `out` `[P, 2, T, C, H, W]`."""
+        renoising = Renoising(self.grid.sigmas, self._seed, self._backend)
+        ids, branch = torch.tensor(pair_ids).repeat_interleave(2), torch.arange(2).repeat(len(pair_ids))
+        finals, out_RT = x_PKCHW.flatten(0, 1), out.flatten(0, 1)
+        guidance = self._sampling.guidance_scale
+        for step in steps_PKS.flatten(0, 1).unbind(-1):
+            x = renoising.latents(finals, ids, branch, step)
+            v, v_uncond = predict(self._model, network, x, self.grid.timesteps[step], *conditioning, guidance)
+            out_RT[torch.arange(len(ids)), step] = guided_velocity(v, v_uncond, guidance)
 
     @torch.no_grad()
     def generate_batch(

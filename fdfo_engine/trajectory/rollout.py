@@ -17,8 +17,9 @@ from fdfo_engine.ops import Solver, replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
 from fdfo_engine.runtime.durable import open_to_readers
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.trajectory.renoised import Renoising
 
-_ON_DEVICE = ("images", "velocities", "direction")
+_ON_DEVICE = ("images", "velocities", "direction", "finals")
 _TENSORS = (*_ON_DEVICE, "distance", "gammas", "sigmas", "timesteps")
 
 
@@ -41,6 +42,8 @@ class Rollout:
         kept: indices of the pairs that are left of the range, ascending, on every rank the same; None means all.
         trained_version: optimiser steps taken when one last trained on it, None before the first.
         solver: of the trajectories; see `ops.paired_step`.
+        finals: final latents, float32 `[P, 2, C, H, W]`, where items are these noised again and `velocities` the
+            model's there; None where items are the trajectories' own states.
     """
 
     images: Tensor
@@ -62,6 +65,7 @@ class Rollout:
     kept: list[int] | None = None
     trained_version: int | None = None
     solver: Solver = "churn"
+    finals: Tensor | None = None
 
     def __repr__(self) -> str:
         """Short: a notebook shows it after each call."""
@@ -94,11 +98,22 @@ class Rollout:
 
     def latents(self, pair: Tensor, branch: Tensor, step: Tensor) -> Tensor:
         """x at `step` of each item, float32 `[B, C, H, W]`; indices are int64 `[B]`, `pair` a row of this rollout."""
+        if self.finals is not None:
+            return self.renoising.latents(self.finals[pair, branch], self.ids_of(pair), branch, step)
         return replay(
             self.velocities, pair_ids=self.pair_ids, pair=pair, branch=branch, step=step,
             sigmas=self.sigmas, gammas=self.gammas, seed=self.seed, solver=self.solver,
             backend=self.backend,
         )  # fmt: skip
+
+    @property
+    def renoising(self) -> Renoising:
+        """How items become of `finals`."""
+        return Renoising(self.sigmas, self.seed, self.backend)
+
+    def ids_of(self, pair: Tensor) -> Tensor:
+        """Global indices of the rows `pair`, int64 `[B]`."""
+        return torch.tensor(self.pair_ids, dtype=torch.int64)[pair]
 
     def require_fresh(self, weights_version: int) -> None:
         """Raises UsageError where it was trained on already, or where other rollouts have moved the weights since."""
@@ -134,6 +149,7 @@ class Rollout:
             direction=self.direction[rows],
             distance=self.distance[rows],
             gammas=self.gammas[rows],
+            finals=None if self.finals is None else self.finals[rows],
             num_pairs=len(kept),
             kept=kept,
         )
@@ -146,7 +162,9 @@ class Rollout:
         """Writes this rank's part under `folder` as safetensors and JSON: it can be scored and trained on later."""
         folder, stem = Path(folder), f"rollout_{rank():05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(self, name).cpu().contiguous() for name in _TENSORS}, folder / f"{stem}.safetensors")
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        there = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+        save_file(there, folder / f"{stem}.safetensors")
         open_to_readers(folder)
         fields = {k: v for k, v in vars(self).items() if k not in _TENSORS} | {"world_size": world_size()}
         (folder / f"{stem}.json").write_text(json.dumps(fields, indent=1))
@@ -167,6 +185,6 @@ class Rollout:
             raise CheckpointError(f"{folder}: a rollout of {ranks} ranks, loaded on {world_size()}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        tensors |= {name: tensors[name].to(device) for name in _ON_DEVICE}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tensors |= {name: tensors[name].to(device) for name in _ON_DEVICE if name in tensors}
         return cls(**tensors, **fields)

@@ -28,6 +28,8 @@ def nested(key: str, value: object, variant: str | None = None) -> dict:
     if key.startswith("sampling.churn.") and variant:
         leaf = {} if parts[-1] == "schedule" else {"schedule": variant}
         tree = {"churn": leaf | SCHEDULES[variant] | tree["churn"]}
+    if key.startswith("algorithm.") and variant:
+        tree = {"name": variant} | tree
     return {parts[0]: required.get(parts[0], {}) | tree if isinstance(tree, dict) else tree}
 
 
@@ -72,7 +74,7 @@ def test_wrong_type_names_key_value_and_kind(help_, kind, complaint):
         return
     text = complaint(nested(help_.key, WRONG[kind], help_.variant))
     assert help_.key in text
-    if not help_.key.endswith(("schedule", "deepspeed", "rewards")):
+    if not help_.key.endswith(("schedule", "algorithm.name", "deepspeed", "rewards")):
         assert f"takes {help_.takes}" in text
 
 

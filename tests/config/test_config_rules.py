@@ -50,6 +50,15 @@ BREAKS = {
         "evaluation.health=[] evaluation.guard.bands.clipped=[0.0,0.5]": "clipped is not among the measures",
         "evaluation.health=[clipped] evaluation.guard.bands.saturation=[0.0,0.5]": "saturation is not among",
     },
+    "update.subset": {
+        "update.subset=stratified update.train_steps=12": "a divisor of sampling.steps",
+        "update.subset=stratified update.train_steps=16": "a divisor of sampling.steps",
+    },
+    "sampling.pairs_per_prompt": {"sampling.pairs_per_prompt=5": "must divide"},
+    "sampling.churn": {
+        f"algorithm.name={name} sampling.churn.weight=0.1": f"algorithm.name = {name} has noise of its own; remove it"
+        for name in ("flow_grpo", "awm", "nft")
+    },
     "model.max_sequence_length": {"model.id=shapes": "set model.max_sequence_length to 0"},
 }
 LEGAL = {
@@ -78,6 +87,9 @@ LEGAL = {
         "evaluation.guard.action=off evaluation.every=0", "evaluation.guard.action=stop evaluation.every=1",
     ],
     "evaluation.guard.bands": ["evaluation.health=[clipped] evaluation.guard.bands.clipped=[0.0,0.5]"],
+    "update.subset": ["update.subset=stratified update.train_steps=20", "update.train_steps=12"],
+    "sampling.pairs_per_prompt": ["sampling.pairs_per_prompt=12"],
+    "sampling.churn": ["algorithm.name=flow_grpo", "sampling.churn.weight=0.1", "algorithm.name=nft"],
     "model.max_sequence_length": ["model.id=shapes model.max_sequence_length=0", "model.max_sequence_length=1"],
 }  # fmt: skip
 
