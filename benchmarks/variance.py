@@ -31,7 +31,7 @@ from fdfo_engine.rewards.shapes import shapes
 from fdfo_engine.rollout.prompts import load_prompts
 
 OUT = RESULTS / "evidence" / "variance.json"
-RESAMPLINGS = 2000
+RESAMPLINGS = 300
 
 
 def main() -> None:

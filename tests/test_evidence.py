@@ -1,0 +1,54 @@
+"""The statistics of the evidence benchmarks, on vectors whose answer is known."""
+
+import pytest
+import torch
+
+from benchmarks.convergence import keep
+from benchmarks.evidence_trials import LEARNING_RATES, METHODS, chosen_rate, final, options, tuning
+from benchmarks.variance import interval, leave_one_out, mean_cosine, signal_to_noise
+
+SIZE = 4_000
+
+
+def products_of(snr, count=12, seed=0):
+    """Inner products of vectors with a common part, and noise of size 1 in all."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(SIZE, generator=generator).double()
+    noise = torch.randn(count, SIZE, generator=generator).double() / SIZE**0.5
+    vectors = noise + snr**0.5 * common / common.norm()
+    return vectors @ vectors.T
+
+
+@pytest.mark.parametrize("snr", [0.02, 0.5, 10.0])
+def test_signal_to_noise_and_cosines_are_those_of_the_construction(snr):
+    products = products_of(snr)
+    assert signal_to_noise(products) == pytest.approx(snr, rel=0.2, abs=0.01)
+    assert mean_cosine(products) == pytest.approx(snr / (1 + snr), rel=0.2, abs=0.01)
+    others = snr / ((1 + snr) * (snr + 1 / 11)) ** 0.5
+    assert leave_one_out(products) == pytest.approx(others, rel=0.1, abs=0.02)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    truth = 0.3 / 1.3
+    hits = 0
+    for seed in range(20):
+        low, high = interval(products_of(0.3, seed=seed), mean_cosine)
+        hits += low <= truth + 0.002 and high >= truth - 0.002
+    assert hits >= 13
+
+
+def test_every_method_is_tuned_with_as_many_trials_and_the_best_is_taken(tmp_path):
+    names = [trial.name for trial in tuning()]
+    assert len(set(names)) == len(names) == len(METHODS) * len(LEARNING_RATES)
+    for trial in tuning():
+        best = f"lr{LEARNING_RATES[-1]:g}" in trial.name
+        point = {"training_reward": [0.5, 0.9 if best else 0.6], "reward": 0.7, "strict": 0.4}
+        keep(tmp_path / "out.json", trial, {"curve": [point]})
+    from benchmarks.convergence import finished
+
+    done = finished(tmp_path / "out.json")
+    assert list(done) == names
+    assert all(chosen_rate(method, done) == LEARNING_RATES[-1] for method in METHODS)
+    trials = [*final([0, 1], done), *options([0], done)]
+    assert len({trial.name for trial in trials}) == len(trials)
+    assert all(trial.config(str(tmp_path / trial.name)).optimizer.lr == LEARNING_RATES[-1] for trial in trials)
