@@ -1,7 +1,8 @@
 """What pyproject.toml cannot express: folders at the root shipped inside `fdfo_engine`, and the compiled kernels.
 
 `FDFO_BUILD_CUDA` says what to do about the CUDA part: `auto` (default) builds it where nvcc is found, `require` fails
-without nvcc, `off` leaves it out. The CPU part needs g++ alone. Neither needs torch.
+without nvcc, `off` leaves it out. The CPU part needs g++ alone; `FDFO_BUILD_CPP` is `auto` (default), which goes on
+without either where there is no g++, or `require`. Neither needs torch.
 """
 
 import os
@@ -30,18 +31,40 @@ KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-
 CUDA_FLAGS = ["-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
+def wanted(name: str, takes: tuple[str, ...]) -> str:
+    """The setting `name` of the environment, `auto` where there is none."""
+    value = os.environ.get(name, "auto")
+    if value not in takes:
+        sys.exit(f"error: {name} = {value!r}: takes {', '.join(takes[:-1])} or {takes[-1]}")
+    return value
+
+
+def has_cxx() -> bool:
+    """Whether there is a C++ compiler; says so, or stops, where there is none."""
+    wanted("FDFO_BUILD_CPP", ("auto", "require"))
+    if shutil.which(cxx()):
+        return True
+    problem = f"there is no {cxx()} on PATH: install g++, or set CXX"
+    for name in ("FDFO_BUILD_CPP", "FDFO_BUILD_CUDA"):
+        if os.environ.get(name) == "require":
+            sys.exit(f"error: {name} = require, but {problem}; or unset it")
+    sys.stderr.write(
+        f"\nfdfo_engine: WITHOUT COMPILED KERNELS, everything will run on plain torch, more slowly: {problem}, "
+        "and install again\n\n"
+    )
+    return False
+
+
 def nvcc() -> str | None:
     """The CUDA compiler to use, or None for a build without CUDA."""
-    wanted = os.environ.get("FDFO_BUILD_CUDA", "auto")
-    if wanted not in ("auto", "require", "off"):
-        sys.exit(f"error: FDFO_BUILD_CUDA = {wanted!r}: takes auto, require or off")
+    choice = wanted("FDFO_BUILD_CUDA", ("auto", "require", "off"))
     found = shutil.which("nvcc")
     problem = _problem(found)
-    if wanted == "require" and problem:
+    if choice == "require" and problem:
         sys.exit(f"error: FDFO_BUILD_CUDA = require, but {problem}, or unset it")
-    if wanted == "auto" and problem:
+    if choice == "auto" and problem:
         sys.stderr.write(f"fdfo_engine: without CUDA kernels: {problem}\n")
-    return None if problem or wanted == "off" else found
+    return None if problem or choice == "off" else found
 
 
 def _problem(nvcc_path: str | None) -> str | None:
@@ -57,8 +80,11 @@ class BuildNative(build_ext):
     """Compiles every CPU kernel once an instruction set and every CUDA kernel for all architectures, then links."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
-        """Builds `ext`; objects go to the temporary build folder."""
+        """Builds `ext`; objects go to the temporary build folder. Without a C++ compiler nothing is built."""
         compiler, folder = nvcc(), Path(self.build_temp) / "native"
+        ext.optional = not has_cxx()  # setuptools then does without the file
+        if ext.optional:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs, CSRC, CSRC / "include")]
         commands = [*self._cpu_commands(includes, folder, compiler), *self._cuda_commands(includes, folder, compiler)]

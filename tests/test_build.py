@@ -71,3 +71,52 @@ print(compiled.refusals("cpp", torch.device("cpu")), compiled.refusals("cuda", t
     assert found.stdout.strip() == (
         "[] ['built without CUDA: there was no nvcc (FDFO_BUILD_CUDA=require makes that an error)']"
     )
+
+
+@pytest.fixture
+def without_gxx(tmp_path):
+    """Builds as `build`, with an empty PATH and another setting."""
+
+    def build(cpp):
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-lib", str(tmp_path / "out")]
+        command += ["--build-temp", str(tmp_path / "temp")]
+        env = {**os.environ, "PATH": str(tmp_path), "FDFO_BUILD_CPP": cpp, "FDFO_BUILD_CUDA": "off"}
+        env.pop("CXX", None)
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
+    return build
+
+
+def test_without_gxx_the_installation_goes_on_and_says_so(without_gxx, tmp_path):
+    done = without_gxx("auto")
+    assert done.returncode == 0, done.stderr
+    assert "WITHOUT COMPILED KERNELS" in done.stderr
+    assert "there is no g++ on PATH: install g++, or set CXX" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.so"))
+
+
+def test_required_kernels_stop_without_gxx(without_gxx):
+    done = without_gxx("require")
+    assert done.returncode == 1
+    assert "error: FDFO_BUILD_CPP = require, but there is no g++ on PATH" in done.stderr
+    assert "error: FDFO_BUILD_CPP = 'no': takes auto or require" in without_gxx("no").stderr
+
+
+def test_the_source_distribution_has_what_a_checkout_has(tmp_path):
+    """By setuptools' own reading of MANIFEST.in."""
+    code = (
+        "import setuptools, sys; from setuptools import Distribution\n"
+        "from setuptools.command.egg_info import FileList\n"
+        "from distutils.text_file import TextFile\n"
+        "files = FileList(); template = TextFile('MANIFEST.in', strip_comments=1, skip_blanks=1, join_lines=1)\n"
+        "[files.process_template_line(line) for line in template.readlines()]\n"
+        "print('\\n'.join(files.files))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    listed = set(done.stdout.split("\n"))
+    expected = [
+        "docs/QUICKSTART.md", "examples/reward_server.py", "tests/conftest.py", "configs/shapes.yaml", "Makefile",
+        "benchmarks/run.py", "tests/tiny_sd3.py", "csrc/binding.cpp", "configs/cluster/slurm.sbatch",
+    ]  # fmt: skip
+    assert set(expected) <= listed, done.stderr
+    assert not [name for name in listed if name.endswith((".so", ".pyc"))]
