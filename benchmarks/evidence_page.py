@@ -32,9 +32,10 @@ that looks at pixels: evidence of how the methods learn, not of how SD3.5 looks.
 
 VARIANCE = """## Variance of the update, at the bundled base
 
-The whole gradient, all trained items, batches of different prompts and noise. Nearer 1 and larger is better; an
-interval around 0 means that batches of this size do not agree on anything yet. What a method agrees on need not be
-what raises the reward.
+The whole gradient, all trained items, batches of different prompts and noise; `scaled` is each weight's gradient over
+its root mean square, as AdamW scales it, and `as it is` is dominated by few weights. Larger is better; in brackets 90 %
+intervals. One that holds 0 means that these batches were too small or too few to show any agreement. What a method
+agrees on need not be what raises the reward.
 """
 
 METHOD = """## How it was measured
@@ -97,15 +98,15 @@ def variance_table(variance: Record) -> str:
         return ""
     rows = [
         [
-            method, str(found["images_a_batch"]), str(found["batches"]), _ranged(found, "cosine"),
-            _ranged(found, "signal_to_noise"), f"{found['cosine_with_the_others_mean']:.3f}",
-            f"{found['median_seconds_a_batch']:.1f}",
+            method, str(found["images_a_batch"]), str(found["batches"]), _ranged(found["scaled"], "signal_to_noise"),
+            _ranged(found["gradient"], "signal_to_noise"), _ranged(found["scaled"], "cosine"),
+            f"{found['scaled']['cosine_with_the_others_mean']:.3f}", f"{found['median_seconds_a_batch']:.1f}",
         ]
         for method, found in methods.items()
     ]  # fmt: skip
     names = [
-        "method", "images a batch", "batches", "cosine of two batches (90 %)", "signal to noise (90 %)",
-        "cosine with the others' mean", "seconds a batch",
+        "method", "images a batch", "batches", "signal to noise, scaled", "the same, as it is",
+        "cosine of two batches, scaled", "cosine with the others' mean, scaled", "seconds a batch",
     ]  # fmt: skip
     return "\n".join([VARIANCE, _table(names, rows), ""])
 

@@ -1,10 +1,11 @@
 """How far independent batches of one algorithm agree on where the weights should go, at equal images.
 
-`python -m benchmarks.variance` samples N independent batches at one state of the weights (the bundled base, or
-`--weights`), takes the gradient of each over all trained items, and writes their inner products to
-`benchmarks/results/evidence/variance.json`. From these: the cosine between independent batches; the cosine of a batch
-with the mean of the others; and the signal-to-noise ratio `|E g|^2 / E|g - E g|^2`, unbiased. Batches that are done are
-kept under `--runs`, so that the same command continues after a kill. One thread.
+`python -m benchmarks.variance` samples N independent batches at the bundled base, takes the gradient of each over all
+trained items, and writes their inner products to `benchmarks/results/evidence/variance.json`: of the gradients as they
+are, which few weights dominate, and of each weight's gradient divided by its root mean square over the batches, as
+AdamW would scale it. From these: the cosine between independent batches; the cosine of a batch with the mean of the
+others; and the signal-to-noise ratio `|E g|^2 / E|g - E g|^2`, unbiased. Batches that are done are kept under `--runs`,
+so that the same command continues after a kill. One thread.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def keep(out: Path, method: str, pairs: int, found: dict[str, Any]) -> None:
     partial = out.with_suffix(".partial")
     write(partial, about | {"config": CONFIG.name, "methods": done | {method: record}})
     partial.rename(out)
-    print(f"{method}: cosine {found['cosine']}, signal to noise {found['signal_to_noise']}", flush=True)
+    print(f"{method}: signal to noise {found['gradient']['signal_to_noise']:.4f}", flush=True)
 
 
 def gradients(method: str, batches: int, pairs: int, runs: Path) -> tuple[list[Tensor], list[float]]:
@@ -99,17 +100,26 @@ def one(engine: Engine, texts: list[str]) -> Tensor:
 
 
 def summary(vectors: list[Tensor], seconds: list[float]) -> dict[str, Any]:
-    """What the inner products say, with 90 % intervals of what does not depend on the number of batches."""
-    stacked = torch.stack(vectors).double()
-    products = stacked @ stacked.T
+    """What the inner products say of the gradients as they are, and of what AdamW makes of their scale."""
+    stacked = torch.stack(vectors)
+    root_mean_square = stacked.square().mean(0).sqrt().clamp_min(1e-12)
+    return {
+        "gradient": agreement(stacked),
+        "scaled": agreement(stacked / root_mean_square),
+        "batches": len(vectors),
+        "median_seconds_a_batch": statistics.median(seconds),
+    }
+
+
+def agreement(stacked: Tensor) -> dict[str, Any]:
+    """Of vectors `[N, E]`, with 90 % intervals of what does not depend on N."""
+    products = stacked.double() @ stacked.double().T
     return {
         "cosine": mean_cosine(products),
         "cosine_interval_90": interval(products, mean_cosine),
         "signal_to_noise": signal_to_noise(products),
         "signal_to_noise_interval_90": interval(products, signal_to_noise),
         "cosine_with_the_others_mean": leave_one_out(products),
-        "batches": len(vectors),
-        "median_seconds_a_batch": statistics.median(seconds),
         "inner_products": products.tolist(),
     }
 
