@@ -20,7 +20,7 @@ TEST_PROCESSES ?= 2
 free_port = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 launch = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(free_port) fdfo_engine/train.py --config configs/shapes.yaml
 
-.PHONY: help setup demo demo-short test test-all lint clean
+.PHONY: help setup build demo demo-short test test-all lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -32,6 +32,9 @@ $(STAMP):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	rm -f .venv/.installed-*
 	touch $@
+
+build:  ## compiles what changed under csrc/ since the last `make build`
+	$(BIN)/python setup.py -q build_ext --inplace
 
 demo: setup  ## trains the bundled miniature on two CPU cores and writes its report; resumes, or says it is finished
 	$(launch) run.dir=$(RUN) $(DEMO_ARGS)

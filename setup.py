@@ -5,6 +5,7 @@ without nvcc, `off` leaves it out. The CPU part needs g++ alone; `FDFO_BUILD_CPP
 without either where there is no g++, or `require`. Neither needs torch.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -89,7 +90,7 @@ class BuildNative(build_ext):
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs, CSRC, CSRC / "include")]
         commands = [*self._cpu_commands(includes, folder, compiler), *self._cuda_commands(includes, folder, compiler)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self._run, [command for command, _ in commands]))
+            list(pool.map(self._compile, *zip(*commands, strict=True)))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [str(made) for _, made in commands]
@@ -114,6 +115,18 @@ class BuildNative(build_ext):
         for source in sorted((CSRC / "cuda").glob("*.cu")) if compiler else ():
             made = folder / f"{source.stem}.cuda.o"
             yield [compiler, *CUDA_FLAGS, *targets, *includes, "-c", str(source), "-o", str(made)], made
+
+    def _compile(self, command: list[str], made: Path) -> None:
+        """Runs `command`, unless `made` lies there from the same command and the same files."""
+        headers = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
+        files = [Path(command[command.index("-c") + 1]), *headers]
+        key = hashlib.sha256(repr([command, [path.read_bytes() for path in files]]).encode()).hexdigest()
+        note = made.with_suffix(".key")
+        if note.exists() and note.read_text() == key:
+            return
+        note.unlink(missing_ok=True)  # what is killed half-way is compiled again
+        self._run(command)
+        note.write_text(key)
 
     def _run(self, command: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True)

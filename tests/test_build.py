@@ -54,6 +54,44 @@ def test_refuses_another_word(build):
     assert "error: FDFO_BUILD_CUDA = 'yes': takes auto, require or off" in done.stderr
 
 
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what the extension is built from, and a compiler that only notes what it is asked for."""
+    root = tmp_path / "tree"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    for name in ("fdfo_engine", "configs", "examples", "kernels"):
+        (root / name).mkdir()
+    (root / "fdfo_engine/__init__.py").write_text('__version__ = "0"')
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\nfor last; do :; done; touch $last\n")
+    compiler.chmod(0o755)
+    return root
+
+
+@pytest.mark.slow
+def test_only_what_changed_is_compiled_again(tree, tmp_path):
+    def compiled():
+        (tmp_path / "asked").write_text("")
+        environment = {**os.environ, "CXX": str(tmp_path / "compiler"), "FDFO_BUILD_CUDA": "off"}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        words = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+        return sorted(Path(w[w.index("-c") + 1]).name for w in words if "-c" in w)
+
+    everything = compiled()
+    sets = everything.count("replay.cpp")
+    assert len(everything) == 1 + sets * len(list((tree / "csrc/cpu").glob("*.cpp")))
+    with (tree / "csrc/cpu/replay.cpp").open("a") as file:
+        file.write("// changed")
+    assert compiled() == ["replay.cpp"] * sets
+    with (tree / "csrc/include/fdfo/philox.h").open("a") as file:
+        file.write("// changed")
+    assert compiled() == everything
+
+
 @pytest.mark.slow
 def test_auto_without_nvcc_builds_the_cpu_part(build, tmp_path):
     done = build("auto")

@@ -17,7 +17,7 @@ from fdfo_engine.models.native_lora import add_native, to_native
 from fdfo_engine.models.pipeline_loading import load_pipeline
 from fdfo_engine.models.quantized import FOUR_BITS, unpack
 from fdfo_engine.runtime.console import say
-from fdfo_engine.runtime.errors import CheckpointError, NumericsError
+from fdfo_engine.runtime.errors import CheckpointError, NumericsError, UsageError
 
 if TYPE_CHECKING:
     from fdfo_engine.models.pipeline_model import PipelineModel
@@ -48,8 +48,15 @@ class PipelineExport:
         return network
 
     def write_lora(self, folder: Path, folded: dict[str, Tensor]) -> nn.Module:
-        """A LoRA as `load_lora_weights` takes it."""
-        self._model.pipeline_class.save_lora_weights(folder, transformer_lora_layers=folded)
+        """A LoRA as `load_lora_weights` takes it.
+
+        Raises:
+            UsageError: the pipeline has no such method.
+        """
+        pipeline_class = self._model.pipeline_class
+        if not hasattr(pipeline_class, "load_lora_weights"):
+            raise UsageError(f"export: style diffusers: a {pipeline_class.__name__} loads no LoRA; takes merged")
+        pipeline_class.save_lora_weights(folder, transformer_lora_layers=folded)
         fresh = self._loaded_base()
         fresh.load_lora_weights(folder)
         network: nn.Module = fresh.transformer

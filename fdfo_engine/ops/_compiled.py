@@ -57,14 +57,21 @@ def call(name: str, device: torch.device, arguments: Any, *more: Any) -> Any:
     """Runs the extension's function `name` where `device` is: on as many threads as torch, or on the current stream."""
     module: Any = extension()
     if device.type == "cpu":
-        return getattr(module.cpu, name)(arguments, *more, torch.get_num_threads())
+        return _built(module.cpu, name)(arguments, *more, torch.get_num_threads())
     with torch.cuda.device(device):
-        return getattr(module.cuda, name)(arguments, *more, torch.cuda.current_stream(device).cuda_stream)
+        return _built(module.cuda, name)(arguments, *more, torch.cuda.current_stream(device).cuda_stream)
 
 
 def arguments(name: str, **fields: Any) -> Any:
     """The struct `name` of csrc/include/fdfo/arguments.h; it holds addresses, so the tensors must outlive it."""
-    return getattr(extension(), name)(**fields)
+    return _built(extension(), name)(**fields)
+
+
+def _built(where: Any, name: str) -> Any:
+    """What the extension, or a part of it, has under this name."""
+    found = getattr(where, name, None)
+    assert found is not None, f"the built extension has no {name}: if csrc/ has it, run `make build`"
+    return found
 
 
 def inner_contiguous(tensor: T, lead: int) -> T:

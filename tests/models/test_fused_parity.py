@@ -144,13 +144,14 @@ def test_blocks_take_what_diffusers_gives_them(variant):
 def test_other_attention_arguments_go_to_diffusers_or_are_refused(variant, capsys):
     if variant == "qwen-image":
         pytest.skip("its attention takes no other arguments, fused or not")
-    model, given = build(variant), inputs(variant) | {"joint_attention_kwargs": {"ip_adapter_masks": None}}
+    name = ATTENTION_KWARGS[variant]
+    model, given = build(variant), inputs(variant) | {name: {"ip_adapter_masks": None}}
     exact = model(**given).sample
     fuse(model)
     assert torch.equal(model(**given).sample, exact)
-    assert "joint_attention_kwargs has ip_adapter_masks" in handed_over(capsys.readouterr().out)[0]
+    assert f"{name} has ip_adapter_masks" in handed_over(capsys.readouterr().out)[0]
     fuse(model, required=True)
-    with pytest.raises(UsageError, match="joint_attention_kwargs has ip_adapter_masks"):
+    with pytest.raises(UsageError, match=f"{name} has ip_adapter_masks"):
         model(**given)
 
 

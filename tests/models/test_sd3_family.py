@@ -7,6 +7,7 @@ import family_checks as checks
 import pytest
 import torch
 from diffusers import (
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     SD3Transformer2DModel,
@@ -205,6 +206,14 @@ def test_an_export_that_loads_wrong_is_refused(config, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="loaded back"):
         engine.export(tmp_path / "out")
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_lora_is_not_written_for_a_pipeline_that_loads_none(config, tmp_path):
+    model = load_model(config, CPU)
+    model.pipeline_class = DiffusionPipeline
+    with pytest.raises(UsageError, match="style diffusers: a DiffusionPipeline loads no LoRA; takes merged"):
+        model.export(tmp_path / "out", dict(model.trained_parameters()))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lost_adapter_is_noticed_in_bfloat16(tiny_sd3, tmp_path, monkeypatch):

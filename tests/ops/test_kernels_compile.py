@@ -48,7 +48,7 @@ GELU = ("triton gelu", "triton lora_linear")  # a fast exponential is as good th
 def assert_in_registers(rows):
     for row in rows:
         assert row["stack"] == row["spills"] == 0, row
-        assert row["approximate"] == 0 or row["kernel"].startswith(GELU), row
+        assert row["approximate"] == 0 or row["kernel"].startswith(GELU), f"only {GELU} may approximate: {row}"
         assert 0 < row["registers"] < 255, row
 
 
@@ -63,7 +63,7 @@ def test_triton_kernels(architecture, how, tmp_path):
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"philox", "tuples"}
     kernels = {row["kernel"].removeprefix("triton ") for row in rows}
     found = {file for file in files if any(f"{name}_".startswith(f"{file}_") for name in kernels)}
-    assert found == files, "every kernel file is compiled here"
+    assert found == files, f"without a case in benchmarks/kernel_resources.py: {sorted(files - found)}"
     assert_in_registers(rows)
 
 

@@ -52,6 +52,13 @@ def test_a_missing_extension_is_said_and_torch_runs(not_built):
         ops.philox_normal((4,), seed=0, pair_ids=[0], stream=0, device="cpu", backend="cpp")
 
 
+def test_a_kernel_that_the_extension_lacks_is_named_with_the_way_out():
+    with pytest.raises(AssertionError, match="has no NewOp: if csrc/ has it, run `make build`"):
+        _compiled.arguments("NewOp", x=0)
+    with pytest.raises(AssertionError, match="has no new_op: "):
+        _compiled.call("new_op", CPU, None)
+
+
 class WithCuda:
     """An extension as nvcc makes it, on a machine whose driver it accepts."""
 

@@ -35,6 +35,8 @@ class Family(NamedTuple):
     """Names of a block's feed-forwards."""
     masks_text: bool = False
     """Whether prompts are padded, so that attention takes a mask."""
+    attention_arguments: str = "joint_attention_kwargs"
+    """A block's argument with arguments of its attention: calls that fill it go to diffusers' own forward."""
 
 
 FAMILIES = (

@@ -24,14 +24,14 @@ _PLAN = "_fused"
 class _Plan:
     """What fusing put on a transformer: the family's forwards, a watch a block, and the switches that choose."""
 
-    def __init__(self, transformer: Any, fused: Any, *, required: bool) -> None:
+    def __init__(self, transformer: Any, fused: Any, *, unknown: str, required: bool) -> None:
         self.transformer, self.fused = transformer, fused
         self.blocks: list[nn.Module] = [block.block for block in fused.blocks]
         notice = Notice(required=required)
         watches = [Watch(block, block_refusals) for block in self.blocks]
         self._watches = [*watches, Watch(transformer.norm_out, layer_refusals)]
         self.switches = [
-            Switch(block.block, block.forward, watch.reasons, notice, unknown=["joint_attention_kwargs"])
+            Switch(block.block, block.forward, watch.reasons, notice, unknown=[unknown])
             for block, watch in zip(fused.blocks, watches, strict=True)
         ]
         self.switches.append(Switch(transformer, fused.forward, self.reasons, notice))
@@ -96,7 +96,7 @@ def fuse(
         raise BackendUnavailableError(f"fuse: attention is {attention!r}: {', '.join(reasons)}")
     unfuse(transformer)
     fused = family.fused(transformer, Settings(attention, recompute == "fc1", rehome))
-    plan = _Plan(transformer, fused, required=required)
+    plan = _Plan(transformer, fused, unknown=family.attention_arguments, required=required)
     for switch in plan.switches:
         switch.module.forward = switch
     setattr(transformer, _PLAN, plan)
