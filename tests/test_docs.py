@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 def commands(page):
     """Lines of the page's code blocks that begin with `fdfo `, without their comments."""
     for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(), flags=re.S):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("fdfo "):
                 yield line.split(" #")[0].strip()
 

@@ -13,6 +13,7 @@ _MAX_POINTS = 600
 _MAX_BARS = 100
 _MARKED_POINTS = 40
 _LABEL_WIDTH, _LABEL_HEIGHT = 80, 11
+_EPOCH = f'<text x="4" y="{HEIGHT - 10}">epoch</text>'
 
 Point = tuple[float, float]
 
@@ -40,8 +41,11 @@ def line_chart(series: Sequence[Series], label: str) -> str | None:
     if not values:
         return None
     xs = [x for curve in series for x, _ in curve.points]
-    axes = _Axes(min(xs), max(xs), *_padded(min(values), max(values)))
-    return _svg(label, [axes.grid(), *(_curve(axes, curve) for curve in series)])
+    measured = [y for curve in series for _, y in curve.points if math.isfinite(y)]
+    low, high = _padded(min(values), max(values))
+    floor = 0.0 if min(measured) >= 0 else low  # no negative part of an axis for what is never negative
+    axes = _Axes(min(xs), max(xs), max(low, floor), high)
+    return _svg(label, [axes.grid(), _EPOCH, *(_curve(axes, curve) for curve in series)])
 
 
 def stacked_chart(names: Sequence[str], rows: Sequence[tuple[int, Sequence[float]]], label: str) -> str | None:
@@ -53,7 +57,7 @@ def stacked_chart(names: Sequence[str], rows: Sequence[tuple[int, Sequence[float
     axes = _Axes(rows[0][0] - 0.5, rows[-1][0] + 0.5, 0.0, top * 1.05)
     pitch = (axes.x(1.0) - axes.x(0.0)) * (rows[1][0] - rows[0][0] if len(rows) > 1 else 1)
     bars = [_bar(axes, epoch, values, names, min(0.85 * pitch, 60.0)) for epoch, values in rows]
-    return _svg(label, [axes.grid(), *bars])
+    return _svg(label, [axes.grid(), _EPOCH, *bars])
 
 
 def trade_off_chart(points: Sequence[tuple[str, float, float]], label: str) -> str | None:
@@ -165,7 +169,7 @@ def _markers(axes: _Axes, curve: Series) -> str:
         return ""
     style, parts = f'style="--c: var(--series-{curve.color % 6})"', []
     for (epoch, value), error in finite:
-        x, low, high = axes.x(epoch), axes.y(value - error), axes.y(value + error)
+        x, low, high = axes.x(epoch), axes.y(max(value - error, axes.y0)), axes.y(value + error)
         if error:
             parts.append(f'<line class="error" {style} x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
         told = escape(f"{curve.name}, epoch {short(epoch)}: {value:.5g}" + (f" ±{error:.2g}" if error else ""))

@@ -95,6 +95,8 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "tables": [_table(result, name) for name in [*reversed(result["differences"])] or names],
         "findings": [(n, s) for n, sentences in result["health_findings"].items() for s in sentences],
         "compares": len(names) > 1,
+        "verdict": _verdict(result),
+        "images": result["request"]["images_per_prompt"],
         "farthest": _farthest(result),
         "trade_offs": _trade_offs(result),
         "curves": _curves(result),
@@ -107,6 +109,24 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "larger": larger,
         "larger_table": _table(larger, larger["sets"][-1]["name"]) if larger and "sets" in larger else None,
     }
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    """What became of the first metric, and which diversity clearly changed; empty without two sets."""
+    if not result["differences"] or not result["metrics"]:
+        return ""
+    name, metric = result["sets"][-1]["name"], result["metrics"][0]["name"]
+    difference = result["differences"][name][metric]
+    if not difference["count"]:
+        return f"{metric} was measured on no prompt."
+    moved = {"good": "rose", "bad": "fell"}.get(_trend("reward", difference), "did not clearly change")
+    shares = f"better on {difference['rose']:.0%} of the prompts, worse on {difference['fell']:.0%}"
+    sentences = [f"{metric} {moved}: {_mean(difference, '+')}; {shares}."]
+    for diversity in (m["name"] for m in result["metrics"] if m["kind"] == "diversity"):
+        change = result["differences"][name][diversity]
+        if trend := _trend("diversity", change):
+            sentences.append(f"{diversity} {'rose' if trend == 'good' else 'fell'}: {_mean(change, '+')}.")
+    return " ".join(sentences)
 
 
 def _farthest(result: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fdfo_engine.report.curves import Point, Series, line_chart, short, smoothed, stacked_chart
+from fdfo_engine.report.held_out import held_out_change
 from fdfo_engine.report.run_data import Gallery, RunData, read_run
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.terminal import duration
@@ -67,6 +68,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "status": _status(data),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "tiles": _tiles(data),
+        "verdict": _verdict(data.evaluations),
         "missing": data.missing,
         "rewards": _reward_charts(data.metrics),
         "evaluations": _evaluation_charts(data.evaluations),
@@ -78,6 +80,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "pairs": data.pairs,
         "timings": _timing_charts(data.metrics),
         "optimiser": _optimiser_charts(data.metrics),
+        "constants": _constants(data.metrics),
         "environment": _environment(data.environment or {}),
         "config_text": data.config_text,
     }
@@ -128,20 +131,35 @@ def _status(data: RunData) -> dict[str, str]:
 def _tiles(data: RunData) -> list[tuple[str, str, str]]:
     """Headline numbers: name, value, remark."""
     tiles = []
+    if held_out := held_out_change(data.evaluations):
+        tiles.append(("Held-out reward", held_out.headline, held_out.remark))
     if data.metrics:
         planned = _setting(data.settings, "run.epochs")
         tiles.append(("Epochs", str(data.metrics[-1]["epoch"]), f"of {planned}" if planned else ""))
     if reward := _values(data.metrics, "reward_mean"):
-        first, last = reward[:_RECENT_EPOCHS], reward[-_RECENT_EPOCHS:]
-        before, after = sum(first) / len(first), sum(last) / len(last)
-        remark = f"{after - before:+.4g} from {short(before)}; means of {len(last)} epochs"
-        tiles.append(("Training reward", short(after), remark))
+        tiles.append(_training_tile(reward))
     if seconds := _values(data.metrics, "seconds_total"):
         remark = f"{duration(sum(seconds) / len(seconds))} an epoch"
         tiles.append(("Time", duration(sum(seconds)), remark))
     if rates := sorted(_values(data.metrics, "images_per_second")):
         tiles.append(("Images a second", short(rates[len(rates) // 2]), "median"))
     return tiles
+
+
+def _training_tile(reward: Sequence[float]) -> tuple[str, str, str]:
+    """The mean of the last epochs against that of the first: as many each, and none of them in both."""
+    count = min(_RECENT_EPOCHS, len(reward) // 2)
+    if not count:
+        return ("Training reward", short(reward[0]), "one epoch")
+    before, after = sum(reward[:count]) / count, sum(reward[-count:]) / count
+    of = f"means of {count} epochs" if count > 1 else "first and last epoch"
+    return ("Training reward", short(after), f"{after - before:+.4g} from {short(before)}; {of}")
+
+
+def _verdict(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on what the run has reached; empty before there are two evaluations."""
+    held_out = held_out_change(evaluations)
+    return held_out.sentence if held_out else ""
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
@@ -166,11 +184,13 @@ def _chart(title: str, series: Sequence[Series], note: str = "") -> list[dict[st
 
 
 def _reward_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    parts = sorted({key for record in metrics for key in record if key.startswith("reward_") and key.endswith("_mean")})
+    keys = {key for record in metrics for key in record if key.startswith("reward_") and key.endswith("_mean")}
+    names = {key: key.removeprefix("reward_").removesuffix("_mean") for key in sorted(keys - {"reward_mean"})}
+    if len(names) == 1:  # the sum is that reward, times its weight
+        return _reward_chart(next(iter(names.values())), metrics, "reward_mean")
     charts = _reward_chart("Reward (weighted sum)", metrics, "reward_mean")
-    for key in parts:
-        if key != "reward_mean":
-            charts += _reward_chart(key.removeprefix("reward_").removesuffix("_mean"), metrics, key)
+    for key, name in names.items():
+        charts += _reward_chart(name, metrics, key)
     return charts
 
 
@@ -206,8 +226,9 @@ def _health_charts(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.get("health") or {}):
         own = [e for e in evaluations if name in (e.get("health") or {})]
         points = [(float(e["epoch"]), _number(e["health"][name])) for e in own]
-        spreads = [(e.get("health_std") or {}).get(name) for e in own]
-        charts += _chart(name, [Series(name, points, spreads)], "bars: standard deviation over the images")
+        spreads = [_number((e.get("health_std") or {}).get(name)) for e in own]
+        spread = f"standard deviation over the images: {short(spreads[-1])}" if math.isfinite(spreads[-1]) else ""
+        charts += _chart(name, [Series(name, points)], spread)
     return charts
 
 
@@ -280,12 +301,26 @@ def _optimiser_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     pairs = []
     for color, (key, name) in enumerate(_NO_OPINION.items()):
         points = _points(metrics, key)
-        if points:
+        if points and _constant(metrics, key) is None:
             pairs.append(Series(name, points, color=color))
     charts = _chart("Pairs without an opinion", pairs)
     for key, title in _OPTIMISER.items():
-        charts += _chart(title, [Series(title, _points(metrics, key))])
+        if _constant(metrics, key) is None:
+            charts += _chart(title, [Series(title, _points(metrics, key))])
     return charts
+
+
+def _constants(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What never changed, with its value: no chart is needed for that."""
+    titles = _OPTIMISER | {key: f"{name} pairs" for key, name in _NO_OPINION.items()}
+    found = [(title, _constant(metrics, key)) for key, title in titles.items()]
+    return ", ".join(f"{title} {short(value)}" for title, value in found if value is not None)
+
+
+def _constant(metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The value that every one of several epochs has; None where they differ, or there are too few to say."""
+    values = _values(metrics, key)
+    return values[0] if len(values) > 1 and min(values) == max(values) else None
 
 
 def _environment(found: Mapping[str, Any]) -> list[tuple[str, str]]:

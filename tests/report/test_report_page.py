@@ -63,10 +63,12 @@ class Page(HTMLParser):
 def metrics(epoch):
     return {
         "epoch": epoch, "pairs": 32, "reward_mean": 0.2 + epoch / 30, "reward_std": 0.3, "reward_strict_mean": 0.1,
-        "reward_<b>_mean": 0.5, "advantage_abs_mean": 0.1, "tied_pairs": 3, "lost_pairs": 1, "zero_direction_pairs": 0,
-        "loss": -0.01, "log_ratio_mean": 1e-4, "log_ratio_floor": 0.0, "clip_fraction": 0.02, "grad_norm": 0.7,
-        "skipped_steps": 0, "optimizer_steps": 4, "kl": float("nan"), "images_per_second": 5.0, "seconds_rollout": 3.0,
-        "seconds_reward": 1.0, "seconds_update": 6.0, "seconds_total": 10.5, "first_pair": 32 * epoch, "lr": 1e-4,
+        "reward_<b>_mean": 0.5, "advantage_abs_mean": 0.1 + epoch / 99, "tied_pairs": epoch % 4, "lost_pairs": 1,
+        "zero_direction_pairs": 0, "loss": -0.01 * epoch, "log_ratio_mean": 1e-4 * epoch,
+        "log_ratio_floor": 1e-9 * epoch, "clip_fraction": 0.02 + epoch / 999, "grad_norm": 0.7 + epoch / 99,
+        "skipped_steps": epoch // 9, "optimizer_steps": 4, "kl": float("nan"), "images_per_second": 5.0,
+        "seconds_rollout": 3.0, "seconds_reward": 1.0, "seconds_update": 6.0, "seconds_total": 10.5,
+        "first_pair": 32 * epoch, "lr": 1e-4 / epoch,
     }  # fmt: skip
 
 
@@ -105,9 +107,12 @@ def read(path):
 def assert_opens_offline(page):
     assert "script" not in page.tags
     assert not {"link", "iframe", "object", "embed", "form", "base"} & set(page.tags)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
     for tag, name, value in page.attributes:
         assert not name.startswith("on"), (tag, name)
-        assert name not in ("href", "srcset", "action", "xlink:href"), (tag, name)
+        assert name not in ("srcset", "action", "xlink:href"), (tag, name)
+        assert name != "href" or (tag == "a" and value.removeprefix("#") in ids), f"{value}: leads out of the page"
         assert name != "src" or value.startswith("data:image/"), value[:80]
         assert name != "style" or "url(" not in value
     policy = dict(a[1:] for a in page.attributes if a[0] == "meta" and a[1] == "content")
@@ -145,7 +150,8 @@ def test_nasty_prompts_are_text(run_dir):
     assert "<script>alert('x')</script>" in page.words
     assert "<i>odd</i>" in page.words
     assert "i" in page.tags, "the legend's own"
-    assert not re.search(r"""(src|href|url)\s*=?\s*["'(]?\s*(https?:)?//""", re.sub(r">[^<]*<", "><", text))
+    markup = re.sub(r'alt="[^"]*"', "", re.sub(r">[^<]*<", "><", text))
+    assert not re.search(r"""(src|href|url)\s*=?\s*["'(]?\s*(https?:)?//""", markup)
 
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path):
@@ -239,3 +245,85 @@ def test_ticks_are_round():
     assert ticks(0.13, 0.88) == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert ticks(0, 12, 8) == [0, 2, 4, 6, 8, 10, 12]
     assert [short(v) for v in (0, 0.25, 3e-5, 1234567, 12.3456)] == ["0", "0.25", "3e-5", "1.23e6", "12.35"]
+
+
+def run_of(folder, epochs, rewards=(), **more):
+    """A report of a run of some epochs; `rewards` are the held-out ones of epochs 0, 10 and so on."""
+    with RunFolder.open(folder, CONFIG) as run:
+        log = logging(folder)
+        for number, reward in enumerate(rewards):
+            record = {"epoch": 10 * number, "count": 256, "weights": "ema", "reward": reward, "reward_stderr": 0.01}
+            record |= {"metrics": {"strict": reward}, "health": {"clipped": 0.01}, "health_std": {"clipped": 0.05}}
+            log.tell(events.Metrics(epoch=10 * number, kind="evaluation", values=record))
+        for epoch in range(1, epochs + 1):
+            log.tell(events.Metrics(epoch=epoch, kind="epoch", values=metrics(epoch) | more))
+        run.status.update("finished", exit_code=0)
+    return read(write_report(folder)).words
+
+
+def test_the_first_number_is_the_held_out_gain_with_its_interval(tmp_path):
+    words = run_of(tmp_path, 12, [0.852, 0.88, 0.912])
+    spread = 1.96 * math.hypot(0.01, 0.01)
+    assert f"+0.06, 95% interval {0.06 - spread:.3g} to {0.06 + spread:.3g}" in words
+    assert "On held-out prompts the reward rose: 0.852 before training, 0.912 at epoch 20" in words
+    assert words.index("Held-out reward") < words.index("Training reward")
+
+
+@pytest.mark.parametrize(("after", "word"), [(0.87, "did not clearly change"), (0.80, "fell")])
+def test_a_gain_within_its_interval_is_none(after, word, tmp_path):
+    assert f"the reward {word}: 0.852" in run_of(tmp_path, 1, [0.852, after])
+
+
+def test_one_evaluation_is_no_change(tmp_path):
+    words = run_of(tmp_path, 3, [0.852])
+    assert "Held-out reward" not in words
+    assert "On held-out prompts" not in words
+
+
+@pytest.mark.parametrize(
+    ("epochs", "remark"),
+    [
+        (1, "one epoch"),
+        (2, f"{1 / 30:+.4g} from 0.2333; first and last epoch"),
+        (3, f"{2 / 30:+.4g} from 0.2333; first and last epoch"),
+        (5, f"{3 / 30:+.4g} from 0.25; means of 2 epochs"),
+        (12, f"{7 / 30:+.4g} from 0.3; means of 5 epochs"),
+    ],
+)
+def test_a_short_run_is_compared_with_epochs_of_before(epochs, remark, tmp_path):
+    assert remark in run_of(tmp_path, epochs)
+
+
+def test_what_never_changes_is_a_line_and_no_chart(tmp_path):
+    words = run_of(tmp_path, 4, lr=3e-5, skipped_steps=0)
+    assert (
+        "Constant: Learning rate 3e-5, Skipped optimiser steps 0, lost opinion pairs 1, identical latents pairs 0."
+        in words
+    )
+    assert words.count("Skipped optimiser steps") == 1
+
+
+def test_one_reward_is_drawn_once(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG):
+        lines = [{k: v for k, v in metrics(n).items() if k != "reward_<b>_mean"} for n in (1, 2)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | {"kl": None}) + "\n" for line in lines))
+    page = read(write_report(tmp_path))
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert labels.count("strict") == 1
+    assert "Reward (weighted sum)" not in labels
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.01], [3.0, 0.0, 2.0]])
+def test_shares_and_counts_have_no_negative_axis(values):
+    svg = line_chart([Series("clipped", list(enumerate(values)), [0.5] * 3)], "clipped")
+    numbers = re.findall(r'text-anchor="end">([^<]*)<', svg)
+    assert numbers
+    assert not [number for number in numbers if number.startswith("-")]
+    assert max(float(y) for y in re.findall(r' y2="([0-9.]+)"', svg)) <= 190
+    assert ">epoch<" in svg
+
+
+def test_pictures_are_told_to_those_who_do_not_see_them(run_dir):
+    alts = [value for tag, name, value in read(write_report(run_dir)).attributes if (tag, name) == ("img", "alt")]
+    assert "{} %s {{ 7 * 7 }}, epoch 12, strict 0.25" in alts
+    assert all(len(alt) < 260 for alt in alts)
