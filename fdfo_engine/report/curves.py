@@ -41,11 +41,14 @@ def line_chart(series: Sequence[Series], label: str) -> str | None:
     if not values:
         return None
     xs = [x for curve in series for x, _ in curve.points]
-    measured = [y for curve in series for _, y in curve.points if math.isfinite(y)]
     low, high = _padded(min(values), max(values))
-    floor = 0.0 if min(measured) >= 0 else low  # no negative part of an axis for what is never negative
-    axes = _Axes(min(xs), max(xs), max(low, floor), high)
+    axes = _Axes(min(xs), max(xs), low if _has_negative(series) else max(low, 0.0), high)
     return _svg(label, [axes.grid(), _EPOCH, *(_curve(axes, curve) for curve in series)])
+
+
+def _has_negative(series: Sequence[Series]) -> bool:
+    """Shares and counts have none, and then no negative part of an axis either, whatever their error bars reach."""
+    return any(y < 0 for curve in series for _, y in curve.points if math.isfinite(y))
 
 
 def stacked_chart(names: Sequence[str], rows: Sequence[tuple[int, Sequence[float]]], label: str) -> str | None:

@@ -64,15 +64,17 @@ class HeldOutChange:
 
 def held_out_change(evaluations: Sequence[Mapping[str, Any]]) -> HeldOutChange | None:
     """From the first evaluation to the last of the same weights; None where there are not two with a reward."""
-    known = [e for e in evaluations if isinstance(e.get("reward"), int | float) and math.isfinite(e["reward"])]
+    known = [e for e in evaluations if math.isfinite(_number(e.get("reward")))]
     if not known:
         return None
     last = known[-1]
     first = next(e for e in known if e.get("weights") == last.get("weights") or e["epoch"] == 0)
     if first["epoch"] >= last["epoch"]:
         return None
-    errors = [e.get("reward_stderr") for e in (first, last)]
-    half_width = _NORMAL_95 * math.hypot(*(error if isinstance(error, int | float) else math.nan for error in errors))
-    return HeldOutChange(
-        first["reward"], last["reward"], half_width, first["epoch"], last["epoch"], int(last.get("count") or 0)
-    )
+    half_width = _NORMAL_95 * math.hypot(_number(first.get("reward_stderr")), _number(last.get("reward_stderr")))
+    count = int(last.get("count") or 0)
+    return HeldOutChange(first["reward"], last["reward"], half_width, first["epoch"], last["epoch"], count)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
