@@ -96,8 +96,8 @@ def write_export(
 ) -> None:  # fmt: skip
     """The export of `weights`, which `model` takes, its model card, and the record of the base that they belong to."""
     base = recorded_base(config.run.dir) or base  # the name that it had when the run began
-    card = model_card(config, epoch, whole=style == "merged", base=base)
     model.export(folder, weights, style)
+    card = model_card(config, epoch, whole=style == "merged", base=base, folder=folder)
     if base is not None:
         write_base(folder, base)
     replace_file(folder / CARD_NAME, card.encode())

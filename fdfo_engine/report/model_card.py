@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from fdfo_engine import __version__
 from fdfo_engine.config import Config, dump_config
+from fdfo_engine.report.usage import usage
 from fdfo_engine.runtime.base_record import BASE_NAME, BaseRecord
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, METRICS_NAME, PROMPTS_NAME, read_log
 
@@ -34,7 +35,9 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _OPEN = ("apache-2.0", "mit")
 
 
-def model_card(config: Config, epoch: int, *, whole: bool, base: BaseRecord | None = None) -> str:
+def model_card(
+    config: Config, epoch: int, *, whole: bool, base: BaseRecord | None = None, folder: Path | None = None
+) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
     Args:
@@ -42,6 +45,7 @@ def model_card(config: Config, epoch: int, *, whole: bool, base: BaseRecord | No
         epoch: of the exported weights.
         whole: the export holds all weights, although a LoRA was trained.
         base: what the base model is by content, if that is known.
+        folder: the export, to say how it is used.
     """
     run, name = Path(config.run.dir), _base_name(config, base)
     is_lora = config.model.train == "lora" and not whole
@@ -49,6 +53,7 @@ def model_card(config: Config, epoch: int, *, whole: bool, base: BaseRecord | No
     sections = [
         f"# {run.name}, epoch {epoch}\n\n{what} `{name}`{_trained_how(config)}, trained for {epoch} epochs with "
         f"Finite Difference Flow Optimization (arXiv 2603.12893) by fdfo-engine {__version__}.",
+        *([] if folder is None else [f"## Use\n\n{usage(config, name, folder)}"]),
         f"## Base model\n\n{_base_by_content(name, base)}",
         "## Rewards\n\n" + "\n".join(_rewards(config)),
         f"## Curve\n\n{_curve(run, epoch)}",
