@@ -46,9 +46,10 @@ def _python(config: Config, arguments: str, lora: str | None) -> str:
     call = f"num_inference_steps={sampling.steps}, height={model.height}, width={model.width}, "
     call += f"max_sequence_length={model.max_sequence_length}"
     lines = [
+        "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({arguments})",
+        f"pipe = DiffusionPipeline.from_pretrained({arguments}, dtype=torch.{model.dtype})",
         *([f"pipe.load_lora_weights({json.dumps(lora)})"] if lora else []),
         f'image = pipe("a prompt", {call}, guidance_scale={_guidance(config):g}).images[0]',
     ]

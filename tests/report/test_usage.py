@@ -6,8 +6,10 @@ import re
 import pytest
 from tiny_sd3 import tiny_config
 
+from fdfo_engine.config import load_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.report.usage import absent_parts, usage
+from fdfo_engine.shapes.pipeline import shapes_base
 
 
 def without_t5(folder):
@@ -45,3 +47,12 @@ def test_a_lora_for_comfyui_says_where_it_belongs(tiny_sd3, tmp_path):
 def test_guidance_is_that_of_the_pipeline(tiny_sd3, tmp_path):
     flux = tiny_config(tiny_sd3, tmp_path / "run", sampling={"embedded_guidance": 2.5})
     assert "guidance_scale=2.5)" in usage(flux, "a/FLUX", tmp_path)
+
+
+@pytest.mark.skipif(not (shapes_base() / "model_index.json").is_file(), reason="the shapes base is absent")
+def test_the_bundled_miniature_loads_by_its_snippet():
+    """Its index names no third text encoder, and its parts lie in several dtypes."""
+    code = re.search(r"```python\n(.*?)```", usage(load_config("shapes"), "shapes", shapes_base()), flags=re.S)[1]
+    found = {}
+    exec(compile(code.replace(f'"{shapes_base().name}"', repr(str(shapes_base()))), "card", "exec"), found)
+    assert found["image"].size == (64, 64)
