@@ -33,7 +33,7 @@ class HeldOutChange:
     @property
     def headline(self) -> str:
         """Both numbers."""
-        return f"{short(self.before)} → {short(self.after)}"
+        return f"{self.before:.3g} → {self.after:.3g}"
 
     @property
     def interval(self) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fdfo_engine.config import HEALTH_MEASURES, GuardConfig
+from fdfo_engine.metrics import health_drift
 from fdfo_engine.report.curves import Point, Series, line_chart, short, smoothed, stacked_chart
 from fdfo_engine.report.held_out import held_out_change
 from fdfo_engine.report.run_data import Gallery, RunData, read_run
@@ -73,7 +75,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "rewards": _reward_charts(data.metrics),
         "evaluations": _evaluation_charts(data.evaluations),
         "changes": _changes(data.evaluations),
-        "health": _health_charts(data.evaluations),
+        "health": _health_charts(data),
         "guard": _guard_findings(data.evaluations),
         "gallery": _comparison(data.galleries),
         "gallery_epochs": [gallery.epoch for gallery in data.galleries],
@@ -221,15 +223,28 @@ def _metric_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for evaluation in evaluations for name in evaluation["metrics"]))
 
 
-def _health_charts(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    charts = []
-    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.get("health") or {}):
-        own = [e for e in evaluations if name in (e.get("health") or {})]
-        points = [(float(e["epoch"]), _number(e["health"][name])) for e in own]
-        spreads = [_number((e.get("health_std") or {}).get(name)) for e in own]
-        spread = f"standard deviation over the images: {short(spreads[-1])}" if math.isfinite(spreads[-1]) else ""
-        charts += _chart(name, [Series(name, points)], spread)
-    return charts
+def _health_charts(data: RunData) -> list[dict[str, Any]]:
+    """All measures in one chart: how far each has moved, in the unit in which the guard counts, and its limit."""
+    measured = [e for e in data.evaluations if e.get("health")]
+    if not measured:
+        return []
+    series = []
+    for color, name in enumerate(name for name in HEALTH_MEASURES if name in measured[0]["health"]):
+        series.append(Series(name, [(float(e["epoch"]), _drift(name, e, measured[0])) for e in measured], color=color))
+    limit = _number(_setting(data.settings, "evaluation.guard.max_drift") or GuardConfig().max_drift)
+    ends = (float(measured[0]["epoch"]), float(measured[-1]["epoch"]))
+    bounds = [Series("limit", [(end, bound) for end in ends], faint=True, color=5) for bound in (-limit, limit)]
+    return _chart(
+        "Drift since the first evaluation",
+        [*series, *bounds],
+        f"in standard deviations over the first images; thin: ±{limit:g}, where the guard would speak",
+    )
+
+
+def _drift(name: str, evaluation: Mapping[str, Any], first: Mapping[str, Any]) -> float:
+    mean, before = _number(evaluation["health"].get(name)), _number(first["health"].get(name))
+    spread = _number((first.get("health_std") or {}).get(name))
+    return health_drift(name, mean, before, spread)
 
 
 def _guard_findings(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:

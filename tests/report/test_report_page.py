@@ -327,3 +327,17 @@ def test_pictures_are_told_to_those_who_do_not_see_them(run_dir):
     alts = [value for tag, name, value in read(write_report(run_dir)).attributes if (tag, name) == ("img", "alt")]
     assert "{} %s {{ 7 * 7 }}, epoch 12, strict 0.25" in alts
     assert all(len(alt) < 260 for alt in alts)
+
+
+def test_health_is_drawn_as_the_guard_counts_it(tmp_path):
+    """In one chart: 0.01 to 0.06 with a spread of 0.05 is one standard deviation, which is the guard's limit."""
+    with RunFolder.open(tmp_path, CONFIG):
+        log = logging(tmp_path)
+        for epoch, mean in ((0, 0.01), (10, 0.06)):
+            values = {"epoch": epoch, "weights": "ema", "metrics": {"strict": 0.5}}
+            values |= {"health": {"clipped": mean, "sharpness": 0.2}, "health_std": {"clipped": 0.05, "sharpness": 0.1}}
+            log.tell(events.Metrics(epoch=epoch, kind="evaluation", values=values))
+    page = read(write_report(tmp_path))
+    assert "clipped, epoch 10: 1" in page.text
+    assert "sharpness, epoch 10: 0" in page.text
+    assert "±1, where the guard would speak" in page.words
