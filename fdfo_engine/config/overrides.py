@@ -92,6 +92,8 @@ def _set(result: Overridden, parts: list[str], value: Any) -> None:
             result.problems.append(f"override {'.'.join(parts)}: {'.'.join(parts[:i])} {what}")
             return
         path = (*path, index)
+        if isinstance(node, list) and index == len(node):
+            node.append({})
         if i == len(parts) - 1:
             node[index] = value
         elif isinstance(node, dict) and node.get(part) is None:
@@ -101,10 +103,10 @@ def _set(result: Overridden, parts: list[str], value: Any) -> None:
 
 
 def _index(node: Any, part: str) -> str | int | None:
-    """`part` as a key or an index of `node`; None if it can be neither."""
+    """`part` as a key or an index of `node`; None if it can be neither. The index after the last item appends one."""
     if isinstance(node, dict):
         return part
-    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+    if isinstance(node, list) and part.isdecimal() and int(part) <= len(node):
         return int(part)
     return None
 

@@ -123,3 +123,10 @@ def test_resumable_keys_exist(load):
 def test_same_run_in_two_texts(load, tmp_path):
     (tmp_path / "a.yaml").write_text(dump_config(load()))
     assert load_config(tmp_path / "a.yaml") == load()
+
+
+def test_the_index_after_the_last_item_appends_one(load, complaint):
+    config = load("", "rewards.1.name=brightness", "rewards.1.weight=-0.5")
+    assert [(reward.name, reward.weight) for reward in config.rewards][1:] == [("brightness", -0.5)]
+    assert "rewards has no item 2 (1 in all, from 0)" in complaint("", "rewards.2.name=brightness")
+    assert "rewards.1.name" in complaint("", "rewards.1.weight=2"), "an item without its name is an item amiss"
