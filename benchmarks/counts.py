@@ -127,7 +127,7 @@ def is_large_product(name: str, args: Any) -> bool:
     return name.startswith("conv") or min(*left.shape[-2:], right.shape[-1]) > THIN
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: None = None, **_: Any) -> Tensor:
     """One call each way, as on a GPU; without data torch would take the formula apart."""
     found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
     return found
