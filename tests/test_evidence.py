@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.convergence import keep
+from benchmarks.convergence import finished, keep
+from benchmarks.evidence_page import crossing, drift
 from benchmarks.evidence_trials import LEARNING_RATES, METHODS, chosen_rate, final, options, tuning
 from benchmarks.variance import interval, leave_one_out, mean_cosine, signal_to_noise
 
@@ -44,11 +45,24 @@ def test_every_method_is_tuned_with_as_many_trials_and_the_best_is_taken(tmp_pat
         best = f"lr{LEARNING_RATES[-1]:g}" in trial.name
         point = {"training_reward": [0.5, 0.9 if best else 0.6], "reward": 0.7, "strict": 0.4}
         keep(tmp_path / "out.json", trial, {"curve": [point]})
-    from benchmarks.convergence import finished
-
     done = finished(tmp_path / "out.json")
     assert list(done) == names
     assert all(chosen_rate(method, done) == LEARNING_RATES[-1] for method in METHODS)
     trials = [*final([0, 1], done), *options([0], done)]
     assert len({trial.name for trial in trials}) == len(trials)
     assert all(trial.config(str(tmp_path / trial.name)).optimizer.lr == LEARNING_RATES[-1] for trial in trials)
+
+
+def test_the_page_interpolates_where_a_goal_is_reached():
+    curve = [
+        {"reward": reward, "images": images} for reward, images in ((0.8, 0), (0.85, 480), (0.83, 960), (0.9, 1440))
+    ]
+    assert crossing(curve, 0.84, "images") == pytest.approx(0.8 * 480)
+    assert crossing(curve, 0.865, "images") == pytest.approx(1200)
+    assert crossing(curve, 0.95, "images") is None
+
+
+def test_drift_is_the_largest_in_spreads_of_the_base():
+    base = {"health": {"saturation": 0.4, "clipped": 0.1}, "health_std": {"saturation": 0.1, "clipped": 0.05}}
+    last = {"health": {"saturation": 0.45, "clipped": 0.0}, "health_std": {}}
+    assert drift([base, last]) == pytest.approx(2.0)
