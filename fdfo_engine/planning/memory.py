@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from fdfo_engine.config import BatchPlan, Config
+from fdfo_engine.config.algorithm import RENOISING
 from fdfo_engine.config.schema import AUTO_MICRO_BATCH
 from fdfo_engine.planning.footprint import Footprint
 from fdfo_engine.rollout.sampler import DECODE_IMAGES
@@ -128,9 +129,14 @@ class _Epoch:
         plan = self.plan
         pairs = min(len(plan.blocks_of_rank(plan.world_size - 1)) * plan.block_pairs, plan.pairs_per_epoch)
         return {
-            "trajectories": 2 * pairs * plan.steps * self.footprint.velocity,
+            "trajectories": 2 * pairs * (plan.steps + self.finals) * self.footprint.velocity,
             "images": 2 * pairs * self.footprint.image,
         }
+
+    @property
+    def finals(self) -> int:
+        """Final latents that are kept, float32, in velocities of 16 bits; of float32 ones it is too many by one."""
+        return 2 if self.config.algorithm.name in RENOISING else 0
 
     @property
     def block_forward(self) -> int:

@@ -44,6 +44,11 @@ def test_parts_by_hand():
     assert found.needed > found.peak
 
 
+def test_final_latents_that_are_noised_again_are_kept_in_float32():
+    found = of(config("algorithm.name=awm"), 4)
+    assert found.update["trajectories"] == 216 * (VELOCITY * 40 + 4 * 16 * 64 * 64)
+
+
 def test_the_fullest_rank_counts():
     settings = config("sampling.pairs_per_epoch=60")  # five blocks of 12
     assert of(settings, 2).update["images"] == 2 * 36 * IMAGE
