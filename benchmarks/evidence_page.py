@@ -69,7 +69,7 @@ def main() -> None:
     trials = convergence.get("trials", {})
     parts = [
         HEAD,
-        state(trials),
+        state(trials, variance),
         variance_table(variance),
         final_table(trials),
         METHOD,
@@ -79,16 +79,28 @@ def main() -> None:
     PAGE.write_text("\n".join(part for part in parts if part))
 
 
-def state(trials: Mapping[str, Record]) -> str:
+def state(trials: Mapping[str, Record], variance: Record) -> str:
     """What there is to judge by, said first."""
     seeds = {method: len(_finals(trials).get(method, [])) for method in METHODS}
     counted = ", ".join(f"{method} {count}" for method, count in seeds.items())
-    lacking = min(seeds.values()) < WANTED_SEEDS
-    verdict = (
-        "That is too few to say who converges faster; what stands below is what there is." if lacking else
-        "Medians over seeds, with the least and the most."
+    lines = [f"Finished runs at frozen settings, of {WANTED_SEEDS} wanted a method: {counted}."]
+    if min(seeds.values()) < WANTED_SEEDS:
+        lines.append("That is too few to say which method converges faster or further, and this page does not say it.")
+    methods = variance.get("methods", {})
+    if "fdfo" in methods:
+        verdicts = [f"{name}: {compared(methods['fdfo'], found)}" for name, found in methods.items() if name != "fdfo"]
+        lines.append(f"Signal to noise of FDFO's update at equal images, against {'; '.join(verdicts)}.")
+    return "\n".join(lines) + "\n"
+
+
+def compared(fdfo: Record, other: Record) -> str:
+    """Which signal-to-noise ratio is larger, if their intervals part."""
+    (low, high), (other_low, other_high) = (
+        found["scaled"]["signal_to_noise_interval_90"] for found in (fdfo, other)
     )  # fmt: skip
-    return f"Finished runs at frozen settings, of {WANTED_SEEDS} wanted a method: {counted}. {verdict}\n"
+    if low > other_high:
+        return "FDFO's is larger"
+    return "FDFO's is smaller" if high < other_low else "not told apart"
 
 
 def variance_table(variance: Record) -> str:

@@ -67,26 +67,29 @@ def gradients(method: str, batches: int, pairs: int, runs: Path) -> tuple[list[T
     """One vector a batch, and the seconds that each took."""
     folder = runs / f"{method}-{pairs}"
     folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"batch_{number:03d}.safetensors" for number in range(batches)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    if missing:
+        take(method, missing, pairs, folder)
+    saved = [load_file(path) for path in paths]
+    return [batch["gradient"] for batch in saved], [float(batch["seconds"]) for batch in saved]
+
+
+def take(method: str, numbers: list[int], pairs: int, folder: Path) -> None:
+    """Samples the batches of these numbers, and writes their gradients."""
     config = load_config(
         CONFIG, [*METHODS[method], f"sampling.pairs_per_epoch={pairs}", "update.ema=null", f"run.dir={folder / 'run'}"]
     )
     prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
-    vectors, seconds = [], []
     with Engine(config) as engine:
-        for number in range(batches):
-            path = folder / f"batch_{number:03d}.safetensors"
-            if not path.exists():
-                engine.next_pair = number * pairs
-                started = time.perf_counter()
-                gradient = one(engine, prompts.of_pairs(range(number * pairs, (number + 1) * pairs)))
-                taken = torch.tensor([time.perf_counter() - started])
-                partial = path.with_suffix(".partial")
-                save_file({"gradient": gradient, "seconds": taken}, partial)
-                partial.rename(path)
-            saved = load_file(path)
-            vectors.append(saved["gradient"])
-            seconds.append(float(saved["seconds"]))
-    return vectors, seconds
+        for number in numbers:
+            engine.next_pair = number * pairs
+            started = time.perf_counter()
+            gradient = one(engine, prompts.of_pairs(range(number * pairs, (number + 1) * pairs)))
+            taken = torch.tensor([time.perf_counter() - started])
+            partial = folder / f"batch_{number:03d}.partial"
+            save_file({"gradient": gradient, "seconds": taken}, partial)
+            partial.rename(partial.with_suffix(".safetensors"))
 
 
 def one(engine: Engine, texts: list[str]) -> Tensor:

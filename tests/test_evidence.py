@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.convergence import finished, keep
-from benchmarks.evidence_page import crossing, drift
+from benchmarks.evidence_page import compared, crossing, drift
 from benchmarks.evidence_trials import LEARNING_RATES, METHODS, chosen_rate, final, options, tuning
 from benchmarks.variance import interval, leave_one_out, mean_cosine, signal_to_noise
 
@@ -66,3 +66,12 @@ def test_drift_is_the_largest_in_spreads_of_the_base():
     base = {"health": {"saturation": 0.4, "clipped": 0.1}, "health_std": {"saturation": 0.1, "clipped": 0.05}}
     last = {"health": {"saturation": 0.45, "clipped": 0.0}, "health_std": {}}
     assert drift([base, last]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "verdict"),
+    [([0.0, 0.1], "FDFO's is larger"), ([0.5, 0.6], "FDFO's is smaller"), ([0.25, 0.6], "not told apart")],
+)
+def test_methods_are_told_apart_where_their_intervals_part(other, verdict):
+    fdfo, found = ({"scaled": {"signal_to_noise_interval_90": interval_}} for interval_ in ([0.2, 0.3], other))
+    assert compared(fdfo, found) == verdict
