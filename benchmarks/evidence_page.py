@@ -47,9 +47,9 @@ chosen on training prompts, with as many trials for every method, by the mean tr
 every trial that was run is listed. Seconds are those of one thread on a machine that other work shared: compare them
 with care, evaluations are exact.
 
-Of the variance: the scaled figure was added after a first look at the unscaled one of fdfo and flow_grpo, and 50 batches
-were asked of these two after the first ten; so far only fdfo's are all there. Intervals are over random halves of the
-batches; with ten batches they are rough.
+Of the variance: the scaled figure was added after a first look at the unscaled one of fdfo and flow_grpo, and 50
+batches were asked of these two after the first ten; so far only fdfo's are all there. Intervals are over random halves
+of the batches; with ten batches they are rough.
 
 ```bash
 python -m benchmarks.variance                # agreement of batches; goes on where it was killed
