@@ -24,6 +24,12 @@ def engine(tiny_sd3, tmp_path):
     return engine
 
 
+def contents(folder):
+    """Files by name; the folder, which the model card's lines name, goes by one name."""
+    name = f'"{folder.name}"'.encode()
+    return {path.name: path.read_bytes().replace(name, b"FOLDER") for path in folder.iterdir()}
+
+
 def tensors(folder):
     return {path.name: load_file(path) for path in folder.rglob("*.safetensors")}
 
@@ -32,12 +38,10 @@ def tensors(folder):
 def test_it_writes_what_the_engine_does(engine, tmp_path, weights):
     engine.export(tmp_path / "by_engine", weights=weights)
     assert export_run(tmp_path / "run", tmp_path / "out", weights=weights) == 1
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "by_engine").iterdir()
-    }  # fmt: skip
+    assert contents(tmp_path / "out") == contents(tmp_path / "by_engine")
     other = export_run(tmp_path / "run", tmp_path / "other", weights="raw" if weights != "raw" else "ema")
     assert other == 1
-    assert (tmp_path / "other" / "README.md").read_bytes() == (tmp_path / "out" / "README.md").read_bytes()
+    assert contents(tmp_path / "other")["README.md"] == contents(tmp_path / "out")["README.md"]
     (name,) = tensors(tmp_path / "out")
     one, another = (tensors(tmp_path / folder)[name] for folder in ("out", "other"))
     assert any((one[key] != another[key]).any() for key in one)

@@ -14,7 +14,7 @@ import fdfo_engine
 from fdfo_engine.loop import run
 from fdfo_engine.rollout.sampler import PairedSampler
 from fdfo_engine.runtime import run_status, stop, terminal
-from fdfo_engine.runtime.errors import Stopped, UsageError
+from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError
 from fdfo_engine.runtime.event_log import read_events
 from fdfo_engine.runtime.run_status import read_status
 from fdfo_engine.update.zero import ZeroTrainer
@@ -88,10 +88,13 @@ def test_an_error_of_the_listener_ends_the_run_and_reaches_the_caller(tiny_sd3, 
     assert read_status(tmp_path)["state"] == "finished"
 
 
-def test_a_failure_before_the_model_is_there_is_in_the_events(tiny_sd3, tmp_path):
-    config = tiny_config(tiny_sd3, tmp_path / "run", log={"wandb": True})
-    with pytest.raises(Exception, match="wandb"):
-        run(config)
+def test_a_failure_before_the_model_is_there_is_in_the_events(tiny_sd3, tmp_path, monkeypatch):
+    def load(*_):
+        raise EnvironmentProblem("a part of it is damaged")
+
+    monkeypatch.setattr("fdfo_engine.engine.load_model", load)
+    with pytest.raises(EnvironmentProblem, match="damaged"):
+        run(tiny_config(tiny_sd3, tmp_path / "run"))
     told = [(event.type, getattr(event.data, "state", None)) for event in read_events(tmp_path / "run")]
     assert told[0] == ("state", "starting")
     assert told[-3:] == [("error", None), ("state", "failed"), ("done", "failed")]
