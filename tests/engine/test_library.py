@@ -113,6 +113,7 @@ def epoch_of(config):
         return rollout.images, engine.trainer.weights()
 
 
+@pytest.mark.slow
 def test_two_engines_in_two_threads_work_as_one_after_the_other(tiny_sd3, tmp_path):
     configs = [tiny_config(tiny_sd3, tmp_path / str(seed), run={"seed": seed}) for seed in (5, 6)]
     alone, together = [epoch_of(config) for config in configs], [None, None]

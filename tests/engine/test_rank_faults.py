@@ -30,16 +30,8 @@ def two_ranks(pipeline, folder, *, epochs=1, **variables):
     return [process.returncode for process in ranks], said
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "events.jsonl",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("metrics.jsonl", "evaluations.jsonl", "pairs_epoch_000001.png")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "evaluations.jsonl", "pairs_epoch_000001.png"])
 def test_what_only_rank_0_writes_fails_for_all(tiny_sd3, tmp_path, name):
     codes, said = two_ranks(tiny_sd3, tmp_path, FAIL=name)
     assert codes == [7, 7], said

@@ -100,6 +100,7 @@ def test_status_says_finished(runs):
         assert (status["state"], status["exit_code"], status["epoch"]) == ("finished", 0, EPOCHS)
 
 
+@pytest.mark.slow
 def test_the_same_command_on_a_finished_run_changes_nothing(runs):
     before = (runs / "broken/run/metrics.jsonl").read_bytes()
     done = start(runs / "broken/config.yaml", runs / "idle.txt")

@@ -65,7 +65,7 @@ def test_embedded_guidance_is_the_pipelines_default_unless_set(dev, tmp_path, ca
     assert largest(images - Engine(dev.config(tmp_path / "b")).generate(PROMPTS)) > 1e-4
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("guidance", [GUIDANCE[0], *(pytest.param(g, marks=pytest.mark.slow) for g in GUIDANCE[1:])])
 def test_training(dev, tmp_path, guidance):
     checks.check_replayed_velocities_are_the_sampled_ones(dev, tmp_path / "a", guidance)
     checks.check_resume_is_bit_for_bit(dev, tmp_path / "b", guidance)

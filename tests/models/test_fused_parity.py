@@ -25,7 +25,7 @@ from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import adapters_off
 from fdfo_engine.runtime.errors import UsageError
 
-QUICK = ("sd35-medium", "flux")
+QUICK = ("sd35-medium",)
 BY_INTERPRETER = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 TRAINED = {"lora": adapted, "lora everywhere": lambda m: adapted(m, EVERYWHERE), "full": lambda m: m}
 

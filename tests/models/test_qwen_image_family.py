@@ -41,7 +41,7 @@ def test_guidance_and_prompts_matter(tiny, tmp_path):
     checks.check_guidance_and_prompts_matter(tiny, tmp_path)
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("guidance", [GUIDANCE[0], *(pytest.param(g, marks=pytest.mark.slow) for g in GUIDANCE[1:])])
 def test_training(tiny, tmp_path, guidance):
     checks.check_replayed_velocities_are_the_sampled_ones(tiny, tmp_path / "a", guidance)
     checks.check_resume_is_bit_for_bit(tiny, tmp_path / "b", guidance)

@@ -43,7 +43,12 @@ def distance(one, exact):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fused"), [("sd3", True), pytest.param("sd3", False, marks=pytest.mark.slow), ("flux", True)]
+    ("kind", "fused"),
+    [
+        ("sd3", True),
+        pytest.param("sd3", False, marks=pytest.mark.slow),
+        pytest.param("flux", True, marks=pytest.mark.slow),
+    ],
 )
 def test_float16_is_nearer_to_float32_than_bfloat16(request, tmp_path, kind, fused):
     """By a factor of 3 at least, of the gradient of a guided run: float16 has three more bits."""

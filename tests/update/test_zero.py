@@ -64,7 +64,7 @@ def assert_same_training(found, plain):
     assert distance(part(found, "weights."), end) < 1e-3 * distance(end, start)
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=slow)])
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=slow) for stage in (2, 3))])
 def test_one_rank_is_the_same_at_every_stage(tiny_sd3, tmp_path, plain, stage, train):
     assert_same_training(traced_here(tiny_sd3, tmp_path / "out", stage, train), plain(train))
@@ -128,7 +128,7 @@ def test_the_shapes_run_is_the_same_on_two_ranks(tmp_path):
     assert_same_training(two, one)
 
 
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("gathers", [True, pytest.param(False, marks=slow)])
 def test_a_rollout_at_stage_3_holds_whole_weights_or_gathers_them(tiny_sd3, tmp_path, monkeypatch, gathers):
     """The same images; and with whole weights, not one is gathered in a call of the network."""
     engine = Engine(config_of(tiny_sd3, tmp_path, 3, gather_rollout=gathers))
