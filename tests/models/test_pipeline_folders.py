@@ -75,7 +75,7 @@ def test_a_variant_beside_plain_files_is_chosen_and_an_absent_one_refused(tiny_s
         load_model(tiny_config(tiny_sd3, tmp_path / "run", model={"variant": "fp16"}), CPU)
 
 
-@pytest.mark.parametrize("style", ["diffusers", "merged"])
+@pytest.mark.parametrize("style", ["diffusers", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_run_on_a_variant_exports(base, tmp_path, style):
     as_variant(base, ALL)
     engine = Engine(tiny_config(base, tmp_path / "run", model={"variant": "fp16"}))
@@ -273,6 +273,7 @@ def test_what_packed_weights_do_not_take_is_refused(packed, tmp_path):
             load_model(tiny_config(packed, tmp_path / "run"), CPU)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_packed_files_as_weights_packed_here(tiny_sd3, base, tmp_path):
     config = json.loads((base / "transformer/config.json").read_text())
     packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -54,6 +54,7 @@ def test_what_would_not_load_is_not_planned(tiny_sd3, tmp_path, model):
             load(config)
 
 
+@pytest.mark.slow
 def test_plan_verb(tmp_path, capsys):
     assert main(["plan", "--config", "shapes", "--ranks", "2"]) == 0
     text = capsys.readouterr().out
