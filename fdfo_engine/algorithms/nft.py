@@ -14,31 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdfo_engine.algorithms.awm import bound_ratio
-from fdfo_engine.algorithms.groups import group_advantage
-from fdfo_engine.algorithms.renoised_images import target_velocity
+from fdfo_engine.algorithms.renoised_images import RenoisedImages, target_velocity
 from fdfo_engine.config import NftAlgorithm
-from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.trajectory import Rollout
-from fdfo_engine.update.advantage import Advantage
 from fdfo_engine.update.items import Items
 
 
 @dataclass(frozen=True)
-class Nft:
-    """Every image counts, also one whose reward is its group's mean."""
+class Nft(RenoisedImages):
+    """Every image counts, also one whose reward is its group's mean.
+
+    Its loss has no log-ratio; that of `RenoisedImages` tells how far the policy has moved.
+    """
 
     settings: NftAlgorithm
-    plan: SamplingPlan
-    backend: str
-
-    def advantage(self, rewards: Tensor, rollout: Rollout) -> Advantage:
-        """Rewards relative to their prompt's images."""
-        return group_advantage(rewards, rollout, self.settings.advantage_clip)
-
-    def log_ratio(self, velocity: Tensor, rollout: Rollout, items: Items) -> Tensor:
-        """AWM's: the loss has none, but it tells how far the policy has moved."""
-        return bound_ratio(velocity, rollout, items, self.backend)
 
     def objective(self, values: Tensor, normalizer: int, clip_range: float) -> Contrast:
         """The two weighted distances."""
