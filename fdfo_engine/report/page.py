@@ -282,7 +282,7 @@ def _comparison(galleries: Sequence[Gallery]) -> list[dict[str, Any]]:
     for items in zip(*(gallery.items for gallery in galleries), strict=False):
         if len({item["prompt"] for item in items}) == 1:
             views = [
-                {"epoch": g.epoch, "picture": item["picture"], "scores": _scores(item["scores"])}
+                {"name": f"epoch {g.epoch}", "picture": item["picture"], "scores": _scores(item["scores"])}
                 for g, item in zip(galleries, items, strict=True)
             ]
             cards.append({"prompt": items[0]["prompt"], "views": views})
