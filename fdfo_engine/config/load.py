@@ -72,10 +72,14 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 
 def bundled_configs() -> dict[str, Path]:
-    """Name and file of every config that comes with the package: inside a wheel, or at the root of a checkout."""
+    """Name and file of every config that comes with the package."""
+    return {file.stem: file for file in sorted(shipped_folder("configs").glob("*.yaml"))}
+
+
+def shipped_folder(place: str) -> Path:
+    """A folder that comes with the package: inside it in a wheel, or at the root of a checkout."""
     package = Path(__file__).resolve().parent.parent
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return next((f for f in (package / place, package.parent / place) if f.is_dir()), package / place)
 
 
 def _find(path: str | Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from fdfo_engine.config.load import bundled_configs
+from fdfo_engine.config.load import bundled_configs, shipped_folder
 from fdfo_engine.config.problems import ConfigError
 
 _FOLDERS = {"cluster": "configs/cluster", "examples": "examples"}
@@ -16,7 +16,7 @@ def further_files() -> dict[str, Path]:
     """Name and file of everything but configs: `cluster/slurm.sbatch`, `examples/reward_server.py` and so on."""
     files = {}
     for prefix, place in _FOLDERS.items():
-        folder = _shipped_folder(place)
+        folder = shipped_folder(place)
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
                 files[f"{prefix}/{path.relative_to(folder).as_posix()}"] = path
@@ -45,9 +45,3 @@ def first_comment(file: Path) -> str:
             break
         lines.append(line.lstrip("# "))
     return " ".join(lines).split(". ")[0].rstrip(".")
-
-
-def _shipped_folder(place: str) -> Path:
-    """Inside a wheel, or at the root of a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    return next((f for f in (package / place, package.parent / place) if f.is_dir()), package / place)
