@@ -10,7 +10,7 @@ import torch
 
 from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.engine import Engine
-from fdfo_engine.evaluation import evaluation_list, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation import evaluation_list, metric_rewards
 from fdfo_engine.evaluation.overlap import warn_of_overlap
 from fdfo_engine.models.registry import agreed_base
 from fdfo_engine.planning.fit import memory_record
@@ -67,13 +67,15 @@ def run(
     prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
     all_agree_hash(prompts.sha256, "the prompt list")
     require_packages(config)
-    weighted = _ready_rewards(config, prompts)
+    held_out = evaluation_list(config)
+    evaluated = held_out.prompts[: config.evaluation.count]
+    weighted = _ready_rewards(config, prompts.prompts, evaluated)
     _require_resumable(config, resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     if config.evaluation.every and config.evaluation.prompts:
-        say(f"evaluation: {describe_prompts(evaluation_list(config))}")
-    warn_of_overlap(config, prompts.prompts, evaluation_prompts(config))
+        say(f"evaluation: {describe_prompts(held_out)}")
+    warn_of_overlap(config, prompts.prompts, evaluated)
     base = agreed_base(config)
     folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:
@@ -222,14 +224,14 @@ class Training:
         self._told.tell(grid(f"pairs_epoch_{epoch:06d}", epoch, rollout.images[:shown].flatten(0, 1), captions))
 
 
-def _ready_rewards(config: Config, prompts: PromptList) -> WeightedRewards:
+def _ready_rewards(config: Config, trained: Sequence[str], evaluated: Sequence[str]) -> WeightedRewards:
     """The run's rewards, once they and the evaluation's metrics have said that they can score."""
     rewards = WeightedRewards.from_config(config.rewards, Path(config.run.dir) / "logs")
     metrics = metric_rewards(config)
     on_main(rewards.require_ready)
     on_main(metrics.require_ready)
-    rewards.require_prompts(prompts.prompts)
-    metrics.require_prompts(evaluation_prompts(config))
+    rewards.require_prompts(trained)
+    metrics.require_prompts(evaluated)
     return rewards
 
 

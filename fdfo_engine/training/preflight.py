@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fdfo_engine.config import Config
-from fdfo_engine.evaluation import evaluation_list, evaluation_prompts, metric_rewards
+from fdfo_engine.evaluation import evaluation_list, metric_rewards
 from fdfo_engine.evaluation.overlap import warn_of_overlap
 from fdfo_engine.models.quantized import quantizing_library
 from fdfo_engine.models.registry import require_model
 from fdfo_engine.report.model_card import UNKNOWN, base_licence
 from fdfo_engine.rewards import WeightedRewards
-from fdfo_engine.rollout.prompts import describe_prompts, load_prompts
+from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime.errors import EnvironmentProblem, FdfoError
 from fdfo_engine.runtime.hub import hub_errors, weight_files
 from fdfo_engine.runtime.run_log import tracker_library
@@ -49,14 +50,19 @@ def preflight(config: Config) -> Iterator[Finding]:
     No weight is loaded. Of a model on the hub its index is fetched, a few hundred bytes; servers of rewards are asked
     whether they are there.
     """
-    checks: dict[str, Callable[[Config], str]] = {
-        "prompts": _prompts, "evaluation": _evaluation, "rewards": _rewards, "packages": _packages,
-        "model": _model, "disk": _disk,
-    }  # fmt: skip
+    read = _Prompts(config)
+    checks: dict[str, Callable[[], str]] = {
+        "prompts": lambda: describe_prompts(read.trained, config.sampling.pairs_per_epoch),
+        "evaluation": lambda: _evaluation(config, read),
+        "rewards": lambda: _rewards(config, read),
+        "packages": lambda: _packages(config),
+        "model": lambda: _model(config),
+        "disk": lambda: _disk(config),
+    }
     told = set()
     for subject, check in checks.items():
         try:
-            yield Finding(subject, check(config))
+            yield Finding(subject, check())
         except FdfoError as error:
             if str(error) not in told:  # what several of them need is told once
                 yield Finding(subject, str(error), error.exit_code)
@@ -75,24 +81,34 @@ def require_packages(config: Config) -> None:
         quantizing_library()
 
 
-def _prompts(config: Config) -> str:
-    return describe_prompts(load_prompts(config.prompts, config.run.seed), config.sampling.pairs_per_epoch)
+class _Prompts:
+    """The run's lists, each read once, when it is first asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    @cached_property
+    def trained(self) -> PromptList:
+        return load_prompts(self._config.prompts, self._config.run.seed)
+
+    @cached_property
+    def held_out(self) -> PromptList:
+        return evaluation_list(self._config)
 
 
-def _evaluation(config: Config) -> str:
+def _evaluation(config: Config, read: _Prompts) -> str:
     if not config.evaluation.every:
         return "off (evaluation.every = 0)"
-    held_out = evaluation_list(config)
-    warn_of_overlap(config, load_prompts(config.prompts, config.run.seed).prompts, evaluation_prompts(config))
-    count = min(config.evaluation.count, len(held_out))
-    return f"every {config.evaluation.every} epochs, on {count} of {describe_prompts(held_out)}"
+    count = min(config.evaluation.count, len(read.held_out))
+    warn_of_overlap(config, read.trained.prompts, read.held_out.prompts[:count])
+    return f"every {config.evaluation.every} epochs, on {count} of {describe_prompts(read.held_out)}"
 
 
-def _rewards(config: Config) -> str:
+def _rewards(config: Config, read: _Prompts) -> str:
     weighted, metrics = WeightedRewards.from_config(config.rewards), metric_rewards(config)
     for rewards in (weighted, metrics):
         rewards.require_ready()
-    weighted.require_prompts(load_prompts(config.prompts, config.run.seed).prompts)
+    weighted.require_prompts(read.trained.prompts)
     further = [f"{name} (metric)" for name in metrics.rewards if name not in weighted.rewards]
     return ", ".join([*weighted.rewards, *further])
 

@@ -1,5 +1,7 @@
 """`fdfo config` and `fdfo new`: what is shipped can be listed, printed and copied, and the copy runs."""
 
+from itertools import islice
+
 import pytest
 
 from fdfo_engine.cli.main import main
@@ -7,7 +9,7 @@ from fdfo_engine.config import bundled_configs, load_config
 from fdfo_engine.config.shipped import further_files
 from fdfo_engine.rollout.prompts import load_prompts
 from fdfo_engine.runtime.own_code import own_callable, search_in
-from fdfo_engine.training.preflight import _evaluation, _prompts
+from fdfo_engine.training.preflight import preflight
 
 
 def test_every_config_is_listed_with_what_it_says_of_itself(capsys):
@@ -60,8 +62,10 @@ def test_a_copy_says_what_the_original_says_but_for_its_folder_and_prompts(name,
     if name == "shapes":
         assert copy.prompts == original.prompts
         return
-    assert _prompts(copy).startswith("336 prompts")
-    assert "64 of 64" in _evaluation(copy)
+    prompts, evaluation = islice(preflight(copy), 2)
+    assert prompts.exit_code == evaluation.exit_code == 0
+    assert prompts.text.startswith("336 prompts")
+    assert "64 of 64" in evaluation.text
     (tmp_path / folder / "prompts.txt").write_text("a line of mine\n")
     assert load_prompts(copy.prompts, 0).prompts == ["a line of mine"]
 

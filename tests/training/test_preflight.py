@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from itertools import islice
 
 import pytest
 from fake_hub import HubServer, hub_of
@@ -91,6 +92,8 @@ def test_a_reward_of_ones_own_that_is_not_there(tiny_sd3, tmp_path):
 @pytest.mark.parametrize("name", sorted(set(bundled_configs()) - {"shapes"}))
 def test_the_prompts_of_every_shipped_config_are_there_and_held_out(name, capsys):
     config = load_config(name)
-    assert module._prompts(config).startswith("336 prompts")
-    assert module._evaluation(config) == "every 10 epochs, on 64 of 64 prompts"
+    prompts, evaluation = islice(preflight(config), 2)
+    assert prompts.exit_code == evaluation.exit_code == 0
+    assert prompts.text.startswith("336 prompts")
+    assert evaluation.text == "every 10 epochs, on 64 of 64 prompts"
     assert "trained on" not in capsys.readouterr().err
