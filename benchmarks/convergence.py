@@ -9,26 +9,25 @@ in network evaluations (forward 1, backward 2) and in seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import RESULTS, ROOT, evidence_files
 from benchmarks.evidence_trials import EVALUATE_EVERY, Trial, final, options, tuning
-from fdfo_engine.bench.record import header, write
 from fdfo_engine.config import BatchPlan
 from fdfo_engine.engine import Engine
 from fdfo_engine.metrics import DIVERSITY, HEALTH, measure_health
 from fdfo_engine.rewards.shapes import shapes, shapes_strict
-from fdfo_engine.rollout.prompts import load_prompts
+from fdfo_engine.rollout.prompts import PromptList, load_prompts
 from fdfo_engine.shapes.scene import captions
 
+PROGRAM = "python -m benchmarks.convergence"
 OUT = RESULTS / "evidence" / "convergence.json"
 HELD_OUT_PROMPTS, HELD_OUT_SEEDS = 64, 4
 
@@ -61,17 +60,12 @@ def trials(stage: str, seeds: list[int], out: Path) -> Iterator[Trial]:
 
 def finished(out: Path) -> dict[str, Any]:
     """Trials that are done, by name."""
-    found: dict[str, Any] = json.loads(out.read_text())["trials"] if out.exists() else {}
-    return found
+    return evidence_files.kept(out, "trials")
 
 
 def keep(out: Path, trial: Trial, record: dict[str, Any]) -> None:
-    """Adds a finished trial to the file, with the code and the machine it ran on."""
-    about = header("python -m benchmarks.convergence", sys.argv[1:])
-    done = finished(out) | {trial.name: trial.record() | record | {"commit": about["commit"]}}
-    partial = out.with_suffix(".partial")
-    write(partial, about | {"trials": done})
-    partial.rename(out)
+    """Adds a finished trial to the file."""
+    evidence_files.keep(out, PROGRAM, "trials", trial.name, trial.record() | record)
     last = record["curve"][-1]
     print(f"{trial.name}: held out {last['reward']:.4f} strict {last['strict']:.4f}", flush=True)
 
@@ -82,41 +76,43 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     with Engine(config) as engine:
         if not engine.load():
             engine.notes = {"curve": [], "seconds": 0.0, "evaluations": 0, "base_velocity": None}
-            evaluate(engine, [], [])
+            evaluate(engine, [])
         prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
-        plan = BatchPlan.from_config(config, 1)
         while engine.epoch < config.run.epochs:
-            rewards, metrics = [], []
-            for _ in range(EVALUATE_EVERY):
-                started = time.perf_counter()
-                first = engine.next_pair
-                texts = prompts.of_pairs(range(first, first + config.sampling.pairs_per_epoch))
-                rollout = engine.rollout(texts)
-                reward_PK = shapes([text for text in texts for _ in range(2)], rollout.images.flatten(0, 1)).view(-1, 2)
-                update = engine.update(rollout, reward_PK)
-                engine.notes["seconds"] += time.perf_counter() - started
-                silent = (update["tied_pairs"] + update["lost_pairs"] + update["zero_direction_pairs"]) / len(texts)
-                trained = plan.training_evaluations * (1 - silent)
-                engine.notes["evaluations"] += plan.sampling_evaluations + 3 * round(trained)
-                rewards.append(float(reward_PK.mean()))
-                metrics.append(update)
-                velocity_rms = rollout.velocities.square().flatten(3).mean((0, 1, 3)).sqrt()
-                if engine.notes["base_velocity"] is None:
-                    engine.notes["base_velocity"] = velocity_rms.tolist()
-            ratio = (velocity_rms / torch.tensor(engine.notes["base_velocity"])).tolist()
-            evaluate(engine, rewards, metrics, velocity_ratio=ratio)
+            evaluate(engine, [train(engine, prompts) for _ in range(EVALUATE_EVERY)])
         return {key: engine.notes[key] for key in ("curve", "seconds", "evaluations")}
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """Mean reward of the images, metrics of the update, and the velocities' size at each step against the base's."""
+
+    reward: float
+    update: dict[str, float]
+    velocity_ratio: list[float]
+
+
+def train(engine: Engine, prompts: PromptList) -> Epoch:
+    """One epoch; its seconds and network evaluations are added to the engine's notes."""
+    notes, plan = engine.notes, BatchPlan.from_config(engine.config, 1)
+    started = time.perf_counter()
+    texts = prompts.of_pairs(range(engine.next_pair, engine.next_pair + engine.config.sampling.pairs_per_epoch))
+    rollout = engine.rollout(texts)
+    reward_PK = evidence_files.scored(texts, rollout)
+    update = engine.update(rollout, reward_PK)
+    notes["seconds"] += time.perf_counter() - started
+    silent = (update["tied_pairs"] + update["lost_pairs"] + update["zero_direction_pairs"]) / len(texts)
+    notes["evaluations"] += plan.sampling_evaluations + 3 * round(plan.training_evaluations * (1 - silent))
+    velocity_rms = rollout.velocities.square().flatten(3).mean((0, 1, 3)).sqrt()
+    if notes["base_velocity"] is None:
+        notes["base_velocity"] = velocity_rms.tolist()
+    ratio = velocity_rms / torch.tensor(notes["base_velocity"])
+    return Epoch(float(reward_PK.mean()), update, ratio.tolist())
+
+
 @torch.no_grad()
-def evaluate(
-    engine: Engine,
-    rewards: list[float],
-    metrics: list[dict[str, float]],
-    *,
-    velocity_ratio: list[float] | None = None,
-) -> None:
-    """Adds a point to the curve and saves it with the weights."""
+def evaluate(engine: Engine, epochs: list[Epoch]) -> None:
+    """Adds a point to the curve, with the `epochs` since the one before, and saves it with the weights."""
     texts = captions("heldout", HELD_OUT_PROMPTS, 0)
     images_PK = torch.stack([engine.generate(texts, seed=seed, weights="raw") for seed in range(HELD_OUT_SEEDS)], 1)
     repeated = [text for text in texts for _ in range(HELD_OUT_SEEDS)]
@@ -132,9 +128,11 @@ def evaluate(
         "health": {name: float(values.mean()) for name, values in health.items()},
         "health_std": {name: float(values.std()) for name, values in health.items()},
         "diversity": {name: float(measure(images_PK).mean()) for name, measure in DIVERSITY.items()},
-        "training_reward": rewards,
-        "velocity_ratio": velocity_ratio,
-        "update": {key: [m[key] for m in metrics] for key in ("clip_fraction", "grad_norm", "log_ratio_largest")},
+        "training_reward": [epoch.reward for epoch in epochs],
+        "velocity_ratio": epochs[-1].velocity_ratio if epochs else None,
+        "update": {
+            key: [epoch.update[key] for epoch in epochs] for key in ("clip_fraction", "grad_norm", "log_ratio_largest")
+        },
     }
     engine.notes["curve"].append(point)
     engine.save()

@@ -11,9 +11,7 @@ so that the same command continues after a kill. One thread.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import RESULTS, ROOT, evidence_files
 from benchmarks.evidence_trials import CONFIG, METHODS
-from fdfo_engine.bench.record import header, write
 from fdfo_engine.config import load_config
 from fdfo_engine.engine import Engine
-from fdfo_engine.rewards.shapes import shapes
 from fdfo_engine.rollout.prompts import load_prompts
 
 OUT = RESULTS / "evidence" / "variance.json"
@@ -53,13 +49,9 @@ def main() -> None:
 
 
 def keep(out: Path, method: str, pairs: int, found: dict[str, Any]) -> None:
-    """Adds a method to the file, with the code and the machine it ran on."""
-    done = json.loads(out.read_text())["methods"] if out.exists() else {}
-    about = header("python -m benchmarks.variance", sys.argv[1:])
-    record = {"overrides": METHODS[method], "images_a_batch": 2 * pairs, "commit": about["commit"]} | found
-    partial = out.with_suffix(".partial")
-    write(partial, about | {"config": CONFIG.name, "methods": done | {method: record}})
-    partial.rename(out)
+    """Adds a method to the file."""
+    record = {"overrides": METHODS[method], "images_a_batch": 2 * pairs} | found
+    evidence_files.keep(out, "python -m benchmarks.variance", "methods", method, record, config=CONFIG.name)
     print(f"{method}: signal to noise {found['gradient']['signal_to_noise']:.4f}", flush=True)
 
 
@@ -95,8 +87,7 @@ def take(method: str, numbers: list[int], pairs: int, folder: Path) -> None:
 def one(engine: Engine, texts: list[str]) -> Tensor:
     """The gradient of a batch over all its trained items, on the CPU; the weights stay as they are."""
     rollout = engine.rollout(texts)
-    reward_PK = shapes([text for text in texts for _ in range(2)], rollout.images.flatten(0, 1)).view(-1, 2)
-    engine.primitives.forward_backward(rollout, rewards=reward_PK, parts=1)
+    engine.primitives.forward_backward(rollout, rewards=evidence_files.scored(texts, rollout), parts=1)
     vector = torch.cat([gradient.flatten().float() for gradient in engine.trainer.gradients().values()])
     engine.primitives.discard()
     return vector
