@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Published settings on this grid; FDFO's are those of `configs/shapes.yaml`."""
 
-LEARNING_RATES = (2e-4, 6e-4)
+LEARNING_RATES = (2e-4, 6e-4, 6e-5)
 LAST_EPOCHS = 10
 
 OPTIONS: dict[str, tuple[str, ...]] = {
