@@ -37,14 +37,15 @@ PhiloxNormal philox_normal(Address out, Address pair, Address stream, std::int64
   return {at<float>(out), at<const std::int64_t>(pair), at<const std::int64_t>(stream), rows, size, key(seed)};
 }
 
-PairedNoise paired_noise(Address out, Address pair, Address coefficients, std::int64_t pairs, std::int64_t size,
-                         Seed seed) {
-  return {at<float>(out), at<const std::int64_t>(pair), at<const Coefficients>(coefficients), pairs, size, key(seed)};
+PairedNoise paired_noise(Address out, Address pair, Address coefficients, bool antithetic, std::int64_t pairs,
+                         std::int64_t size, Seed seed) {
+  return {at<float>(out), at<const std::int64_t>(pair), at<const Coefficients>(coefficients), antithetic, pairs, size,
+          key(seed)};
 }
 
 PairedStep paired_step(Strided x, Strided v, Strided v_uncond, Strided v_out, Strided out, int number, Address pair,
-                       Address coefficients, float guidance_scale, std::int64_t pairs, std::int64_t size,
-                       std::uint32_t step, Seed seed) {
+                       Address coefficients, bool antithetic, float guidance_scale, std::int64_t pairs,
+                       std::int64_t size, std::uint32_t step, Seed seed) {
   return {rows<const float>(x),
           rows<const void>(v),
           rows<const void>(v_uncond),
@@ -53,6 +54,7 @@ PairedStep paired_step(Strided x, Strided v, Strided v_uncond, Strided v_out, St
           static_cast<Number>(number),
           at<const std::int64_t>(pair),
           at<const Coefficients>(coefficients),
+          antithetic,
           guidance_scale,
           pairs,
           size,
@@ -61,8 +63,8 @@ PairedStep paired_step(Strided x, Strided v, Strided v_uncond, Strided v_out, St
 }
 
 Replay replay(Strided velocities, std::int64_t step_stride, int number, Address out, Address index, Address branch,
-              Address pair, Address last, Address wanted, Address coefficients, std::int64_t row_count,
-              std::int64_t steps, std::int64_t size, Seed seed) {
+              Address pair, Address last, Address wanted, Address coefficients, bool antithetic,
+              std::int64_t row_count, std::int64_t steps, std::int64_t size, Seed seed) {
   return {rows<const void>(velocities),
           step_stride,
           static_cast<Number>(number),
@@ -73,6 +75,7 @@ Replay replay(Strided velocities, std::int64_t step_stride, int number, Address 
           at<const std::int64_t>(last),
           at<const std::int64_t>(wanted),
           at<const Coefficients>(coefficients),
+          antithetic,
           row_count,
           steps,
           size,
@@ -226,13 +229,14 @@ void bind_arguments(py::module_& m) {
   py::class_<PhiloxNormal>(m, "PhiloxNormal")
       .def(py::init(&philox_normal), "out"_a, "pair"_a, "stream"_a, "rows"_a, "size"_a, "seed"_a);
   py::class_<PairedNoise>(m, "PairedNoise")
-      .def(py::init(&paired_noise), "out"_a, "pair"_a, "coefficients"_a, "pairs"_a, "size"_a, "seed"_a);
+      .def(py::init(&paired_noise), "out"_a, "pair"_a, "coefficients"_a, "antithetic"_a, "pairs"_a, "size"_a,
+           "seed"_a);
   py::class_<PairedStep>(m, "PairedStep")
       .def(py::init(&paired_step), "x"_a, "v"_a, "v_uncond"_a, "v_out"_a, "out"_a, "number"_a, "pair"_a,
-           "coefficients"_a, "guidance_scale"_a, "pairs"_a, "size"_a, "step"_a, "seed"_a);
+           "coefficients"_a, "antithetic"_a, "guidance_scale"_a, "pairs"_a, "size"_a, "step"_a, "seed"_a);
   py::class_<Replay>(m, "Replay")
       .def(py::init(&replay), "velocities"_a, "step_stride"_a, "number"_a, "out"_a, "index"_a, "branch"_a, "pair"_a,
-           "last"_a, "wanted"_a, "coefficients"_a, "rows"_a, "steps"_a, "size"_a, "seed"_a);
+           "last"_a, "wanted"_a, "coefficients"_a, "antithetic"_a, "rows"_a, "steps"_a, "size"_a, "seed"_a);
   py::class_<PairDirection>(m, "PairDirection")
       .def(py::init(&pair_direction), "x"_a, "out"_a, "out_stride"_a, "pairs"_a, "size"_a, "floor"_a);
   py::class_<FdfoLoss>(m, "FdfoLoss")

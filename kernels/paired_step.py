@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from fdfo_engine.kernels.philox import normals, rounded
+from fdfo_engine.kernels.philox import branch_noise, normals, rounded
 
 
 @triton.jit(do_not_specialize=["stream", "key_lo", "key_hi"])
@@ -10,7 +10,7 @@ def paired_step_kernel(
     x_ptr, v_ptr, uncond_ptr, v_out_ptr, out_ptr, pair_ptr, coefficients_ptr, N,
     x_pair, x_branch, v_pair, v_branch, uncond_pair, uncond_branch, v_out_pair, v_out_branch, out_pair, out_branch,
     guidance_scale, stream, key_lo, key_hi,
-    GUIDED: tl.constexpr, KEEP_V: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, KEEP_V: tl.constexpr, ANTITHETIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # grid 2P * cdiv(N, 4 * BLOCK): row 2 * pair + branch; `stream` is branch 0's
     per_row = tl.cdiv(tl.cast(N, tl.int64), 4 * BLOCK)
@@ -30,6 +30,6 @@ def paired_step_kernel(
     x = tl.load(x_ptr + pair * x_pair + branch * x_branch + offs, mask=mask, other=0.0) + move * v
     if (noise != 0) | (keep != 1):
         counter = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        eps = normals(counter, branch + stream, tl.load(pair_ptr + pair), key_lo, key_hi)
-        x = keep * x + noise * eps
+        own, signed = branch_noise(branch, noise, ANTITHETIC)
+        x = keep * x + signed * normals(counter, own + stream, tl.load(pair_ptr + pair), key_lo, key_hi)
     tl.store(out_ptr + pair * out_pair + branch * out_branch + offs, x, mask=mask)

@@ -22,6 +22,17 @@ def normals(counter, stream, pair, key_lo, key_hi):
 
 
 @triton.jit
+def branch_noise(branch, noise, ANTITHETIC: tl.constexpr):
+    """The branch whose stream `branch` draws from, and its factor `noise`.
+
+    Antithetic branches share the stream of branch 0; branch 1 takes its noise with the other sign.
+    """
+    if ANTITHETIC:
+        return branch * 0, noise * (1 - 2 * branch)
+    return branch, noise
+
+
+@triton.jit
 def box_muller(word_a, word_b):
     """`sqrt(-2 ln ua) * (cos, sin)(2 pi ub)`, u = (word >> 9 + 0.5) * 2^-23."""
     ua = ((word_a >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07

@@ -2,13 +2,13 @@
 
 import triton
 import triton.language as tl
-from fdfo_engine.kernels.philox import normals
+from fdfo_engine.kernels.philox import branch_noise, normals
 
 
 @triton.jit(do_not_specialize=["key_lo", "key_hi"])
 def replay_kernel(
     v_ptr, out_ptr, index_ptr, branch_ptr, pair_ptr, last_ptr, wanted_ptr, coefficients_ptr,
-    N, T, v_pair, v_branch, v_step, key_lo, key_hi, BLOCK: tl.constexpr,
+    N, T, v_pair, v_branch, v_step, key_lo, key_hi, ANTITHETIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # grid R * cdiv(N, 4 * BLOCK): x stays in registers from the noise to the last step that is wanted
     per_row = tl.cdiv(tl.cast(N, tl.int64), 4 * BLOCK)
@@ -27,7 +27,7 @@ def replay_kernel(
             x = x + tl.load(coefficients_ptr + 3 * k) * v
         keep, noise = tl.load(coefficients_ptr + 3 * k + 1), tl.load(coefficients_ptr + 3 * k + 2)
         if (noise != 0) | (keep != 1):
-            eps = normals(counter, branch + (1 + 2 * k), pair, key_lo, key_hi)
-            x = keep * x + noise * eps
+            own, signed = branch_noise(branch, noise, ANTITHETIC)
+            x = keep * x + signed * normals(counter, own + (1 + 2 * k), pair, key_lo, key_hi)
         wanted = tl.load(wanted_ptr + k)
         tl.store(out_ptr + wanted * N + offs, x, mask=mask & (wanted >= 0))

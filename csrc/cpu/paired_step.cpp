@@ -21,15 +21,15 @@ FDFO_INLINE void velocity(const PairedStep& a, const Span& s, int64_t branch, fl
 }
 
 template <class T>
-FDFO_INLINE void step_block(const PairedStep& a, const Span& s, int64_t branch) {
-  const Coefficients c = a.coefficients[s.row];
+FDFO_INLINE void step_block(const PairedStep& a, const Span& s, uint32_t branch) {
+  const Coefficients c = of_branch(a.coefficients[s.row], branch, a.antithetic);
   float x[kBlock], v[kBlock], eps[kBlock];
   velocity<T>(a, s, branch, v);
   const float* from = a.x.row(s.row, branch) + s.begin;  // copied first: `out` may be the same memory
   for (int i = 0; i < s.count; ++i) x[i] = from[i];
   float* out = a.out.row(s.row, branch) + s.begin;
   if (c.churned()) {
-    const uint32_t stream = churn_stream(a.step + 1, static_cast<uint32_t>(branch));
+    const uint32_t stream = churn_stream(a.step + 1, noise_branch(branch, a.antithetic));
     fill_normals(eps, s.begin, stream, a.pair[s.row], a.key);
     for (int i = 0; i < s.count; ++i) out[i] = renoise(overshoot(x[i], v[i], c), eps[i], c);
   } else {
@@ -43,7 +43,7 @@ void paired_step(const PairedStep& a, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < tasks; ++task) {
       const Span s = span(task, a.size, kBlock);
-      for (int64_t branch = 0; branch < 2; ++branch) step_block<T>(a, s, branch);
+      for (uint32_t branch = 0; branch < 2; ++branch) step_block<T>(a, s, branch);
     }
   });
 }

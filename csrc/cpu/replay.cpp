@@ -7,19 +7,21 @@ template <class T>
 FDFO_INLINE void walk(const Replay& a, const Span& s) {
   const int64_t pair = a.pair[s.row];
   const int64_t* wanted = a.wanted + s.row * (a.steps + 1);
-  const Coefficients* c = a.coefficients + s.row * (a.steps + 1);
+  const Coefficients* coefficients = a.coefficients + s.row * (a.steps + 1);
   const T* v = a.velocities.as<const T>().row(a.index[s.row], a.branch[s.row]) + s.begin;
   const uint32_t branch = static_cast<uint32_t>(a.branch[s.row]);
   float x[kBlock], eps[kBlock];
   fill_normals(x, s.begin, kSharedStream, pair, a.key);
   for (int64_t k = 0; k <= a.last[s.row]; ++k) {
+    const Coefficients c = of_branch(coefficients[k], branch, a.antithetic);
     if (k > 0) {
       const T* used = v + (k - 1) * a.step_stride;
-      for (int i = 0; i < s.count; ++i) x[i] = overshoot(x[i], to_float(used[i]), c[k]);
+      for (int i = 0; i < s.count; ++i) x[i] = overshoot(x[i], to_float(used[i]), c);
     }
-    if (c[k].churned()) {
-      fill_normals(eps, s.begin, churn_stream(static_cast<uint32_t>(k), branch), pair, a.key);
-      for (int i = 0; i < s.count; ++i) x[i] = renoise(x[i], eps[i], c[k]);
+    if (c.churned()) {
+      const uint32_t stream = churn_stream(static_cast<uint32_t>(k), noise_branch(branch, a.antithetic));
+      fill_normals(eps, s.begin, stream, pair, a.key);
+      for (int i = 0; i < s.count; ++i) x[i] = renoise(x[i], eps[i], c);
     }
     if (wanted[k] >= 0) {
       float* out = a.out + wanted[k] * a.size + s.begin;

@@ -6,13 +6,14 @@ namespace fdfo::cuda {
 __global__ void __launch_bounds__(kThreads) paired_noise_kernel(const PairedNoise a) {
   const Place p = place(a.size);
   if (p.begin >= a.size) return;
-  const Coefficients c = a.coefficients[p.row];
   const Four<float> shared = four_normals(p.begin, kSharedStream, a.pair[p.row], a.key);
 #pragma unroll
   for (uint32_t branch = 0; branch < 2; ++branch) {
+    const Coefficients c = of_branch(a.coefficients[p.row], branch, a.antithetic);
     Four<float> x = shared;
     if (c.churned()) {
-      const Four<float> eps = four_normals(p.begin, churn_stream(0, branch), a.pair[p.row], a.key);
+      const uint32_t stream = churn_stream(0, noise_branch(branch, a.antithetic));
+      const Four<float> eps = four_normals(p.begin, stream, a.pair[p.row], a.key);
 #pragma unroll
       for (int i = 0; i < kFour; ++i) x.v[i] = renoise(x.v[i], eps.v[i], c);
     }

@@ -7,8 +7,9 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) paired_step_kernel(const PairedStep a) {
   const Place p = place(a.size);
   if (p.begin >= a.size) return;
-  const int64_t pair = p.row / 2, branch = p.row % 2, left = a.size - p.begin;
-  const Coefficients c = a.coefficients[pair];
+  const int64_t pair = p.row / 2, left = a.size - p.begin;
+  const uint32_t branch = static_cast<uint32_t>(p.row % 2);
+  const Coefficients c = of_branch(a.coefficients[pair], branch, a.antithetic);
   Four<T> v = load(a.v.as<const T>().row(pair, branch) + p.begin, left);
   if (a.v_uncond.data != nullptr) {
     const Four<T> uncond = load(a.v_uncond.as<const T>().row(pair, branch) + p.begin, left);
@@ -20,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) paired_step_kernel(const PairedStep 
 #pragma unroll
   for (int i = 0; i < kFour; ++i) x.v[i] = overshoot(x.v[i], to_float(v.v[i]), c);
   if (c.churned()) {
-    const uint32_t stream = churn_stream(a.step + 1, static_cast<uint32_t>(branch));
+    const uint32_t stream = churn_stream(a.step + 1, noise_branch(branch, a.antithetic));
     const Four<float> eps = four_normals(p.begin, stream, a.pair[pair], a.key);
 #pragma unroll
     for (int i = 0; i < kFour; ++i) x.v[i] = renoise(x.v[i], eps.v[i], c);

@@ -12,14 +12,15 @@ __global__ void __launch_bounds__(kThreads) replay_kernel(const Replay a) {
   const T* v = a.velocities.as<const T>().row(a.index[p.row], branch) + p.begin;
   Four<float> x = four_normals(p.begin, kSharedStream, pair, a.key);
   for (int64_t k = 0; k <= last; ++k) {
-    const Coefficients c = a.coefficients[p.row * (a.steps + 1) + k];
+    const Coefficients c = of_branch(a.coefficients[p.row * (a.steps + 1) + k], branch, a.antithetic);
     if (k > 0) {
       const Four<T> used = load(v + (k - 1) * a.step_stride, left);
 #pragma unroll
       for (int i = 0; i < kFour; ++i) x.v[i] = overshoot(x.v[i], to_float(used.v[i]), c);
     }
     if (c.churned()) {
-      const Four<float> eps = four_normals(p.begin, churn_stream(static_cast<uint32_t>(k), branch), pair, a.key);
+      const uint32_t stream = churn_stream(static_cast<uint32_t>(k), noise_branch(branch, a.antithetic));
+      const Four<float> eps = four_normals(p.begin, stream, pair, a.key);
 #pragma unroll
       for (int i = 0; i < kFour; ++i) x.v[i] = renoise(x.v[i], eps.v[i], c);
     }

@@ -9,8 +9,9 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-Solver = Literal["churn", "sde"]
-"""What a gamma of sampling is: METHOD's churn, or the noise level of a stochastic differential equation."""
+Solver = Literal["churn", "antithetic", "sde"]
+"""What a gamma of sampling is: METHOD's churn, the same with opposite noise in the two branches, or the noise level of
+a stochastic differential equation."""
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -65,19 +65,31 @@ def _step_table(
 
 @dataclass(frozen=True)
 class Rows:
-    """Who R trajectories are: global `pair_ids` and `branch`, int64 `[R]` on the CPU, and where their noise is from."""
+    """Who R trajectories are: global `pair_ids` and `branch`, int64 `[R]` on the CPU, and where their noise is from.
+
+    With `antithetic`, fresh noise is that of branch 0 for both, and branch 1 takes it with the other sign.
+    """
 
     pair_ids: Tensor
     branch: Tensor
     seed: int
+    antithetic: bool
 
     @classmethod
-    def of_pairs(cls, pair_ids: Tensor, seed: int) -> Rows:
+    def of_pairs(cls, pair_ids: Tensor, seed: int, antithetic: bool) -> Rows:
         """Both branches of every pair: the rows of a `[P, 2, *shape]` tensor, in order."""
-        return cls(pair_ids.cpu().repeat_interleave(2), torch.arange(2).repeat(len(pair_ids)), seed)
+        branch = torch.arange(2).repeat(len(pair_ids))
+        return cls(pair_ids.cpu().repeat_interleave(2), branch, seed, antithetic)
 
     def __getitem__(self, index: Tensor) -> Rows:
-        return Rows(self.pair_ids[index], self.branch[index], self.seed)
+        return Rows(self.pair_ids[index], self.branch[index], self.seed, self.antithetic)
+
+    def fresh(self, shape: Sequence[int], k: int, device: torch.device) -> Tensor:
+        """Fresh noise at grid point k, float32 `[R, *shape]`."""
+        if not self.antithetic:
+            return self.normal(shape, churn_stream(k, self.branch), device)
+        eps = self.normal(shape, churn_stream(k, 0), device)
+        return _column(1.0 - 2.0 * self.branch, eps) * eps
 
     def normal(self, shape: Sequence[int], stream: int | Tensor, device: torch.device) -> Tensor:
         """Noise of the torch backend, float32 `[R, *shape]`."""
@@ -104,7 +116,7 @@ def _renoise_(rows: Rows, x: Tensor, coefficients: Tensor, *, k: int) -> Tensor:
     if len(churned) == 0:
         return x
     touched = rows[churned]
-    eps = touched.normal(x.shape[1:], churn_stream(k, touched.branch), x.device)
+    eps = touched.fresh(x.shape[1:], k, x.device)
     target = churned.to(x.device)
     x[target] = _column(keep[churned], x) * x[target] + _column(noise[churned], x) * eps
     return x

@@ -1,6 +1,9 @@
 """Initial latents of pairs: noise that both branches share, and the prior's churn on top."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +29,8 @@ def paired_noise(
 ) -> Tensor:
     """`(n + sqrt((1+g)^2 - 1) * eps) / (1 + g)`: n shared by the branches, eps fresh for each. Variance stays 1.
 
-    Solver `sde` takes g, in 0..1, as the branch's own share: `sqrt(1 - g^2) * n + g * eps`.
+    Solver `antithetic` gives branch 1 the eps of branch 0 with the other sign; `sde` takes g, in 0..1, as the branch's
+    own share: `sqrt(1 - g^2) * n + g * eps`.
 
     Args:
         pair_ids: P global pair indices in 0..2^63-1, a sequence of ints or an int64 `[P]`.
@@ -53,45 +57,48 @@ def paired_noise(
     sizes, target = _checks.latent_shape(op, shape), _checks.device(op, device)
     gamma_P = _checks.churn(op, "gamma", gamma, (len(pairs),))
     run = _RUNS[_dispatch.choose(op, OFFERED, target, forced=backend)]
-    coefficients = _trajectory.prior_coefficients(gamma_P, _checks.solver(op, solver))
-    return run(pairs, sizes, coefficients, _checks.seed(op, seed), target)
+    chosen = _checks.solver(op, solver)
+    prior = _Prior(pairs, _trajectory.prior_coefficients(gamma_P, chosen), chosen == "antithetic")
+    return run(prior, sizes, _checks.seed(op, seed), target)
 
 
-def paired_noise_reference(
-    pair_P: Tensor, shape: tuple[int, ...], coefficients: Tensor, seed: int, device: torch.device
-) -> Tensor:
+class _Prior(NamedTuple):
+    """Global pairs, int64 `[P]`, coefficients of their fresh noise, `[P, 3]`, and whether the branches oppose it."""
+
+    pair: Tensor
+    coefficients: Tensor
+    antithetic: bool
+
+
+def paired_noise_reference(prior: _Prior, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """The specification; see `_trajectory.start`."""
-    rows = _trajectory.Rows.of_pairs(pair_P, seed)
-    x = _trajectory.start(rows, shape, coefficients=coefficients.repeat_interleave(2, 0), device=device)
-    return x.view(len(pair_P), 2, *shape)
+    rows = _trajectory.Rows.of_pairs(prior.pair, seed, prior.antithetic)
+    x = _trajectory.start(rows, shape, coefficients=prior.coefficients.repeat_interleave(2, 0), device=device)
+    return x.view(len(prior.pair), 2, *shape)
 
 
-def _paired_noise_compiled(
-    pair_P: Tensor, shape: tuple[int, ...], coefficients: Tensor, seed: int, device: torch.device
-) -> Tensor:
-    x = torch.empty(len(pair_P), 2, *shape, dtype=torch.float32, device=device)
+def _paired_noise_compiled(prior: _Prior, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    x = torch.empty(len(prior.pair), 2, *shape, dtype=torch.float32, device=device)
     if x.numel():
-        pair_P, coefficients = _checks.moved(pair_P, device), _checks.moved(coefficients, device)
+        pair_P, coefficients = _checks.moved(prior.pair, device), _checks.moved(prior.coefficients, device)
         arguments = _compiled.arguments(
             "PairedNoise", out=x.data_ptr(), pair=pair_P.data_ptr(), coefficients=coefficients.data_ptr(),
-            pairs=len(pair_P), size=_compiled.latent_size(x, 2), seed=key_of(seed),
+            antithetic=prior.antithetic, pairs=len(pair_P), size=_compiled.latent_size(x, 2), seed=key_of(seed),
         )  # fmt: skip
         _compiled.call("paired_noise", device, arguments)
     return x
 
 
-def _paired_noise_triton(
-    pair_P: Tensor, shape: tuple[int, ...], coefficients: Tensor, seed: int, device: torch.device
-) -> Tensor:
+def _paired_noise_triton(prior: _Prior, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     from fdfo_engine.kernels.paired_noise import paired_noise_kernel
 
-    x = torch.empty(len(pair_P), 2, *shape, dtype=torch.float32, device=device)
+    x = torch.empty(len(prior.pair), 2, *shape, dtype=torch.float32, device=device)
     if x.numel():
         block, size = BLOCK if x.is_cuda else INTERPRETED_BLOCK, _compiled.latent_size(x, 2)
-        tables = _checks.moved(pair_P, device), _checks.moved(coefficients, device)
+        tables = _checks.moved(prior.pair, device), _checks.moved(prior.coefficients, device)
         with torch.cuda.device_of(x):
-            paired_noise_kernel[(len(pair_P) * -(-size // (4 * block)),)](
-                *tables, x, size, *key_of(seed), BLOCK=block, enable_fp_fusion=False
+            paired_noise_kernel[(len(prior.pair) * -(-size // (4 * block)),)](
+                *tables, x, size, *key_of(seed), ANTITHETIC=prior.antithetic, BLOCK=block, enable_fp_fusion=False
             )
     return x
 

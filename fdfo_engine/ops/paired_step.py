@@ -39,8 +39,9 @@ def paired_step(  # noqa: PLR0913
 
     `r = s / (1 + g - g*s)`; `x' = x + (r - t) * v`;
     `x_next = x' / (1 + g*r) + r * sqrt((1+g)^2 - 1) / (1 + g*r) * eps`.
-    With g = 0 it is Euler, `x + (s - t) * v`, to the bit, and no noise is drawn. Solver `sde` takes g as a noise level
-    instead: the Euler step of a stochastic differential equation, with `dt = s - t`:
+    With g = 0 it is Euler, `x + (s - t) * v`, to the bit, and no noise is drawn. Solver `antithetic` gives branch 1 the
+    eps of branch 0 with the other sign. Solver `sde` takes g as a noise level instead: the Euler step of a stochastic
+    differential equation, with `dt = s - t`:
     `x_next = x * (1 + g^2 dt / (2t)) + v * (1 + g^2 (1 - t) / (2t)) * dt + g * sqrt(-dt) * eps`.
 
     Args:
@@ -59,7 +60,8 @@ def paired_step(  # noqa: PLR0913
         v_out: like `v`, contiguous or not; receives the velocity that was used: guided and rounded. It may be `v`
             itself, and shares no memory with other arguments.
         inplace: write the result into `x` and return `x`.
-        solver: what `gamma` is: `churn`, or the level of an `sde`, which keeps `1 + g^2 dt / (2t)` above 0.
+        solver: what `gamma` is: `churn`, `antithetic` churn, or the level of an `sde`, which keeps `1 + g^2 dt / (2t)`
+            above 0.
         backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
 
     Returns:
@@ -88,10 +90,11 @@ def paired_step(  # noqa: PLR0913
     gamma_P = _checks.churn(op, "gamma", gamma, (len(x),))
     scale = _checks.number(op, "guidance_scale", guidance_scale)
     run = _RUNS[_dispatch.choose(op, OFFERED, x.device, forced=backend)]
+    chosen = _checks.solver(op, solver)
     move = _Move(
         x, v, v_uncond if scale != 1.0 else None, v_out, x if inplace else torch.empty(x.shape, device=x.device),
         scale=scale,
-        coefficients=_trajectory.step_table(t, s, gamma_P, x.device, _checks.solver(op, solver)),
+        coefficients=_trajectory.step_table(t, s, gamma_P, x.device, chosen), antithetic=chosen == "antithetic",
         pair_ids=pairs, step=_checks.step(op, step), seed=_checks.seed(op, seed),
     )  # fmt: skip
     run(move)
@@ -109,6 +112,7 @@ class _Move:
     out: Tensor
     scale: float
     coefficients: Tensor
+    antithetic: bool
     pair_ids: Tensor
     step: int
     seed: int
@@ -119,7 +123,7 @@ def paired_step_reference(m: _Move) -> None:
     velocity = m.v if m.v_uncond is None else guided_velocity_reference(m.v, m.v_uncond, m.scale)
     if m.v_out is not None:
         m.v_out.copy_(velocity)
-    rows = _trajectory.Rows.of_pairs(m.pair_ids, m.seed)
+    rows = _trajectory.Rows.of_pairs(m.pair_ids, m.seed, m.antithetic)
     flat, coefficients = (m.x.flatten(0, 1), velocity.flatten(0, 1)), m.coefficients.repeat_interleave(2, 0)
     m.out.copy_(_trajectory.advance(rows, *flat, coefficients=coefficients, step=m.step).view(m.x.shape))
 
@@ -153,8 +157,8 @@ def _paired_step_compiled(m: _Move) -> None:
     arguments = _compiled.arguments(
         "PairedStep", x=_compiled.strided(m.x), v=_compiled.strided(m.v), v_uncond=_compiled.strided(m.v_uncond),
         v_out=_compiled.strided(m.v_out), out=_compiled.strided(m.out), number=_compiled.NUMBERS[m.v.dtype],
-        pair=m.pair_ids.data_ptr(), coefficients=m.coefficients.data_ptr(), guidance_scale=m.scale, pairs=len(m.x),
-        size=_compiled.latent_size(m.x, 2), step=m.step, seed=key_of(m.seed),
+        pair=m.pair_ids.data_ptr(), coefficients=m.coefficients.data_ptr(), antithetic=m.antithetic,
+        guidance_scale=m.scale, pairs=len(m.x), size=_compiled.latent_size(m.x, 2), step=m.step, seed=key_of(m.seed),
     )  # fmt: skip
     _compiled.call("paired_step", m.x.device, arguments)
 
@@ -170,7 +174,8 @@ def _paired_step_triton(m: _Move) -> None:
     with torch.cuda.device_of(m.x):  # triton launches on the current device, not on the tensor's
         paired_step_kernel[(2 * len(m.x) * -(-size // (4 * block)),)](
             *tensors, m.pair_ids, m.coefficients, size, *strides, m.scale, churn_stream(m.step + 1, 0), *key_of(m.seed),
-            GUIDED=m.v_uncond is not None, KEEP_V=m.v_out is not None, BLOCK=block, enable_fp_fusion=False,
+            GUIDED=m.v_uncond is not None, KEEP_V=m.v_out is not None, ANTITHETIC=m.antithetic, BLOCK=block,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,8 +70,12 @@ def replay(  # noqa: PLR0913
     run = _RUNS[_dispatch.choose(op, OFFERED, velocities.device, forced=backend)]
     row, row_B = torch.unique(2 * pair_B + branch_B, return_inverse=True)
     last = torch.zeros_like(row).scatter_reduce(0, row_B, step_B, "amax")
-    coefficients = _coefficients(gammas_PT[row // 2], grid, _checks.solver(op, solver))
-    return run(velocities, _Walk(row // 2, row % 2, pairs[row // 2], last, coefficients, run_seed), row_B, step_B)
+    chosen = _checks.solver(op, solver)
+    walk = _Walk(
+        row // 2, row % 2, pairs[row // 2], last, _coefficients(gammas_PT[row // 2], grid, chosen), run_seed,
+        antithetic=chosen == "antithetic",
+    )  # fmt: skip
+    return run(velocities, walk, row_B, step_B)
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,23 @@ class _Walk:
     last: Tensor
     coefficients: Tensor
     seed: int
+    antithetic: bool
 
     def on(self, device: torch.device) -> _Walk:
         """With its tensors on `device`."""
-        return _Walk(
+        return replace(
+            self,
             index=_checks.moved(self.index, device),
             branch=_checks.moved(self.branch, device),
             pair=_checks.moved(self.pair, device),
             last=_checks.moved(self.last, device),
             coefficients=_checks.moved(self.coefficients, device),
-            seed=self.seed,
         )
 
 
 def replay_reference(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tensor) -> Tensor:
     """The specification: item b is step `step_B[b]` of trajectory `row_B[b]`."""
-    rows = _trajectory.Rows(walk.pair, walk.branch, walk.seed)
+    rows = _trajectory.Rows(walk.pair, walk.branch, walk.seed, walk.antithetic)
     first, device = walk.coefficients[:, 0], velocities.device
     x = _trajectory.start(rows, velocities.shape[3:], coefficients=first, device=device)
     out = torch.empty(len(step_B), *x.shape[1:], dtype=x.dtype, device=device)
@@ -123,8 +128,8 @@ def _replay_compiled(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Ten
             "Replay", velocities=_compiled.strided(v), step_stride=v.stride(2), number=_compiled.NUMBERS[v.dtype],
             out=out.data_ptr(), index=there.index.data_ptr(), branch=there.branch.data_ptr(),
             pair=there.pair.data_ptr(), last=there.last.data_ptr(), wanted=wanted.data_ptr(),
-            coefficients=there.coefficients.data_ptr(), rows=len(walk.index), steps=v.shape[2],
-            size=_compiled.latent_size(v, 3), seed=key_of(walk.seed),
+            coefficients=there.coefficients.data_ptr(), antithetic=walk.antithetic, rows=len(walk.index),
+            steps=v.shape[2], size=_compiled.latent_size(v, 3), seed=key_of(walk.seed),
         )  # fmt: skip
         _compiled.call("replay", v.device, arguments)
     return out if item_B is None else out[_checks.moved(item_B, v.device)]
@@ -140,7 +145,7 @@ def _replay_triton(velocities: Tensor, walk: _Walk, row_B: Tensor, step_B: Tenso
         with torch.cuda.device_of(v):  # triton launches on the current device, not on the tensor's
             replay_kernel[(len(walk.index) * -(-size // (4 * block)),)](
                 v, out, there.index, there.branch, there.pair, there.last, wanted, there.coefficients, size, v.shape[2],
-                *v.stride()[:3], *key_of(walk.seed), BLOCK=block, enable_fp_fusion=False,
+                *v.stride()[:3], *key_of(walk.seed), ANTITHETIC=walk.antithetic, BLOCK=block, enable_fp_fusion=False,
             )  # fmt: skip
     return out if item_B is None else out[_checks.moved(item_B, v.device)]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from ops.exact import check, prior
+from ops.exact import check, noise, prior
 
 from fdfo_engine.ops import SHARED_STREAM, paired_noise, philox_normal
 
@@ -26,6 +26,15 @@ def test_value(shape, sample):
         for p, g in zip(PAIRS, GAMMA.tolist(), strict=True)
     ]
     check(sample(shape=shape), np.array(exact), "x")
+
+
+def test_antithetic_branches_take_one_noise_with_opposite_signs(backend, device):
+    x = paired_noise(PAIRS, (3, 7, 5), seed=SEED, gamma=GAMMA, device=device, solver="antithetic", backend=backend)
+    exact = []
+    for pair, g in zip(PAIRS, GAMMA.tolist(), strict=True):
+        n, eps = (noise((3, 7, 5), seed=SEED, pair=pair, stream=stream) for stream in (0, 1))
+        exact.append([(n + sign * np.sqrt((1 + g) ** 2 - 1) * eps) / (1 + g) for sign in (1, -1)])
+    check(x, np.array(exact), "x")
 
 
 def test_a_real_latent_is_paired(device, backend, sample):

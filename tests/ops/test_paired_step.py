@@ -49,6 +49,16 @@ def test_value(shape, dtype, device, advance):
     check(x_next, expected(x, used), "x_next with guidance")
 
 
+def test_antithetic_branches_take_one_noise_with_opposite_signs(device, advance):
+    x, v, _ = inputs(device=device)
+    exact = []
+    for p, (pair, g) in enumerate(zip(PAIRS, GAMMA.tolist(), strict=True)):
+        eps = noise(LATENT, seed=SEED, pair=pair, stream=3 + 2 * STEP)
+        signed = (eps, -eps)
+        exact.append([step(wide(x)[p, k], wide(v)[p, k], t=T, s=S, gamma=g, eps=signed[k]) for k in (0, 1)])
+    check(advance(x, v, solver="antithetic"), np.array(exact), "x_next")
+
+
 def test_without_churn_it_is_euler_to_the_bit_and_draws_no_noise(monkeypatch, device, advance):
     x, v, _ = (t.repeat(1, 1, 8, 1, 1)[:1] for t in inputs((2, 64, 64), torch.bfloat16, device))  # a real latent
 

@@ -19,18 +19,19 @@ def schedules():
     return {"raw": raw, "prior": prior_, "interval": interval, "float32": interval.float(), "none": 0.0}
 
 
-def sampled(gammas, dtype, backend, device, shape=(2, 3, 5)):
+def sampled(gammas, dtype, backend, device, shape=(2, 3, 5), solver="churn"):
     """Latents `[P, 2, T + 1, *shape]` and velocities of a run with a nonlinear model."""
     table = torch.as_tensor(gammas, dtype=torch.float64).expand(4, STEPS + 1)
-    x = paired_noise(PAIRS, shape, seed=SEED, gamma=table[:, 0], device=device, backend=backend)
+    of_all = {"seed": SEED, "solver": solver, "backend": backend}
+    x = paired_noise(PAIRS, shape, gamma=table[:, 0], device=device, **of_all)
     velocities = torch.empty(4, 2, STEPS, *shape, dtype=dtype, device=device)
     latents = [x.clone()]
     for i in range(STEPS):
         v, v_uncond = torch.tanh(1.3 * x).to(dtype), (0.5 * x).to(dtype)
         x = paired_step(
-            x, v, sigma=float(SIGMAS[i]), sigma_next=float(SIGMAS[i + 1]), gamma=table[:, i + 1], seed=SEED,
+            x, v, sigma=float(SIGMAS[i]), sigma_next=float(SIGMAS[i + 1]), gamma=table[:, i + 1],
             pair_ids=PAIRS, step=i, v_uncond=v_uncond, guidance_scale=2.0, v_out=velocities[:, :, i], inplace=True,
-            backend=backend,
+            **of_all,
         )  # fmt: skip
         latents.append(x.clone())
     return torch.stack(latents, 2), velocities
@@ -67,6 +68,15 @@ def test_is_sampling_bit_for_bit(dtype, name, device, run, backend):
     latents, velocities = sampled(gammas, dtype, backend, device)
     pair, branch, step_ = (index[:16] for index in every_item()) if backend == "triton" else every_item()
     assert torch.equal(run(velocities, gammas, pair, branch, step_), latents[pair, branch, step_])
+
+
+def test_antithetic_sampling_bit_for_bit(device, run, backend):
+    gammas = schedules()["interval"]
+    latents, velocities = sampled(gammas, torch.bfloat16, backend, device, solver="antithetic")
+    pair, branch, step_ = every_item()
+    x = run(velocities, gammas, pair, branch, step_, solver="antithetic")
+    assert torch.equal(x, latents[pair, branch, step_])
+    assert not torch.equal(x, run(velocities, gammas, pair, branch, step_))
 
 
 def test_a_churn_whose_coefficients_round_by_a_hair(run, backend, device):

@@ -35,6 +35,7 @@ struct PairedNoise {
   float* out;                        // [pairs, 2, size]
   const int64_t* pair;               // [pairs]
   const Coefficients* coefficients;  // [pairs]
+  bool antithetic;                   // the branches' fresh noise
   int64_t pairs, size;
   Key key;
 };
@@ -47,6 +48,7 @@ struct PairedStep {
   Number number;                     // of the velocities
   const int64_t* pair;               // [pairs]
   const Coefficients* coefficients;  // [pairs]
+  bool antithetic;                   // the branches' fresh noise
   float guidance_scale;
   int64_t pairs, size;
   uint32_t step;
@@ -63,6 +65,7 @@ struct Replay {
   const int64_t* last;               // [rows]: how far
   const int64_t* wanted;             // [rows, steps + 1]: row of `out` that step k goes to, or -1
   const Coefficients* coefficients;  // [rows, steps + 1]: of the prior, then of each step
+  bool antithetic;                   // the branches' fresh noise
   int64_t rows, steps, size;
   Key key;
 };

@@ -29,6 +29,14 @@ FDFO_HD T guided(T v, T v_uncond, float scale) {
 
 FDFO_HD float overshoot(float x, float v, Coefficients c) { return x + c.move * v; }
 
+// Antithetic branches share the stream of branch 0; branch 1 takes its noise with the other sign.
+FDFO_HD uint32_t noise_branch(uint32_t branch, bool antithetic) { return antithetic ? 0 : branch; }
+
+FDFO_HD Coefficients of_branch(Coefficients c, uint32_t branch, bool antithetic) {
+  if (antithetic && branch == 1) c.noise = -c.noise;
+  return c;
+}
+
 FDFO_HD float renoise(float x, float eps, Coefficients c) { return c.keep * x + c.noise * eps; }
 
 }  // namespace fdfo
