@@ -44,6 +44,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "two_pairs_a_prompt": ("sampling.pairs_per_prompt=2",),
     "spread": ("algorithm.advantage_scale=spread",),
     "churn_0.1": ("sampling.churn.weight=0.1",),
+    "churn_0.3": ("sampling.churn.weight=0.3",),
+    "antithetic": ("algorithm.branch_noise=antithetic",),
+    "importance_half": ("algorithm.importance_share=0.5",),
 }
 
 

@@ -20,6 +20,13 @@ class FdfoAlgorithm(Section):
     """Share of the pairs, those with the largest reward differences, that an epoch trains on; the others count as ties
     and cost neither forward nor backward."""
 
+    importance_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the pairs with an opinion that an epoch trains on, drawn at random: the more its gradient weighs, the
+    likelier a pair is drawn, and the less it then counts, so that the expected update stays the same. 1 takes all."""
+
+    branch_noise: Literal["independent", "antithetic"] = "independent"
+    """Fresh noise of the two branches of a pair: each its own, or one noise with opposite signs."""
+
     advantage_scale: Literal["none", "spread"] = "none"
     """spread divides the advantages by their root mean square over the epoch's pairs; none takes rewards as is."""
 

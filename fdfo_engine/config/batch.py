@@ -56,7 +56,7 @@ class BatchPlan:
         trained = trained_steps(config)
         looks_again = trained if config.algorithm.name in RENOISING else 0
         passes = 1 if sampling.guidance_scale == 1.0 else 2
-        networks = 1 if update.kl_weight == 0 else 2
+        networks = 2 if update.needs_base else 1
         return cls(
             world_size=world_size,
             pairs_per_epoch=pairs,

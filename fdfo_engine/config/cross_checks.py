@@ -41,6 +41,13 @@ def _explain_shares(config: Config) -> str:
     return f"{rule}; nearest: {nearest}"
 
 
+def _needs_copy(weight: str) -> str:
+    return (
+        "needs a frozen copy of the model with model.train = full; set update.kl_reference: frozen_copy "
+        f"(fdfo plan shows its memory), or {weight} to 0"
+    )
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("update.optimizer_steps", "update.train_steps", "sampling.steps"),
@@ -132,15 +139,20 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("update.kl_weight", "update.kl_reference", "model.train"),
         lambda c: c.model.train == "full" and c.update.kl_weight > 0 and c.update.kl_reference is None,
-        lambda c: (
-            "needs a frozen copy of the model with model.train = full; set update.kl_reference: frozen_copy "
-            "(fdfo plan shows its memory), or update.kl_weight to 0"
-        ),
+        lambda c: _needs_copy("update.kl_weight"),
     ),
     Rule(
-        ("update.kl_reference", "update.kl_weight", "model.train"),
-        lambda c: c.update.kl_reference is not None and (c.model.train == "lora" or c.update.kl_weight == 0),
-        lambda c: "is frozen_copy, which only update.kl_weight above 0 with model.train = full uses; set it to null",
+        ("update.velocity_hinge", "update.kl_reference", "model.train"),
+        lambda c: c.model.train == "full" and c.update.velocity_hinge > 0 and c.update.kl_reference is None,
+        lambda c: _needs_copy("update.velocity_hinge"),
+    ),
+    Rule(
+        ("update.kl_reference", "update.kl_weight", "update.velocity_hinge", "model.train"),
+        lambda c: c.update.kl_reference is not None and (c.model.train == "lora" or not c.update.needs_base),
+        lambda c: (
+            "is frozen_copy, which only update.kl_weight or update.velocity_hinge above 0 with model.train = full "
+            "uses; set it to null"
+        ),
     ),
     Rule(
         ("model.max_sequence_length", "model.id"),

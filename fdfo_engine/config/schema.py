@@ -199,6 +199,10 @@ class UpdateConfig(Section):
     kl_weight: float = Field(default=0.0, ge=0)
     """Weight of the squared distance to the velocity of the untrained model; 0 leaves it out."""
 
+    velocity_hinge: float = Field(default=0.0, ge=0)
+    """Weight of the squared growth of a velocity's root mean square over the untrained model's; a velocity that is not
+    larger costs nothing. 0 leaves it out."""
+
     kl_reference: Literal["frozen_copy"] | None = None
     """Where the untrained model comes from: a frozen copy of the network with model.train = full, whole on every rank;
     null with a LoRA, which is switched off for it."""
@@ -211,6 +215,11 @@ class UpdateConfig(Section):
 
     max_bad_pairs: float = Field(default=0.05, ge=0, le=1)
     """Share of an epoch's pairs that may lose their reward to failures before the run stops."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a term of the loss looks at the untrained model's velocities."""
+        return self.kl_weight > 0 or self.velocity_hinge > 0
 
     @property
     def micro_batch_items(self) -> int:

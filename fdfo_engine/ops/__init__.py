@@ -22,6 +22,7 @@ from fdfo_engine.ops.paired_step import paired_step
 from fdfo_engine.ops.philox import (
     DEAL_STREAM,
     GENERATION_STREAM,
+    IMPORTANCE_STREAM,
     PROMPT_ORDER_STREAM,
     RENOISE_STREAM,
     SCALAR_STREAM,
@@ -39,6 +40,7 @@ from fdfo_engine.ops.replay import replay
 __all__ = [
     "DEAL_STREAM",
     "GENERATION_STREAM",
+    "IMPORTANCE_STREAM",
     "MAX_HEAD_SIZE",
     "NORM_EPS",
     "PROMPT_ORDER_STREAM",

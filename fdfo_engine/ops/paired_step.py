@@ -60,8 +60,7 @@ def paired_step(  # noqa: PLR0913
         v_out: like `v`, contiguous or not; receives the velocity that was used: guided and rounded. It may be `v`
             itself, and shares no memory with other arguments.
         inplace: write the result into `x` and return `x`.
-        solver: what `gamma` is: `churn`, `antithetic` churn, or the level of an `sde`, which keeps `1 + g^2 dt / (2t)`
-            above 0.
+        solver: what `gamma` is; the level of an `sde` keeps `1 + g^2 dt / (2t)` above 0.
         backend: None takes the fastest that runs on `x`'s device; a name of `ops.backends` forces one.
 
     Returns:

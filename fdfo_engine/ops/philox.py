@@ -29,6 +29,8 @@ DEAL_STREAM = 2**31 + 1
 """Of branch 0; branch 1 has the next one. Sorts the steps of a sample: see `deal_stream`."""
 PROMPT_ORDER_STREAM = 2**31 + 3
 """Sorts the prompts of one pass; the pair is the number of the pass."""
+IMPORTANCE_STREAM = 2**31 + 4
+"""Decides which pairs are trained: see `algorithm.importance_share`."""
 
 Branch = TypeVar("Branch", int, Tensor)
 Words = tuple[Tensor, Tensor, Tensor, Tensor]

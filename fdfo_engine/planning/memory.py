@@ -177,7 +177,7 @@ class _Epoch:
         phase = self.kept | self.gathered | {"micro-batch": footprint.training.at(self.guided * beside)}
         exchanged = 0 if self.config.zero.stage == 0 else min(BUCKET_VALUES, footprint.trained_values)
         phase["gradient exchange"] = 4 * exchanged
-        if self.config.update.kl_weight:
+        if self.config.update.needs_base:
             phase["base model"] = footprint.forward.at(self.guided * micro_batch)
         return phase
 

@@ -71,7 +71,7 @@ class Updater:
         """`algorithm` has the loss. `micro_batch` may be set before an update.
 
         `network` is what whole micro-batches go through: `trainer`, or its CUDA graphs; smaller ones take `trainer`.
-        `reference` is the untrained network for `update.kl_weight`; None switches the LoRA off instead.
+        `reference` is the untrained network where `update.needs_base`; None switches the LoRA off instead.
         """
         self._model = model
         self._trainer = trainer
@@ -233,7 +233,7 @@ class Updater:
 
     def _micro_batches(self, rollout: Rollout, objective: Objective, share: Tensor) -> list[Items]:
         """Micro-batches of this rank, padded with weight 0 to the most of any rank; empty if no rank has any."""
-        live = torch.ones_like(objective.live) if self._settings.kl_weight else objective.live
+        live = torch.ones_like(objective.live) if self._settings.needs_base else objective.live
         own = self._blockwise(rollout, live, share)
         return own + [Items.padding()] * (max_over_ranks(len(own)) - len(own))
 
@@ -255,10 +255,11 @@ class Updater:
             velocity = self._gradient_scale.widened(velocity)
         loss, ratios = objective.loss(velocity, rollout, items)
         divergence = torch.zeros((), device=self.device)
-        if self._settings.kl_weight:
-            difference = velocity.float() - self._base_velocity(inputs)
-            divergence = difference.square().flatten(1).mean(1).sum() / objective.normalizer
-            loss = loss + self._settings.kl_weight * divergence
+        if self._settings.needs_base:
+            base = self._base_velocity(inputs)
+            divergence = mean_square(velocity.float() - base).sum() / objective.normalizer
+            growth = velocity_growth(velocity.float(), base).square().sum() / objective.normalizer
+            loss = loss + self._settings.kl_weight * divergence + self._settings.velocity_hinge * growth
         if items.weight:
             totals.count_items(loss.detach(), ratios, divergence.detach(), objective.clip_range)
         return loss
@@ -289,3 +290,13 @@ class Updater:
                 f"{self._skipped_in_a_row} optimiser steps in a row had a gradient that is not finite"
                 f"{blame(self._model)}"
             )
+
+
+def mean_square(values: Tensor) -> Tensor:
+    """Of each row, `[B]`."""
+    return values.square().flatten(1).mean(1)
+
+
+def velocity_growth(velocity: Tensor, base: Tensor) -> Tensor:
+    """By what share the root mean square of each row exceeds that of `base`, `[B]`; 0 where it does not."""
+    return (mean_square(velocity) / mean_square(base).clamp_min(1e-12)).sqrt().sub(1).clamp_min(0)

@@ -25,6 +25,7 @@ BREAKS = {
         "model.train=full zero.stage=0 model.dtype=float16": "model.dtype = float16",
     },
     "update.kl_weight": {"model.train=full update.kl_weight=0.1": "set update.kl_reference: frozen_copy"},
+    "update.velocity_hinge": {"model.train=full update.velocity_hinge=0.1": "set update.kl_reference: frozen_copy"},
     "update.kl_reference": {
         "update.kl_reference=frozen_copy": "set it to null",
         "update.kl_reference=frozen_copy model.train=full": "set it to null",
@@ -72,7 +73,14 @@ LEGAL = {
         "model.train=full update.kl_weight=0", "update.kl_weight=0.1",
         "model.train=full update.kl_weight=0.1 update.kl_reference=frozen_copy",
     ],
-    "update.kl_reference": ["update.kl_reference=frozen_copy update.kl_weight=0.1 model.train=full"],
+    "update.velocity_hinge": [
+        "model.train=full update.velocity_hinge=0", "update.velocity_hinge=0.1",
+        "model.train=full update.velocity_hinge=0.1 update.kl_reference=frozen_copy",
+    ],
+    "update.kl_reference": [
+        "update.kl_reference=frozen_copy update.kl_weight=0.1 model.train=full",
+        "update.kl_reference=frozen_copy update.velocity_hinge=0.1 model.train=full",
+    ],
     "zero.offload_optimizer": [f"zero.offload_optimizer=true zero.stage={stage}" for stage in (1, 2, 3)],
     "zero.offload_parameters": ["zero.offload_parameters=true zero.stage=3"],
     "model.train": [

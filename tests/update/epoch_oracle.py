@@ -120,7 +120,8 @@ class EpochOracle:
 
     def _loss(self, rewards, share, kept, shares):
         P, T, seed = len(self.x), self.config.sampling.steps, self.config.run.seed
-        c, kl_weight = self.config.update.clip_range, self.config.update.kl_weight
+        update = self.config.update
+        c, kl_weight, hinge = update.clip_range, update.kl_weight, update.velocity_hinge
         B = 2 * P * kept // shares
         total = 0.0
         for pair in range(P):
@@ -130,7 +131,7 @@ class EpochOracle:
             A = (rewards[pair][0] - rewards[pair][1]) / 2
             for branch, sign in ((0, 1.0), (1, -1.0)):
                 for i in dealt_steps(pair, branch, steps=T, kept=kept, shares=shares, seed=seed)[share]:
-                    if np.isnan(A) and not kl_weight:
+                    if np.isnan(A) and not kl_weight and not hinge:
                         continue
                     x, v_old = (torch.from_numpy(t[pair][branch][i]) for t in (self.x, self.v))
                     v, signed = self.velocity(x, i, self.prompts[pair]), torch.from_numpy(sign * u)
@@ -138,10 +139,12 @@ class EpochOracle:
                         log_ratio = (signed**2).mean() - ((v - (v_old - signed)) ** 2).mean()
                         rho = log_ratio.exp()
                         total = total + (-sign * A * rho + abs(A) / (2 * c) * (rho - 1) ** 2) / B
-                    if kl_weight:
+                    if kl_weight or hinge:
                         with torch.no_grad():
                             base = self.velocity(x, i, self.prompts[pair], self.untrained)
-                        total = total + kl_weight * ((v - base) ** 2).mean() / B
+                        growth = ((v**2).mean() / (base**2).mean()).sqrt() - 1
+                        penalty = kl_weight * ((v - base) ** 2).mean() + hinge * growth.clamp_min(0) ** 2
+                        total = total + penalty / B
         return total
 
     @torch.no_grad()

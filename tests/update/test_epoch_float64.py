@@ -20,6 +20,7 @@ CASES = {
     },
     "half of the steps": {"update": {"train_steps": 2}},
     "kl": {"update": {"kl_weight": 0.3}},
+    "velocity hinge": {"update": {"velocity_hinge": 30.0}},
     "kl, full": {"model": {"train": "full"}, "update": {"kl_weight": 0.3, "kl_reference": "frozen_copy"}},
 }  # fmt: skip
 
