@@ -14,8 +14,7 @@ from torch import Tensor
 from fdfo_engine.algorithms import build_algorithm
 from fdfo_engine.config import BatchPlan, Config, dump_config
 from fdfo_engine.exporting import Weights, base_of_run, refuse_foreign, takes_average, write_export
-from fdfo_engine.models.export_checks import refuse_style
-from fdfo_engine.models.flow_model import ExportStyle
+from fdfo_engine.models.export_styles import ExportStyle, refuse_style
 from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import Config, dump_config
+from fdfo_engine.models.advice import without_advice
 from fdfo_engine.models.base_model import Base
-from fdfo_engine.models.export_checks import refuse_style
-from fdfo_engine.models.flow_model import ExportStyle, FlowModel
+from fdfo_engine.models.export_styles import ExportStyle, refuse_style
+from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.registry import agreed_base, load_model, locate_base
 from fdfo_engine.report.model_card import CARD_NAME, model_card
 from fdfo_engine.runtime.base_record import BaseRecord, recorded_base, write_base
@@ -96,7 +97,8 @@ def write_export(
 ) -> None:  # fmt: skip
     """The export of `weights`, which `model` takes, its model card, and the record of the base that they belong to."""
     base = recorded_base(config.run.dir) or base  # the name that it had when the run began
-    model.export(folder, weights, style)
+    with without_advice():
+        model.export(folder, weights, style)
     card = model_card(config, epoch, whole=style == "merged", base=base, folder=folder)
     if base is not None:
         write_base(folder, base)

@@ -18,14 +18,22 @@ from fdfo_engine.rewards import WeightedRewards, with_own_rewards
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.console import say, warn
-from fdfo_engine.runtime.distributed import all_agree_hash, barrier, on_main, setup_distributed, together, world_size
+from fdfo_engine.runtime.distributed import (
+    all_agree_hash,
+    barrier,
+    max_over_ranks,
+    on_main,
+    setup_distributed,
+    together,
+    world_size,
+)
 from fdfo_engine.runtime.errors import CheckpointError, GuardStop, NumericsError, RewardError, Stopped
 from fdfo_engine.runtime.run_events import RunEvents, Told
 from fdfo_engine.runtime.run_folder import METRICS_NAME, RunFolder, checkpoint_store, read_log, stored_config
 from fdfo_engine.runtime.run_pictures import IMAGES_NAME, grid
 from fdfo_engine.runtime.stop import Stopping, StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
-from fdfo_engine.training.evaluating import Evaluations
+from fdfo_engine.training.evaluating import Evaluations, finished_epoch
 from fdfo_engine.training.preflight import require_packages
 from fdfo_engine.training.scoring import Scored, ScoredPairs
 from fdfo_engine.training.watch import RewardWatch
@@ -81,10 +89,11 @@ def run(
     try:
         with StopRequest() as request, RunEvents(config, folder, request, on_event) as told:
             together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
-            engine = Engine(config, on_event=told.relay)
-            engine.sampler.tell_cut(prompts.prompts)
-            resumed = _opened(engine, told)
-            _train(Training(engine, prompts, weighted, told, request), told, resumed)
+            if not _is_over(config, told):
+                engine = Engine(config, on_event=told.relay)
+                engine.sampler.tell_cut(prompts.prompts)
+                resumed = _opened(engine, told)
+                _train(Training(engine, prompts, weighted, told, request), told, resumed)
             barrier("the end")  # a rank that leaves first takes its connections down under the others
     finally:
         if folder is not None:
@@ -105,11 +114,26 @@ def _opened(engine: Engine, told: RunEvents) -> bool:
     return resumed
 
 
+def _is_over(config: Config, told: RunEvents) -> bool:
+    """Whether nothing is left to do, of which no model needs to be loaded; says so. Collective."""
+    epoch = max_over_ranks(on_main(lambda: finished_epoch(config)) or 0, "the last epoch")
+    if not epoch:
+        return False
+    _say_finished(epoch, config)
+    on_main(lambda: told.open(epoch, room=0))
+    told.tell(events.State(epoch=epoch, state="running", epochs=config.run.epochs))
+    return True
+
+
+def _say_finished(epoch: int, config: Config) -> None:
+    say(f"finished already: {epoch} of {config.run.epochs} epochs; raise run.epochs to go on")
+
+
 def _train(training: Training, told: RunEvents, resumed: bool) -> None:
     """All epochs that are left."""
     epoch, epochs = training.engine.epoch, training.engine.config.run.epochs
     if epoch >= epochs:
-        say(f"finished already: {epoch} of {epochs} epochs; raise run.epochs to go on")
+        _say_finished(epoch, training.engine.config)
     told.tell(events.State(epoch=epoch, state="running", epochs=epochs))
     training.catch_up(resumed=resumed)
     while training.epoch():

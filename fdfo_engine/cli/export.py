@@ -51,8 +51,7 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exports; what can be refused is refused before anything is loaded."""
     refuse_filled_out(arguments.out, arguments)
-    from fdfo_engine.exporting import export_run
-    from fdfo_engine.models.export_checks import refuse_style
+    from fdfo_engine.models.export_styles import refuse_style
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.run_folder import run_config
     from fdfo_engine.runtime.terminal import shown
@@ -61,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_absent_average(arguments, config)
     refuse_style(arguments.style, config.model, _STYLE_OPTIONS.get(arguments.style))
     with shown() as terminal, terminal.working("export"):
+        from fdfo_engine.exporting import export_run
+
         epoch = export_run(
             arguments.run_dir, arguments.out, checkpoint=arguments.checkpoint, weights=arguments.weights,
             style=arguments.style, overwrite=arguments.overwrite, base=arguments.base,

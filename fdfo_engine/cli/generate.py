@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdfo_engine import __version__
 from fdfo_engine.cli.options import (
     SHAPES_COUNT,
     add_base,
@@ -75,10 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     with shown() as terminal:
         sets = _images(arguments, config, prompts, checkpoints, terminal)
-    _write(arguments.out, prompts, sets)
+    _write(arguments.out, prompts, sets, _origin(arguments, config))
     if arguments.film:
         _write_film(arguments, prompts, sets)
-    say(f"{len(prompts)} prompts, {' and '.join(sets)}: {arguments.out / 'grid.png'}")
+        _tell_of_missing_frames(config, len(checkpoints))
+    counted = "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+    say(f"{counted}, {' and '.join(sets)}: {arguments.out / 'grid.png'}")
     return 0
 
 
@@ -136,7 +139,20 @@ def _images(
     return sets
 
 
-def _write(out: Path, prompts: list[str], sets: dict[str, Tensor]) -> None:
+def _origin(arguments: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """What a picture depends on beside its prompt, its index and the weights."""
+    model, sampling, guidance = config.model, config.sampling, arguments.guidance_scale
+    origin = {
+        "run": config.run.dir, "model": model.id, "seed": arguments.seed, "steps": arguments.steps or sampling.steps,
+        "guidance_scale": sampling.guidance_scale if guidance is None else guidance, "height": model.height,
+        "width": model.width, "fdfo_engine": __version__,
+    }  # fmt: skip
+    embedded = sampling.embedded_guidance
+    return origin if embedded is None else origin | {"embedded_guidance": embedded}
+
+
+def _write(out: Path, prompts: list[str], sets: dict[str, Tensor], origin: dict[str, Any]) -> None:
+    """A PNG for each picture, which says in its text `fdfo_engine` what its line of images.jsonl says."""
     import torch
 
     from fdfo_engine.runtime.picture import draw_grid, save_png, to_picture
@@ -146,8 +162,9 @@ def _write(out: Path, prompts: list[str], sets: dict[str, Tensor]) -> None:
         suffix = "" if name == main else f"_{_slug(name)}"
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             file = f"{i:04d}_{_slug(prompt)}{suffix}.png"
-            save_png(to_picture(image), out / file)
-            records.append(json.dumps({"file": file, "prompt": prompt, "weights": name}) + "\n")
+            record = json.dumps({"file": file, "prompt": prompt, "index": i, "weights": name} | origin)
+            save_png(to_picture(image), out / file, {"fdfo_engine": record})
+            records.append(record + "\n")
     (out / "images.jsonl").write_text("".join(records), encoding="utf-8")
     rows = torch.stack(list(sets.values()), 1).flatten(0, 1)
     captions = [f"{name}: {prompt}" if len(sets) > 1 else prompt for prompt in prompts for name in sets]
@@ -166,6 +183,18 @@ def _write_film(arguments: argparse.Namespace, prompts: list[str], sets: dict[st
     path = arguments.out / ("film.gif" if arguments.film == "gif" else "film.png")
     save_film(frames, path, arguments.frame_ms)
     say(f"film of {len(frames)} frames: {path}")
+
+
+def _tell_of_missing_frames(config: Config, shown: int) -> None:
+    """A run keeps its newest checkpoints only: a film of it passes from the untrained model to the oldest of these."""
+    from fdfo_engine.runtime.console import warn
+
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    if config.run.epochs // every > keep >= shown:
+        warn(
+            f"the film has no frames of earlier epochs: the run keeps its newest {keep} checkpoints; "
+            "checkpoint.keep says how many"
+        )
 
 
 def _slug(prompt: str) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import diffusers
-import transformers
-
+from fdfo_engine.models.advice import without_advice
 from fdfo_engine.models.flow_model import FlowModel, TokenLimit
 from fdfo_engine.runtime.console import visible, warn
 
@@ -45,16 +42,3 @@ def describe_cut(prompts: Sequence[str], limit: TokenLimit) -> str | None:
         f"{cut} of {len(prompts)} prompts are cut: {limit.reader} reads {limit.most} tokens{limit.hint}; "
         f"the longest has {most}: {start!r}"
     )
-
-
-@contextmanager
-def without_advice() -> Iterator[None]:
-    """diffusers and transformers say of each prompt alone that it is cut, some encoders' only, and not from a cache."""
-    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers.utils.logging.set_verbosity(levels[0])
-        transformers.utils.logging.set_verbosity(levels[1])

@@ -8,33 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.config import ModelConfig
-from fdfo_engine.models.flow_model import ExportStyle
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.errors import CheckpointError
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest relative difference (norm) of a tensor that was written in, or loaded into, a dtype."""
-
-
-def refuse_style(style: ExportStyle, settings: ModelConfig, name: str | None = None) -> None:
-    """Refuses a style that a run of these settings cannot have; no model is needed to know.
-
-    Args:
-        style: of the export.
-        settings: of the run's model.
-        name: what the message calls the style.
-
-    Raises:
-        UsageError: comfyui or merged after full training; merged of a run on quantised weights.
-    """
-    name = name or f"export: style {style}"
-    if style != "diffusers" and settings.train == "full":
-        raise UsageError(f"{name} is a LoRA's, and this run trains every weight; takes diffusers")
-    if style == "merged" and settings.quantize:
-        raise UsageError(
-            f"{name}: the LoRA was trained on weights in {settings.quantize}, to which nothing can be added exactly; "
-            "takes diffusers or comfyui"
-        )
 
 
 def require_adapter(network: Any, folded: dict[str, Tensor], folder: Path) -> None:

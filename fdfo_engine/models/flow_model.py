@@ -7,17 +7,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fdfo_engine.models.export_styles import ExportStyle
 from fdfo_engine.runtime.errors import UsageError
 
 Network = Callable[..., tuple[Tensor, ...]]
 """The transformer, or the training engine that wraps it: called, never looked into (ZeRO-3 gathers in the call)."""
-
-ExportStyle = Literal["diffusers", "comfyui", "merged"]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ NATIVE_FILE = "lora_comfyui.safetensors"
 """What an export in style comfyui writes."""
 
 
+def loads_lora(pipeline_class: Any) -> bool:
+    """Whether pipelines of the class take a LoRA: an export in style diffusers is for those that do."""
+    return hasattr(pipeline_class, "load_lora_weights")
+
+
 class PipelineExport:
     """Writes into a folder that is not there yet; each `write` returns the transformer as it was loaded back."""
 
@@ -54,7 +59,7 @@ class PipelineExport:
             UsageError: the pipeline has no such method.
         """
         pipeline_class = self._model.pipeline_class
-        if not hasattr(pipeline_class, "load_lora_weights"):
+        if not loads_lora(pipeline_class):
             raise UsageError(f"export: style diffusers: a {pipeline_class.__name__} loads no LoRA; takes merged")
         pipeline_class.save_lora_weights(folder, transformer_lora_layers=folded)
         fresh = self._loaded_base()

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
-from fdfo_engine.models.export_checks import refuse_style
+from fdfo_engine.models.export_styles import ExportStyle, refuse_style
 from fdfo_engine.models.finite import first_bad
-from fdfo_engine.models.flow_model import Conditioning, ExportStyle, Grid, Network, TokenLimit
+from fdfo_engine.models.flow_model import Conditioning, Grid, Network, TokenLimit
 from fdfo_engine.models.fused.choice import choose_blocks, refuse_unfit
 from fdfo_engine.models.lora import (
     ADAPTER,
@@ -31,7 +31,7 @@ from fdfo_engine.models.lora import (
 )
 from fdfo_engine.models.lora_targets import describe_layers, of_any_block, target_layers
 from fdfo_engine.models.native_lora import NativeLayers, layers_without_name
-from fdfo_engine.models.pipeline_export import PipelineExport
+from fdfo_engine.models.pipeline_export import PipelineExport, loads_lora
 from fdfo_engine.models.pipeline_loading import become_fake, blank_pipeline, load_pipeline, packing_of
 from fdfo_engine.models.quantized import refuse_packed
 from fdfo_engine.runtime.console import say
@@ -145,6 +145,8 @@ class PipelineModel:
         except ValueError as error:
             raise UsageError(f"lora.targets = {list(targets)}: {error}") from error
         self._lora_scale = lora.alpha / lora.rank
+        if not loads_lora(self.pipeline_class):
+            say(f"lora: a {self.pipeline_class.__name__} loads no LoRA: export takes style merged")
         if lora.targets == "family":
             return
         say(f"lora: {describe_layers(layers)}")

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fdfo_engine.models.cut_prompts import CutPrompts, without_advice
+from fdfo_engine.models.advice import without_advice
+from fdfo_engine.models.cut_prompts import CutPrompts
 from fdfo_engine.models.finite import require_finite_row
 from fdfo_engine.models.flow_model import Conditioning, FlowModel
 from fdfo_engine.models.prompt_store import PromptStore

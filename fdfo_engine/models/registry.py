@@ -3,8 +3,6 @@
 import difflib
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fdfo_engine.config import Config
+from fdfo_engine.models.advice import without_advice
 from fdfo_engine.models.base_model import Base, find_base, model_index, resolve_model_id
 from fdfo_engine.models.few_steps import refuse_many_steps
 from fdfo_engine.models.flow_model import Conditioning, FlowModel
@@ -57,7 +56,7 @@ def locate_base(config: Config) -> Base:
         EnvironmentProblem: the model is neither a pipeline folder nor to be had from the hub.
     """
     loader = _loader(config, resolve_model_id(config.model.id))
-    with _without_advice():
+    with without_advice():
         return find_base(config.model, getattr(loader, "pipeline_class", None))
 
 
@@ -123,7 +122,7 @@ def blank_model(config: Config, mode: FakeTensorMode) -> tuple[FlowModel, Condit
     loader = _loader(config, source)
     if not hasattr(loader, "blank"):
         raise UsageError(f"model.family = {config.model.family!r}: has no `blank`, so it cannot be counted unloaded")
-    with _without_advice():
+    with without_advice():
         blank: tuple[FlowModel, Conditioning] = loader.blank(config, source, mode)
         if hasattr(loader, "pipeline_class"):
             refuse_many_steps(config, model_index(source, config.model.revision).parent)
@@ -135,7 +134,7 @@ def _loader(config: Config, source: str) -> Any:
     family = config.model.family
     if family == "auto" or family in FAMILIES:
         family = _family_of(source, config.model.revision, family)
-    with _without_advice():
+    with without_advice():
         if family not in FAMILIES and ":" in family:
             return own_callable(family, "model.family")
         if family not in FAMILIES:
@@ -145,25 +144,6 @@ def _loader(config: Config, source: str) -> Any:
             raise UsageError(f"model.family = {family!r}: takes {takes}{hint}")
         module, _, attribute = FAMILIES[family][1].partition(":")
         return getattr(importlib.import_module(module), attribute)
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """transformers advises to install torchvision for image processors that no text-to-image pipeline uses.
-
-    diffusers tells at length that the hub was not reached, although all files are here.
-    """
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    levels = [(logging, logging.get_verbosity()) for logging in (of_diffusers, of_transformers)]
-    for logging, _ in levels:
-        logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logging, level in levels:
-            logging.set_verbosity(level)
 
 
 def _family_of(model_id: str, revision: str | None, wanted: str) -> str:

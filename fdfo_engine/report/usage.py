@@ -9,6 +9,11 @@ from pathlib import Path
 from fdfo_engine.config import Config
 
 _INDEX = "model_index.json"
+_ABSENT = (
+    "The pipeline has none of the parts that are given as `None`, and its index says so; diffusers drops such entries "
+    "as it reads the index, and then asks for every part that the pipeline's class does not list among its "
+    "`_optional_components`."
+)
 
 
 def usage(config: Config, base: str, folder: Path) -> str:
@@ -53,7 +58,8 @@ def _python(config: Config, arguments: str, lora: str | None) -> str:
         *([f"pipe.load_lora_weights({json.dumps(lora)})"] if lora else []),
         f'image = pipe("a prompt", {call}, guidance_scale={_guidance(config):g}).images[0]',
     ]
-    return "```python\n" + "\n".join(lines) + f"\n```\n\n{_guidance_words(config)}"
+    words = [_guidance_words(config), *([_ABSENT] if "=None" in arguments else [])]
+    return "```python\n" + "\n".join(lines) + f"\n```\n\n{' '.join(words)}"
 
 
 def _guidance(config: Config) -> float:

@@ -8,7 +8,6 @@ written under a temporary name, synced, and renamed: under its final name it is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,28 +16,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import (
     open_to_readers,
     plain_json,
     require_room,
+    sealed_json,
     sha256_of,
     storage_error,
     sync_file,
     sync_folder,
+    unsealed_json,
     write_synced,
 )
 from fdfo_engine.runtime.environment import package_version
 from fdfo_engine.runtime.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCHEMA_VERSION = 1
 _MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"
 _STATE = "state.json"
 _TEMPORARY = ".tmp-"
 _REPLACED = ".replaced-"
@@ -152,6 +155,20 @@ class CheckpointStore:
             return None
         raise CheckpointError("\n  ".join([f"{self.folder}: no usable checkpoint", *reasons]))
 
+    def newest_state(self) -> dict[str, Any] | None:
+        """The state of the newest checkpoint, whose files are verified; None if there is none, or it is damaged.
+
+        Raises:
+            CheckpointError: it was written by a later schema, whose version it names.
+        """
+        committed = self._committed()
+        if not committed:
+            return None
+        try:
+            return _verified_state(committed[max(committed)])[1]
+        except _DamagedError:
+            return None
+
     def _committed(self) -> dict[str, Path]:
         """Name -> folder. One set aside by a killed replacement counts until its successor is there."""
         if not self.folder.is_dir():
@@ -214,6 +231,8 @@ class _DamagedError(Exception):
 
 
 def _write_contents(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
     for stem, group in tensors.items():
         shards = _shards(group)
         for i, names in enumerate(shards, 1):
@@ -229,7 +248,7 @@ def _write_contents(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())},
     }
-    write_synced(folder / _MANIFEST, _manifest_bytes(manifest))
+    write_synced(folder / _MANIFEST, sealed_json(manifest, _SEAL))
     sync_folder(folder)
 
 
@@ -246,37 +265,42 @@ def _shards(group: Mapping[str, Tensor]) -> list[list[str]]:
     return shards
 
 
-def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The one text of `manifest`, with its own SHA-256: who encodes what he read again notices any flipped bit."""
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "manifest_sha256": digest}, indent=1, sort_keys=True).encode()
-
-
 def _read_verified(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    names, state = _verified_state(folder)
+    try:
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name in (n for n in names if n.endswith(".safetensors")):
+            tensors.setdefault(_SHARD.sub("", Path(name).stem), {}).update(load_file(folder / name))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return tensors, state
+
+
+def _verified_state(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """The names of a checkpoint's files, each of which is as it was written, and its state."""
     try:
         files = _read_manifest(folder)
         for name, (size, digest) in files.items():
             _verify_file(folder / name, size, digest)
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name in (n for n in files if n.endswith(".safetensors")):
-            tensors.setdefault(_SHARD.sub("", Path(name).stem), {}).update(load_file(folder / name))
-        return tensors, json.loads((folder / _STATE).read_bytes())
+        return list(files), json.loads((folder / _STATE).read_bytes())
     except OSError as error:
-        raise _DamagedError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> _DamagedError:
+    return _DamagedError(f"{error.filename or folder} cannot be read: {error.strerror}")
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / _MANIFEST
     if not path.is_file():
         raise _DamagedError(f"{path} is missing")
-    data = path.read_bytes()
     try:
-        manifest = json.loads(data)
-        del manifest["manifest_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"{path} ({len(data)} bytes) is not a manifest") from error
-    if _manifest_bytes(manifest) != data:
-        raise _DamagedError(f"{path} is not as it was written")
+        manifest = unsealed_json(path, _SEAL)
+    except ValueError as error:
+        raise _DamagedError(str(error)) from error
     if manifest["schema_version"] > SCHEMA_VERSION:
         _refuse_newer(folder, manifest)
     if not all(_NAME.fullmatch(name) for name in manifest["files"]):

@@ -106,6 +106,30 @@ def plain_json(value: Any) -> Any:
     return value
 
 
+def sealed_json(record: Mapping[str, Any], key: str) -> bytes:
+    """The one text of `record`, with its SHA-256 as `key` in it: who encodes what he read notices any flipped bit."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**record, key: digest}, indent=1, sort_keys=True).encode()
+
+
+def unsealed_json(path: Path, key: str) -> dict[str, Any]:
+    """The record of which `sealed_json` made the text in `path`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the text is not as it was written.
+    """
+    data = path.read_bytes()
+    try:
+        record: dict[str, Any] = json.loads(data)
+        del record[key]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} ({len(data)} bytes) is no record of ours") from error
+    if sealed_json(record, key) != data:
+        raise ValueError(f"{path} is not as it was written")
+    return record
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -9,8 +9,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = (
     "fdfo-engine", "torch", "diffusers", "transformers", "peft", "deepspeed", "triton", "safetensors", "xformers",
 )  # fmt: skip
@@ -40,6 +38,8 @@ def user_cache(name: str) -> Path:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, devices and CPU of this machine, ready for JSON; an absent package has version null."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -63,6 +63,8 @@ def _cpu() -> dict[str, Any]:
 
 
 def _devices() -> list[dict[str, Any]]:
+    import torch
+
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

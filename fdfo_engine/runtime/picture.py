@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fdfo_engine.runtime.console import visible
@@ -57,10 +59,13 @@ def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Im
     return sheet
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Writes `picture` to `path`, with its folders."""
+def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes `picture` to `path`, with its folders; `texts` by their keywords are kept in the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
+    chunks = PngInfo()
+    for keyword, text in texts.items():
+        chunks.add_text(keyword, text)
+    picture.save(path, format="PNG", pnginfo=chunks)
 
 
 def save_film(frames: Sequence[Image.Image], path: Path, frame_ms: int) -> None:

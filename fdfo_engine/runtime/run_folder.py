@@ -19,6 +19,7 @@ from fdfo_engine.runtime.durable import replace_file, require_room, storage_erro
 from fdfo_engine.runtime.environment import describe_environment
 from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
 from fdfo_engine.runtime.event_log import truncate_events
+from fdfo_engine.runtime.lost_checkpoints import refuse_lost_checkpoints
 from fdfo_engine.runtime.run_lock import RunLock
 from fdfo_engine.runtime.run_status import RunStatus
 
@@ -69,7 +70,7 @@ class RunFolder:
             UsageError: another process has the folder (names it), it was made with other settings (names the keys),
                 or it holds a run without settings. Nothing in it was changed.
             CheckpointError: its settings are damaged, it began with another base model (names the files that differ),
-                or the storage cannot be written.
+                all checkpoints that it has saved are gone, or the storage cannot be written.
         """
         path = Path(path)
         _make(path)
@@ -78,6 +79,7 @@ class RunFolder:
         try:
             probe_storage(path)
             record_config(path, config_text, base=base, has_moved=has_moved, may_change=may_change)
+            refuse_lost_checkpoints(path, checkpoint_store(path))
             replace_file(path / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=1).encode())
         except BaseException:
             lock.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fdfo_engine.config import Config
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch, Save
@@ -11,7 +12,7 @@ from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.distributed import any_rank, on_main
 from fdfo_engine.runtime.run_events import Told
-from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, read_log
+from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, checkpoint_store, read_log
 from fdfo_engine.runtime.run_pictures import evaluation_images
 
 
@@ -25,9 +26,7 @@ class Evaluations:
 
     def is_due(self) -> bool:
         """Whether the epoch that has just ended is one to evaluate."""
-        epoch, config = self._engine.epoch, self._engine.config
-        every = config.evaluation.every
-        return bool(every) and (epoch % every == 0 or epoch == config.run.epochs)
+        return _is_due(self._engine.config, self._engine.epoch)
 
     def catch_up(self, *, resumed: bool) -> None:
         """Evaluates what a run evaluates before it begins, or what a stop or a failure kept it from."""
@@ -56,5 +55,27 @@ class Evaluations:
         self._told.tell(evaluation_images(engine.epoch, result.prompts, result.images, scores))
 
     def _lacks_the_last(self) -> bool:
-        lines = read_log(Path(self._engine.config.run.dir) / EVALUATIONS_NAME)
-        return not lines or int(lines[-1]["epoch"]) < self._engine.epoch
+        return _lacks_evaluation(self._engine.config, self._engine.epoch)
+
+
+def finished_epoch(config: Config) -> int:
+    """The last epoch of a run whose folder shows that nothing is left to do; else 0. On rank 0.
+
+    A guard that may end a run has the last word on it, and needs the engine: such a run counts as one with work left.
+    """
+    state = checkpoint_store(config.run.dir).newest_state()
+    epoch = 0 if state is None else int(state["epoch"])
+    owes = _is_due(config, epoch) and _lacks_evaluation(config, epoch)
+    is_judged = config.evaluation.guard.action in ("off", "warn")
+    return epoch if epoch >= config.run.epochs and is_judged and not owes else 0
+
+
+def _is_due(config: Config, epoch: int) -> bool:
+    every = config.evaluation.every
+    return bool(every) and (epoch % every == 0 or epoch == config.run.epochs)
+
+
+def _lacks_evaluation(config: Config, epoch: int) -> bool:
+    """Whether the log of evaluations ends before `epoch`."""
+    lines = read_log(Path(config.run.dir) / EVALUATIONS_NAME)
+    return not lines or int(lines[-1]["epoch"]) < epoch

@@ -109,6 +109,7 @@ def _rewards(config: Config, read: _Prompts) -> str:
     for rewards in (weighted, metrics):
         rewards.require_ready()
     weighted.require_prompts(read.trained.prompts)
+    metrics.require_prompts(read.held_out.prompts[: config.evaluation.count])
     further = [f"{name} (metric)" for name in metrics.rewards if name not in weighted.rewards]
     return ", ".join([*weighted.rewards, *further])
 

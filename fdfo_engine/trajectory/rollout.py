@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fdfo_engine.ops import Solver, replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
-from fdfo_engine.runtime.durable import open_to_readers
+from fdfo_engine.runtime.durable import open_to_readers, sealed_json, sha256_of, unsealed_json
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.trajectory.renoised import Renoising
 
 _ON_DEVICE = ("images", "velocities", "direction", "finals")
+_SEAL = "record_sha256"
 _TENSORS = (*_ON_DEVICE, "distance", "gammas", "sigmas", "timesteps")
 
 
@@ -164,27 +165,52 @@ class Rollout:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in _TENSORS}
         there = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
-        save_file(there, folder / f"{stem}.safetensors")
+        file = folder / f"{stem}.safetensors"
+        save_file(there, file)
         open_to_readers(folder)
-        fields = {k: v for k, v in vars(self).items() if k not in _TENSORS} | {"world_size": world_size()}
-        (folder / f"{stem}.json").write_text(json.dumps(fields, indent=1))
+        record = {
+            "fields": {name: value for name, value in vars(self).items() if name not in _TENSORS},
+            "world_size": world_size(),
+            "tensors_sha256": sha256_of(file),
+        }
+        (folder / f"{stem}.json").write_bytes(sealed_json(record, _SEAL))
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str | None = None) -> Rollout:
         """Reads what `save` wrote, this rank's part of it, to `device`: by default this rank's GPU where there is one.
 
         Raises:
-            CheckpointError: `folder` holds no rollout, or one of another number of ranks.
+            CheckpointError: `folder` holds no rollout, a damaged one, one of another version, or one of another number
+                of ranks.
         """
         folder, stem = Path(folder), f"rollout_{rank():05d}"
         if not (folder / f"{stem}.json").is_file():
             raise CheckpointError(f"{folder}: no {stem}.json; Rollout.save writes one")
-        fields = json.loads((folder / f"{stem}.json").read_text())
-        ranks = fields.pop("world_size")
-        if ranks != world_size():
-            raise CheckpointError(f"{folder}: a rollout of {ranks} ranks, loaded on {world_size()}")
+        fields = _verified_fields(folder, stem)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         tensors |= {name: tensors[name].to(device) for name in _ON_DEVICE if name in tensors}
         return cls(**tensors, **fields)
+
+
+def _verified_fields(folder: Path, stem: str) -> dict[str, Any]:
+    """The fields of a rollout beside its tensors, where both files are as they were written.
+
+    Raises:
+        CheckpointError: as `Rollout.load`.
+    """
+    try:
+        record = unsealed_json(folder / f"{stem}.json", _SEAL)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if record["world_size"] != world_size():
+        raise CheckpointError(f"{folder}: a rollout of {record['world_size']} ranks, loaded on {world_size()}")
+    fields: dict[str, Any] = record["fields"]
+    own = {field.name for field in dataclasses.fields(Rollout)} - set(_TENSORS)
+    if differing := sorted(fields.keys() ^ own):
+        raise CheckpointError(f"{folder}: a rollout of another version of fdfo_engine: {', '.join(differing)}")
+    tensors = folder / f"{stem}.safetensors"
+    if not tensors.is_file() or sha256_of(tensors) != record["tensors_sha256"]:
+        raise CheckpointError(f"{tensors}: not as it was written")
+    return fields

@@ -45,6 +45,8 @@ def test_a_grid_has_a_row_for_each_prompt_and_a_column_for_each_checkpoint(run_d
     images = engine.generate(["a cat", "a dog"], seed=3)
     for record, image in zip(records[2:4], images, strict=True):
         assert np.array_equal(pixels(tmp_path / "out" / record["file"]), to_picture(image))
+        with Image.open(tmp_path / "out" / record["file"]) as picture:
+            assert json.loads(picture.text["fdfo_engine"]) == record
     assert pixels(tmp_path / "out/grid.png").shape[:2] == draw_grid(images[[0, 0, 0, 1, 1, 1]], [""] * 6, 3).size[::-1]
 
 
@@ -64,6 +66,21 @@ def test_a_film_begins_untrained_and_has_a_frame_for_each_checkpoint(run_dir, tm
         picture = pixels(tmp_path / f"out/0000_a_cat{suffix}.png")
         shown = frame[4 : 4 + 192, 4 : 4 + 192][::12, ::12]
         assert np.abs(shown - picture).mean() < (0.5 if kind == "apng" else 12), name
+
+
+def test_a_picture_says_how_it_is_made_again(run_dir, tmp_path, capsys):
+    *_, record = generate(run_dir, tmp_path / "out", "--seed", "3", "--steps", "2", "--guidance-scale", "1.5")
+    assert capsys.readouterr().out.startswith("2 prompts, epoch 3: ")
+    engine = Engine.resume(run_dir)
+    assert (record["model"], record["height"], record["width"]) == (engine.config.model.id, 16, 16)
+    words = {key: record[key] for key in ("seed", "steps", "guidance_scale")}
+    image = engine.generate([record["prompt"]], first=record["index"], **words)[0]
+    assert np.array_equal(pixels(tmp_path / "out" / record["file"]), to_picture(image))
+
+
+def test_a_film_says_what_it_cannot_show(run_dir, tmp_path, capsys):
+    generate(run_dir, tmp_path / "out", "--checkpoint", "all", "--film", "gif", "--steps", "1")
+    assert "the run keeps its newest 2 checkpoints" in capsys.readouterr().err
 
 
 def test_prompts_of_a_table_and_a_wrong_checkpoint(run_dir, tmp_path, capsys):

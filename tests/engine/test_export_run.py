@@ -80,6 +80,19 @@ def test_the_command_refuses_before_anything_is_loaded(tmp_path, capsys, changes
     assert not (tmp_path / "out").exists()
 
 
+def test_a_style_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(dump_config(tiny_config(tmp_path, tmp_path / "run")))
+    code = (
+        "import sys\nfrom fdfo_engine.cli.main import main\n"
+        "assert main(['export', 'run', 'out', '--ema']) == 2 and main(['status', 'nowhere']) == 2\n"
+        "assert not {'torch', 'diffusers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--ema: the run keeps no average" in done.stderr
+
+
 @pytest.mark.slow
 def test_neither_deepspeed_nor_a_group(engine, tmp_path):
     script = (

@@ -108,3 +108,5 @@ def test_the_same_command_on_a_finished_run_changes_nothing(runs):
     assert "finished already" in done.stdout + done.stderr
     assert (runs / "broken/run/metrics.jsonl").read_bytes() == before
     assert not (runs / "idle.txt").exists()
+    assert "pair ops run on" not in done.stdout  # said once a model is loaded
+    assert json.loads((runs / "broken/run/status.json").read_text())["epoch"] == EPOCHS

@@ -15,6 +15,7 @@ from tiny_sd3 import tiny_config, tiny_tree
 from fdfo_engine.loop import run
 from fdfo_engine.rewards import background, registry
 from fdfo_engine.rollout.sampler import PairedSampler
+from fdfo_engine.runtime.durable import sealed_json
 from fdfo_engine.runtime.errors import RewardError, Stopped
 
 
@@ -173,14 +174,38 @@ def test_a_model_a_server_and_a_question_train_together(tiny_sd3, tmp_path, caps
     assert "pull" in capsys.readouterr().out
 
 
-def test_a_damaged_rollout_is_sampled_again(tiny_sd3, tmp_path, reward, sampled, capsys):
+def cut_short(file):
+    file.write_bytes(b"x" * 100)
+
+
+def with_a_flipped_bit(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4  # of the last tensor's numbers, or of the fields
+    file.write_bytes(data)
+
+
+def with_a_field_more(file):
+    record = json.loads(file.read_text())
+    del record["record_sha256"]
+    record["fields"]["colour"] = 1
+    file.write_bytes(sealed_json(record, "record_sha256"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".safetensors", cut_short), (".safetensors", with_a_flipped_bit), (".json", with_a_flipped_bit),
+        (".json", with_a_field_more),
+    ],
+)  # fmt: skip
+def test_a_damaged_rollout_is_sampled_again(tiny_sd3, tmp_path, reward, sampled, capsys, suffix, damage):
     def gone(call):
         raise RewardError("the server is gone")
 
     reward["fail"] = gone
     with pytest.raises(RewardError):
         run(settings(tiny_sd3, tmp_path / "run"))
-    (tmp_path / "run/unscored/rollout_00000.safetensors").write_bytes(b"x" * 100)
+    damage(tmp_path / f"run/unscored/rollout_00000{suffix}")
     reward["fail"] = lambda call: None
     run(settings(tiny_sd3, tmp_path / "run"))
     assert "sampling again" in capsys.readouterr().err

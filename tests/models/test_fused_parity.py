@@ -1,6 +1,7 @@
 """Fused transformers against diffusers' own forward and backward."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fused_models import (
     inputs,
 )
 
-from fdfo_engine.models.fused import fuse
+from fdfo_engine.models.fused import families, fuse
 from fdfo_engine.models.lora import adapters_off
 from fdfo_engine.runtime.errors import UsageError
 
@@ -153,6 +154,14 @@ def test_other_attention_arguments_go_to_diffusers_or_are_refused(variant, capsy
     fuse(model, required=True)
     with pytest.raises(UsageError, match=f"{name} has ip_adapter_masks"):
         model(**given)
+
+
+def test_an_argument_that_no_block_has_is_named(variant, monkeypatch):
+    model = build(variant)
+    family = families.family_of(model)._replace(attention_arguments="joint_kwargs")
+    monkeypatch.setattr(sys.modules["fdfo_engine.models.fused.fuse"], "family_of", lambda _: family)
+    with pytest.raises(UsageError, match=r"attention_arguments = 'joint_kwargs': \w+.forward has no such argument"):
+        fuse(model)
 
 
 def test_skipped_layers(variant):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from diffusers import StableDiffusion3Pipeline
 from tiny_sd3 import tiny_config
 
 from fdfo_engine.config import load_config
@@ -53,6 +54,8 @@ def test_guidance_is_that_of_the_pipeline(tiny_sd3, tmp_path):
 def test_the_bundled_miniature_loads_by_its_snippet():
     """Its index names no third text encoder, and its parts lie in several dtypes."""
     code = re.search(r"```python\n(.*?)```", usage(load_config("shapes"), "shapes", shapes_base()), flags=re.S)[1]
+    assert "=None" in code
+    assert not {"text_encoder_3", "tokenizer_3"} & set(StableDiffusion3Pipeline._optional_components)  # why
     found = {}
     exec(compile(code.replace(f'"{shapes_base().name}"', repr(str(shapes_base()))), "card", "exec"), found)
     assert found["image"].size == (64, 64)

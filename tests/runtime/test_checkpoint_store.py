@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fdfo_engine.runtime.checkpoint import SCHEMA_VERSION, CheckpointStore, _manifest_bytes
+from fdfo_engine.runtime.checkpoint import SCHEMA_VERSION, CheckpointStore
+from fdfo_engine.runtime.durable import sealed_json
 from fdfo_engine.runtime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +157,7 @@ def test_newer_schema_is_refused(tmp_path):
     path = tmp_path / "epoch_000002" / "manifest.json"
     manifest = json.loads(path.read_bytes()) | {"schema_version": SCHEMA_VERSION + 1, "fdfo_engine": "9.9"}
     del manifest["manifest_sha256"]
-    path.write_bytes(_manifest_bytes(manifest))
+    path.write_bytes(sealed_json(manifest, "manifest_sha256"))
     with pytest.raises(CheckpointError, match=r"schema 2, .* up to 1: install fdfo-engine 9\.9"):
         store.load()
 
@@ -167,7 +168,7 @@ def test_manifest_cannot_point_outside(tmp_path):
     manifest = json.loads(path.read_bytes())
     del manifest["manifest_sha256"]
     manifest["files"]["../../secret.safetensors"] = manifest["files"]["weights.safetensors"]
-    path.write_bytes(_manifest_bytes(manifest))
+    path.write_bytes(sealed_json(manifest, "manifest_sha256"))
     with pytest.raises(CheckpointError, match="outside its folder"):
         store.load(strict=True)
 
@@ -304,3 +305,15 @@ def test_300_kills_lose_nothing(tmp_path):
 def test_the_harness_catches_a_writer_in_place(tmp_path):
     counts = harness(tmp_path / "c", 100, "naive")
     assert counts["unloadable"] + counts["torn"] > 10, counts
+
+
+def test_the_newest_state_is_known_without_its_tensors(tmp_path, monkeypatch):
+    store = saved(tmp_path, 1, 2)
+    monkeypatch.setattr("safetensors.torch.load_file", None)
+    assert store.newest_state() == {"epoch": 2, "note": "é"}
+    path = tmp_path / "epoch_000002" / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert store.newest_state() is None
+    assert CheckpointStore(tmp_path / "nowhere").newest_state() is None

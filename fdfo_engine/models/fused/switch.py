@@ -33,7 +33,8 @@ class Switch:
     """Runs `fused`, the forward of `module`, as long as `reasons()` is empty, and else the forward of its class.
 
     It stands as the attribute `forward` of `module`. Hooks that wrap that attribute later keep what they find there, so
-    a switch stays where it is and is turned `off` in the end. `unknown` names arguments that `fused` can't take.
+    a switch stays where it is and is turned `off` in the end. `unknown` names arguments that `fused` can't take; one
+    that the forward of the class does not have is a UsageError.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class Switch:
         self._fused, self._reasons, self._notice = fused, reasons, notice
         self.__wrapped__ = fused  # what inspect.signature reads
         names = list(inspect.signature(type(module).forward).parameters)[1:]
+        if absent := [name for name in unknown if name not in names]:
+            raise UsageError(
+                f"attention_arguments = {absent[0]!r}: {type(module).__name__}.forward has no such argument; it takes "
+                f"{', '.join(names)}"
+            )
         self._num_own, self._unknown = len(names), {name: names.index(name) for name in unknown}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
