@@ -158,6 +158,16 @@ class _Verbs:
         return (yield from self._operation("/v1/rounds", _given(prompts=prompts, count=count, **options)))
 
     @_verb
+    def compare(self, *, count: int | None = None, seed: int | None = None) -> _Steps:
+        """Draws pairs of the untrained and the trained model: `{round, pairs, ...}`, a round that never trains."""
+        return (yield from self._operation("/v1/comparisons", _given(count=count, seed=seed)))
+
+    @_verb
+    def rounds(self) -> _Steps:
+        """All rounds, oldest first."""
+        return (yield from self._get("/v1/rounds"))["rounds"]
+
+    @_verb
     def round(self, name: str) -> _Steps:
         """One round."""
         return (yield from self._get(f"/v1/rounds/{name}"))
@@ -173,6 +183,11 @@ class _Verbs:
         """Records `{pair_id, choice}` or `{pair_id, scores: {image id: number}}`; returns ids of the events."""
         body = {"rater": rater, "judgements": list(judgements)}
         return (yield from self._post(f"/v1/rounds/{name}/feedback", body))["events"]
+
+    @_verb
+    def opinions(self, name: str, *, rater: str | None = None) -> _Steps:
+        """Every event of feedback of a round, oldest first, with what was replaced or taken back."""
+        return (yield from self._get(f"/v1/rounds/{name}/feedback", _given(rater=rater)))["opinions"]
 
     @_verb
     def withdraw(self, name: str, event: int) -> _Steps:

@@ -21,6 +21,7 @@ from fdfo_engine.config.algorithm import AlgorithmConfig, FdfoAlgorithm
 from fdfo_engine.config.churn import ChurnConfig, RawChurn
 from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
+from fdfo_engine.config.labels import LabelsConfig
 from fdfo_engine.config.model import LoraConfig, ModelConfig
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secret_keys
 from fdfo_engine.config.section import Auto, Name, Section, frozen_list, no_number, refuse
@@ -386,6 +387,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     kernels: KernelsConfig = KernelsConfig()
+    labels: LabelsConfig = LabelsConfig()
 
     def with_base(self, place: object) -> "Config":
         """The same settings, with the base model at another place: a folder or a hub id."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -29,6 +30,23 @@ Wish = Literal["idle", "running"]
 MAX_QUEUED = 1000
 GAP_WAIT_S = 5.0
 _IMAGE_ID = re.compile("[0-9a-f]{32}")
+
+
+def weighed_by_distance(
+    rewards: Mapping[str, Sequence[float]], distances: Mapping[str, float]
+) -> dict[str, list[float]]:
+    """Rewards of each pair, drawn together around their mean by `min(1, distance / median distance)`.
+
+    A choice says 1 and 0 however alike the two images are, and its gradient goes as 1 / distance: without this, pairs
+    that a person can hardly tell apart pull hardest.
+    """
+    median = statistics.median(distances.values())
+    weighed = {}
+    for pair, (first, second) in rewards.items():
+        share = min(1.0, distances[pair] / median) if median > 0 else 1.0
+        mean, half = (first + second) / 2, share * (first - second) / 2
+        weighed[pair] = [mean + half, mean - half]
+    return weighed
 
 
 class Bell:
@@ -217,6 +235,13 @@ class Backend:
             str(pair): [sum(branch) / len(given) for branch in zip(*given, strict=True)]
             for pair, given in sorted(by_pair.items())
         }
+
+    def training_rewards(self, name: str) -> dict[str, list[float]]:
+        """`rewards_of`, with choices weighed by distance where `labels.scale` says so."""
+        rewards, opinions = self.rewards_of(name), self.rounds.opinions(name)
+        if self.config.labels.scale == "none" or any(opinion.kind != "choice" for opinion in opinions):
+            return rewards
+        return weighed_by_distance(rewards, {str(pair.pair): pair.distance for pair in self.rounds.pairs(name)})
 
     def shown(self, pair: StoredPair, rater: str) -> tuple[int, int]:
         """The branches at the left and at the right for `rater`: the same at each call, and even over pairs."""

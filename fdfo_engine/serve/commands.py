@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.engine import Engine
+from fdfo_engine.evaluation import evaluation_list
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rollout.prompts import PromptList
 from fdfo_engine.runtime.checkpoint import checkpoint_name
@@ -23,11 +24,13 @@ from fdfo_engine.runtime.picture import save_png, to_picture
 from fdfo_engine.runtime.run_events import Told
 from fdfo_engine.runtime.run_folder import checkpoint_store
 from fdfo_engine.serve.problems import Problem
-from fdfo_engine.serve.rounds import StoredPair
-from fdfo_engine.serve.weights import weights_named
+from fdfo_engine.serve.rounds import COMPARISON_OPERATION, MAX_PROMPTS, StoredPair
+from fdfo_engine.serve.weights import BASE, RUN, weights_named
 from fdfo_engine.trajectory import Rollout
 
 SERVE_FOLDER = "serve"
+COMPARED_PAIRS = 1 << 40
+"""Pairs of comparisons are counted from here: no run samples so many of its own."""
 Result = dict[str, Any]
 
 
@@ -62,6 +65,7 @@ class Commands:
             "train": self.train,
             "generate": self.generate,
             "export": self.export,
+            COMPARISON_OPERATION: self.compare,
             "checkpoint": self.save_state,
         }
         return methods[kind](body, number)
@@ -79,7 +83,7 @@ class Commands:
         else:
             rollout = engine.rollout([text for text in texts for _ in range(of)])
             rollout = self._most_distant(rollout, len(texts), of)
-            self._write_images(rollout)
+            together(lambda: self._save_images(rollout.pair_ids, rollout.images))
             self._keep(name, rollout)
         distances = all_gather_rows(rollout.distance).tolist()
         ids = rollout.kept or list(range(rollout.first_pair, rollout.first_pair + rollout.num_pairs))
@@ -98,6 +102,28 @@ class Commands:
             ],
         }
 
+    def compare(self, body: Mapping[str, Any], number: int) -> Result:
+        """Images of held-out prompts, by the untrained model (branch 0) and by the trained one: round `c{number}`."""
+        engine, seed = self.engine, body["seed"]
+        prompts = evaluation_list(engine.config).of_pairs(range(body["count"]))
+        images = torch.stack(
+            [engine.generate(prompts, seed=seed, weights=weights_named(engine, m)) for m in (BASE, RUN)], 1
+        )
+        first = COMPARED_PAIRS + number * MAX_PROMPTS
+        ids = range(first, first + len(prompts))
+        on_main(lambda: self._save_images(ids, torch.stack(drawn, 1)))
+        return {
+            "round": f"c{number}",
+            "first_pair": first,
+            "sampled": len(prompts),
+            "epoch": engine.epoch,
+            "weights_version": engine.weights_version,
+            "pairs": [
+                {"pair_id": pair, "prompt": prompt, "images": list(self._image_ids(pair)), "distance": 0.0}
+                for pair, prompt in zip(ids, prompts, strict=True)
+            ],
+        }
+
     def _texts(self, body: Mapping[str, Any]) -> list[str]:
         """One a pair that the round shows."""
         prompts = body.get("prompts")
@@ -113,16 +139,12 @@ class Commands:
         best = all_gather_rows(rollout.distance).view(count, of).argmax(1)
         return rollout.keep([rollout.first_pair + row * of + int(choice) for row, choice in enumerate(best)])
 
-    def _write_images(self, rollout: Rollout) -> None:
+    def _save_images(self, pairs: Sequence[int], images_PK: Tensor) -> None:
         folder = self.folder / "images"
-
-        def write() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for pair, images in zip(rollout.pair_ids, rollout.images, strict=True):
-                for image, picture in zip(self._image_ids(pair), images, strict=True):
-                    save_png(to_picture(picture), folder / f"{image}.png")
-
-        together(write)
+        folder.mkdir(parents=True, exist_ok=True)
+        for pair, images in zip(pairs, images_PK, strict=True):
+            for image, picture in zip(self._image_ids(pair), images, strict=True):
+                save_png(to_picture(picture), folder / f"{image}.png")
 
     def _image_ids(self, pair: int) -> tuple[str, str]:
         """Nobody without the server's secret can tell from an id which branch it is."""

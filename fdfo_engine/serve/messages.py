@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fdfo_engine.serve.queue import Operation, OperationState
-from fdfo_engine.serve.rounds import RoundState
+from fdfo_engine.serve.rounds import MAX_PROMPTS, RoundKind, RoundState
 
-MAX_PROMPTS = 4096
 MAX_PROMPT_CHARACTERS = 16_384
 MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exact
 
@@ -97,6 +96,8 @@ class RoundBody(Answer):
     """A set of pairs that were sampled with one state of the weights, and train once."""
 
     id: str
+    kind: RoundKind
+    """training, or a comparison of the untrained model (branch 0) with the trained one, which never trains."""
     state: RoundState
     """open takes feedback; sealed and trained do not."""
     operation: int
@@ -111,6 +112,12 @@ class RoundBody(Answer):
     """Optimiser steps taken before it was sampled."""
     labelled: int
     """Pairs on which somebody has an opinion."""
+
+
+class RoundsBody(Answer):
+    """All rounds, oldest first."""
+
+    rounds: list[RoundBody]
 
 
 class PairBody(Answer):
@@ -165,6 +172,43 @@ class FeedbackBody(Answer):
 
     events: list[int]
     """Ids, one a judgement: a DELETE takes one back."""
+
+
+class OpinionBody(Answer):
+    """One event of feedback."""
+
+    event: int
+    pair_id: int
+    rater: str
+    choice: Literal["left", "right", "tie", "skip"] | None = None
+    """As it was shown; nothing where the opinion is scores."""
+    rewards: list[float | None]
+    """Of branch 0 and branch 1."""
+    swapped: bool = False
+    ms: int | None = None
+    flips: int | None = None
+    zooms: int | None = None
+    withdrawn: bool
+    """Whether it was taken back."""
+    counts: bool
+    """Whether it is the newest of its pair and rater."""
+    time: float
+    """Seconds since 1970."""
+
+
+class OpinionsBody(Answer):
+    """Feedback of a round, oldest first, with what was taken back or replaced."""
+
+    opinions: list[OpinionBody]
+
+
+class Comparison(Request):
+    """Draws images of fixed prompts and seeds by the untrained and by the trained model, to be judged blindly."""
+
+    count: Annotated[int, Field(ge=1, le=MAX_PROMPTS)] | None = None
+    """Pairs; by default `labels.comparison`."""
+    seed: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
+    """Of the noise; by default `evaluation.seed`."""
 
 
 class Withdrawn(Answer):

@@ -17,7 +17,19 @@ from fdfo_engine.serve.database import Database, as_text, digest
 from fdfo_engine.serve.problems import Problem
 
 RoundState = Literal["open", "sealed", "trained"]
+RoundKind = Literal["training", "comparison"]
+COMPARISON_OPERATION = "compare"
+MAX_PROMPTS = 4096
+"""Pairs of one round at most."""
 
+_ROUNDS = """
+    SELECT rounds.*, seq, operations.kind AS operation_kind FROM rounds JOIN operations ON operations.id = operation
+"""
+_EVENTS = """
+    SELECT feedback.*, EXISTS (SELECT 1 FROM feedback AS later WHERE later.withdrawn = feedback.event) AS is_withdrawn
+    FROM feedback JOIN pairs USING (pair)
+    WHERE round = ? AND feedback.withdrawn IS NULL
+"""
 _OPINIONS = """
     SELECT * FROM feedback JOIN pairs USING (pair)
     WHERE round = ? AND event = (
@@ -40,7 +52,7 @@ class StoredPair:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a rater last said of a pair: rewards of both branches, None without an opinion."""
+    """What a rater said of a pair: rewards of both branches, None without an opinion."""
 
     event: int
     pair: int
@@ -49,6 +61,7 @@ class Opinion:
     rewards: tuple[float | None, float | None]
     details: dict[str, Any]
     time: float
+    is_withdrawn: bool = False
 
 
 class Rounds:
@@ -73,16 +86,15 @@ class Rounds:
             )
 
     def round(self, name: str) -> dict[str, Any] | None:
-        """The row of a round."""
+        """The row of a round, with its `kind`."""
         with self._database.transaction() as db:
-            row = db.execute("SELECT * FROM rounds WHERE id = ?", (name,)).fetchone()
-            return None if row is None else dict(row)
+            row = db.execute(_ROUNDS + " WHERE rounds.id = ?", (name,)).fetchone()
+            return None if row is None else _round(row)
 
     def rounds(self) -> list[dict[str, Any]]:
-        """All rounds, oldest first, each with the `seq` of the primitive that sampled it, or None."""
-        query = "SELECT rounds.*, seq FROM rounds JOIN operations ON operations.id = operation ORDER BY operation"
+        """All rounds, oldest first, each with its `kind` and the `seq` of the primitive that sampled it, or None."""
         with self._database.transaction() as db:
-            return [dict(row) for row in db.execute(query)]
+            return [_round(row) for row in db.execute(_ROUNDS + " ORDER BY operation")]
 
     def set_round_state(self, name: str, state: RoundState) -> None:
         """Moves a round on."""
@@ -161,6 +173,11 @@ class Rounds:
         with self._database.transaction() as db:
             return [_opinion(row) for row in db.execute(_OPINIONS + " ORDER BY event", (name,))]
 
+    def events(self, name: str) -> list[Opinion]:
+        """Every opinion on a round's pairs, oldest first, with those that were replaced or taken back."""
+        with self._database.transaction() as db:
+            return [_opinion(row) for row in db.execute(_EVENTS + " ORDER BY event", (name,))]
+
     def _require_open(self, db: sqlite3.Connection, name: str) -> None:
         state = db.execute("SELECT state FROM rounds WHERE id = ?", (name,)).fetchone()[0]
         if state != "open":
@@ -193,8 +210,15 @@ def _pair(row: sqlite3.Row) -> StoredPair:
     return StoredPair(row["pair"], row["prompt"], row["distance"], (row["image_0"], row["image_1"]))
 
 
+def _round(row: sqlite3.Row) -> dict[str, Any]:
+    kind: RoundKind = "comparison" if row["operation_kind"] == COMPARISON_OPERATION else "training"
+    return dict(row) | {"kind": kind}
+
+
 def _opinion(row: sqlite3.Row) -> Opinion:
     rewards = row["reward_0"], row["reward_1"]
+    is_withdrawn = "is_withdrawn" in row.keys() and bool(row["is_withdrawn"])  # noqa: SIM118 - a Row holds values
     return Opinion(
-        row["event"], row["pair"], row["rater"], row["kind"], rewards, json.loads(row["details"]), row["time"]
+        row["event"], row["pair"], row["rater"], row["kind"], rewards, json.loads(row["details"]), row["time"],
+        is_withdrawn,
     )  # fmt: skip

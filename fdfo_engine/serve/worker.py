@@ -23,6 +23,7 @@ from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.commands import Commands, Result
 from fdfo_engine.serve.problems import Problem, problem_of
 from fdfo_engine.serve.queue import Operation
+from fdfo_engine.serve.rounds import COMPARISON_OPERATION
 from fdfo_engine.serve.talk import Talk
 
 CHANGES_THE_ENGINE = ("sample", "forward_backward", "optim_step", "snapshot", "load_state", "train")
@@ -175,7 +176,7 @@ class Worker:
         """What follows from an operation for the rounds; the same when it is done twice."""
         assert self._backend is not None
         rounds = self._backend.rounds
-        if kind == "sample":
+        if kind in ("sample", COMPARISON_OPERATION):
             self._backend.add_round(number, result)
         elif kind == "train":
             rounds.set_round_state(result["round"], "trained")
@@ -198,7 +199,7 @@ class Worker:
         if operation.kind != "train":
             return operation.body
         assert self._backend is not None
-        return operation.body | {"rewards": self._backend.rewards_of(operation.body["round"])}
+        return operation.body | {"rewards": self._backend.training_rewards(operation.body["round"])}
 
     # after a kill
 

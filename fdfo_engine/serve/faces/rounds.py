@@ -12,20 +12,24 @@ from starlette.responses import Response
 from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.endpoints import Call, Endpoint, answer
 from fdfo_engine.serve.messages import (
+    Comparison,
     Feedback,
     FeedbackBody,
     Judgement,
     OperationBody,
+    OpinionBody,
+    OpinionsBody,
     PairBody,
     PairsBody,
     RaterName,
     RoundBody,
+    RoundsBody,
     Sampling,
     TrainRound,
     Withdrawn,
 )
 from fdfo_engine.serve.problems import FieldProblem, Problem
-from fdfo_engine.serve.rounds import StoredPair
+from fdfo_engine.serve.rounds import COMPARISON_OPERATION, StoredPair
 
 _REWARDS = {"left": (1.0, 0.0), "right": (0.0, 1.0), "tie": (0.5, 0.5), "skip": (None, None)}
 
@@ -41,6 +45,15 @@ class PairsQuery(BaseModel):
     """Only pairs on which this rater has no opinion; they are shown to that rater."""
 
 
+class FeedbackQuery(BaseModel):
+    """Whose."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    rater: RaterName | None = None
+    """Only what this rater said."""
+
+
 async def create(call: Call) -> Response:
     """Samples a round; the operation's result names it."""
     body = call.body.model_dump(exclude_none=True)
@@ -48,6 +61,29 @@ async def create(call: Call) -> Response:
         raise Problem(409, "running", "the run trains by itself", fix="POST /v1/run/pause, and wait until it is idle")
     operation = await run_in_threadpool(call.backend.submit, "sample", body, key=call.key)
     return answer(OperationBody.of(operation), 202)
+
+
+async def compare(call: Call) -> Response:
+    """Draws pairs of the untrained and the trained model; the operation's result names the round they make."""
+    if call.backend.status["weights_version"] == 0:
+        raise Problem(409, "untrained", "nothing was trained yet: both models are the same")
+    labels, evaluation = call.backend.config.labels, call.backend.config.evaluation
+    body = {
+        "count": labels.comparison if call.body.count is None else call.body.count,
+        "seed": evaluation.seed if call.body.seed is None else call.body.seed,
+    }
+    operation = await run_in_threadpool(call.backend.submit, COMPARISON_OPERATION, body, key=call.key)
+    return answer(OperationBody.of(operation), 202)
+
+
+async def read_all(call: Call) -> Response:
+    """All rounds."""
+    backend = call.backend
+
+    def rounds() -> list[RoundBody]:
+        return [_round(backend, row["id"]) for row in backend.rounds.rounds()]
+
+    return answer(RoundsBody(rounds=await run_in_threadpool(rounds)))
 
 
 async def read(call: Call) -> Response:
@@ -59,6 +95,7 @@ def _round(backend: Backend, name: str) -> RoundBody:
     row = backend.round(name)
     return RoundBody(
         id=name,
+        kind=row["kind"],
         state=row["state"],
         operation=row["operation"],
         pairs=len(backend.rounds.pairs(name)),
@@ -89,6 +126,26 @@ def _shown(backend: Backend, pair: StoredPair, rater: str) -> PairBody:
     images = pair.images
     return PairBody(
         pair_id=pair.pair, prompt=pair.prompt, left=images[left], right=images[right], distance=pair.distance
+    )  # fmt: skip
+
+
+async def read_feedback(call: Call) -> Response:
+    """What was said of a round's pairs."""
+    return answer(await run_in_threadpool(_feedback, call.backend, call.path("round"), call.query.rater))
+
+
+def _feedback(backend: Backend, name: str, rater: str | None) -> OpinionsBody:
+    backend.round(name)
+    counting = {opinion.event for opinion in backend.rounds.opinions(name)}
+    return OpinionsBody(
+        opinions=[
+            OpinionBody(
+                event=opinion.event, pair_id=opinion.pair, rater=opinion.rater, rewards=list(opinion.rewards),
+                withdrawn=opinion.is_withdrawn, counts=opinion.event in counting, time=opinion.time, **opinion.details,
+            )
+            for opinion in backend.rounds.events(name)
+            if rater in (None, opinion.rater)
+        ]
     )  # fmt: skip
 
 
@@ -173,6 +230,8 @@ def _train(backend: Backend, name: str, body: TrainRound, key: str | None) -> An
     if key is not None and (known := backend.queue.with_key(key, "train", request)) is not None:
         return known
     row = backend.round(name)
+    if row["kind"] == "comparison":
+        raise Problem(409, "comparison", f"round {name} compares two models: nothing trains on it")
     if row["state"] == "trained":
         raise Problem(409, "round_trained", f"round {name} was trained on already")
     if backend.wish == "running":
@@ -189,10 +248,19 @@ ENDPOINTS = (
         "POST", "/v1/rounds", "Samples pairs to be judged.", create, {202: OperationBody}, body=Sampling, creates=True,
         problems=(409, 422, 429),
     ),
+    Endpoint("GET", "/v1/rounds", "All rounds.", read_all, {200: RoundsBody}),
+    Endpoint(
+        "POST", "/v1/comparisons", "Draws pairs of the untrained and the trained model, to be judged blindly.", compare,
+        {202: OperationBody}, body=Comparison, creates=True, problems=(409, 422, 429),
+    ),
     Endpoint("GET", "/v1/rounds/{round}", "One round.", read, {200: RoundBody}, problems=(404,)),
     Endpoint(
         "GET", "/v1/rounds/{round}/pairs", "Its pairs, as a rater sees them.", pairs, {200: PairsBody},
         query=PairsQuery, problems=(404,),
+    ),
+    Endpoint(
+        "GET", "/v1/rounds/{round}/feedback", "What was said of its pairs.", read_feedback, {200: OpinionsBody},
+        query=FeedbackQuery, problems=(404,),
     ),
     Endpoint(
         "POST", "/v1/rounds/{round}/feedback", "Records opinions.", give_feedback, {201: FeedbackBody}, body=Feedback,
