@@ -155,6 +155,7 @@ setup(
         "fdfo_engine": ["py.typed"],
         "fdfo_engine.shapes": ["base/**/*", "base/*"],
         "fdfo_engine.report": ["*.html"],
+        "fdfo_engine.label": ["*.html", "static/*"],
         "fdfo_engine.rollout": ["starter/*.txt"],
         "fdfo_engine.models.known": ["*/*.json", "*/*/*.json"],
         "fdfo_engine.configs": ["*.yaml", "cluster/*"],

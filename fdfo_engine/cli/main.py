@@ -18,6 +18,7 @@ from fdfo_engine.cli import (
     evaluate,
     export,
     generate,
+    label,
     new,
     plan,
     pretrain_shapes,
@@ -47,6 +48,7 @@ _VERBS = (
     bench,
     schema,
     serve,
+    label,
     pretrain_shapes,
 )
 

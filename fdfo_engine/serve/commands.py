@@ -106,9 +106,7 @@ class Commands:
         """Images of held-out prompts, by the untrained model (branch 0) and by the trained one: round `c{number}`."""
         engine, seed = self.engine, body["seed"]
         prompts = evaluation_list(engine.config).of_pairs(range(body["count"]))
-        images = torch.stack(
-            [engine.generate(prompts, seed=seed, weights=weights_named(engine, m)) for m in (BASE, RUN)], 1
-        )
+        drawn = [engine.generate(prompts, seed=seed, weights=weights_named(engine, model)) for model in (BASE, RUN)]
         first = COMPARED_PAIRS + number * MAX_PROMPTS
         ids = range(first, first + len(prompts))
         on_main(lambda: self._save_images(ids, torch.stack(drawn, 1)))

@@ -9,8 +9,9 @@ from starlette.responses import Response
 from fdfo_engine import __version__
 from fdfo_engine.serve.access import COOKIE
 from fdfo_engine.serve.endpoints import MAX_BODY_BYTES, Call, Endpoint, answer
-from fdfo_engine.serve.messages import MAX_PROMPTS, CapabilitiesBody, Health, Session
+from fdfo_engine.serve.messages import CapabilitiesBody, Health, Session
 from fdfo_engine.serve.problems import Problem
+from fdfo_engine.serve.rounds import MAX_PROMPTS
 
 
 async def healthz(_call: Call) -> Response:

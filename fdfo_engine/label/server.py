@@ -1,0 +1,172 @@
+"""The page's process: its own port, and where nobody serves the run yet, an engine of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import webbrowser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from fdfo_engine.label.access import Passes, Session
+from fdfo_engine.label.link import TOKEN_NAME, EngineLink
+from fdfo_engine.label.page import Page
+from fdfo_engine.runtime.console import say
+from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+
+PAGE_NAME = "label.json"
+DEFAULT_PORT = 8720
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+_STOP_TIMEOUT_S = 120.0
+_TOKEN_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class PageDoor:
+    """Where the page listens, and who opens it.
+
+    Attributes:
+        host, port: the address; port 0 takes a free one.
+        allow_remote: whether an address that other machines reach may be taken.
+        hosts: further names it answers to.
+        owner: the name under which the owner's answers are kept. raters: names that get a link at the start.
+        opens_browser: whether the owner's link is opened.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    allow_remote: bool = False
+    hosts: Sequence[str] = ()
+    owner: str = "owner"
+    raters: Sequence[str] = ()
+    opens_browser: bool = True
+
+    def check(self) -> None:
+        """Refuses what would open the page to strangers unasked, and names that cannot stand in a link.
+
+        Raises:
+            UsageError: with what to use instead.
+        """
+        if not self.is_loopback and not self.allow_remote:
+            raise UsageError(
+                f"--host {self.host}: other machines would reach it; leave it out and use `{self.tunnel(self.port)}`, "
+                "or --allow-remote"
+            )
+        for name in (self.owner, *self.raters):
+            if Passes("").session(Passes("").word(Session(name, "rater"))) is None:
+                raise UsageError(f"rater {name!r}: takes letters, digits and _ . @ + -, at most 100")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def tunnel(self, port: int) -> str:
+        """The command that brings the page to another machine."""
+        return f"ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}"
+
+
+def open_page(folder: Path, door: PageDoor) -> int:
+    """Serves the page of the run in `folder` until a signal; returns 0. The engine is served by somebody already."""
+    door.check()
+    link = EngineLink(folder)
+    passes = Passes(_token(folder))
+    own = [] if door.host in ("0.0.0.0", "::") else [door.host]
+    page = Page(link, passes, [*LOOPBACK_HOSTS, *own, *door.hosts])
+    with _bound(door) as listener:
+        url = f"http://{'127.0.0.1' if not door.is_loopback else door.host}:{listener.getsockname()[1]}"
+        _tell(url, passes, door)
+        replace_file(folder / PAGE_NAME, json.dumps({"url": url, "pid": os.getpid()}).encode())
+        settings = uvicorn.Config(
+            page.application(), log_level="warning", access_log=False, server_header=False,
+            timeout_graceful_shutdown=2, limit_concurrency=256,
+        )  # fmt: skip
+        try:
+            uvicorn.Server(settings).run(sockets=[listener])
+        finally:
+            (folder / PAGE_NAME).unlink(missing_ok=True)
+    return 0
+
+
+def _tell(url: str, passes: Passes, door: PageDoor) -> None:
+    """Prints the links, and opens the owner's."""
+    owner = f"{url}/#{passes.word(Session(door.owner, 'owner'))}"
+    say(f"label page: {owner}")
+    for name in door.raters:
+        say(f"for {name}: {url}/#{passes.word(Session(name, 'rater'))}")
+    if not door.is_loopback:
+        port = int(url.rsplit(":", 1)[1])
+        say(f"reachable from other machines, unencrypted; from there rather: {door.tunnel(port)}")
+    if door.opens_browser:
+        threading.Thread(target=webbrowser.open, args=(owner,), daemon=True).start()
+
+
+def _token(folder: Path) -> str:
+    """The server's token, once it has made one."""
+    deadline = time.monotonic() + _TOKEN_TIMEOUT_S
+    path = folder / TOKEN_NAME
+    while not (path.is_file() and len(path.read_text().strip()) >= 16):
+        if time.monotonic() > deadline:
+            raise EnvironmentProblem(f"{folder}: nobody serves this run; fdfo serve, or fdfo label --config C")
+        time.sleep(0.1)
+    return path.read_text().strip()
+
+
+@contextmanager
+def _bound(door: PageDoor) -> Iterator[socket.socket]:
+    listener = socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with listener:
+        try:
+            listener.bind((door.host, door.port))
+            listener.listen(128)
+        except OSError as error:
+            hint = "choose another --port, or 0 for a free one"
+            raise EnvironmentProblem(f"cannot listen at {door.host}:{door.port}: {error.strerror}; {hint}") from error
+        yield listener
+
+
+class OwnEngine:
+    """`fdfo serve` in a process of its own, as long as the context lasts; started again where a signal killed it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._is_closing = False
+        self._process = self._started()
+        self._watch = threading.Thread(target=self._keep_alive, daemon=True)
+        self.exit_code: int | None = None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, start_new_session=True)  # a Ctrl-C is the page's, which then ends both
+
+    def __enter__(self) -> OwnEngine:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closing = True
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(_STOP_TIMEOUT_S)
+
+    def _keep_alive(self) -> None:
+        while True:
+            code = self._process.wait()
+            if self._is_closing:
+                return
+            if code >= 0:
+                self.exit_code = code
+                os.kill(os.getpid(), signal.SIGTERM)  # the page has nothing to show any more
+                return
+            say(f"the engine was killed by {signal.Signals(-code).name}; it is started again")
+            self._process = self._started()
