@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the other checkout")
     parser.add_argument("--suites", nargs="+", choices=[*SUITES, WHOLE], default=["linear_ops", "block_ops", WHOLE])
+    parser.add_argument("--only", default="", help="run the cases of suites with this in their name")
     parser.add_argument("--rounds", type=int, default=3, help="how often each checkout runs a suite; default 3")
     parser.add_argument("--seconds", type=float, default=0.3, help="a candidate and process; default 0.3")
     parser.add_argument("--out", type=Path)
@@ -56,22 +57,22 @@ def compare(suite: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a candidate of every case; cases correspond by their order, for their names may have changed."""
     here, there = [], []
     for _ in range(arguments.rounds):
-        there.append(timings(suite, arguments.other, arguments.seconds))
-        here.append(timings(suite, ROOT, arguments.seconds))
+        there.append(timings(suite, arguments.other, arguments))
+        here.append(timings(suite, ROOT, arguments))
     assert len(here[0]) == len(there[0]), f"{suite}: the two checkouts have other cases"
     return [
         row(suite, now, before) for now, before in zip(zip(*here, strict=True), zip(*there, strict=True), strict=True)
     ]
 
 
-def timings(suite: str, checkout: Path, seconds: float) -> list[Timing]:
+def timings(suite: str, checkout: Path, arguments: argparse.Namespace) -> list[Timing]:
     """One run of a suite in a checkout, on one thread."""
-    words = ["-m", "benchmarks.run", "--suite", suite]
+    words = ["-m", "benchmarks.run", "--suite", suite, "--only", arguments.only]
     if suite == WHOLE:
         words = ["-m", "fdfo_engine.cli.main", "bench", "--arch", "shapes", "blocks", "--candidates", "RF"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "timings.json"
-        command = [sys.executable, *words, "--threads", "1", "--seconds", str(seconds), "--out", str(out)]
+        command = [sys.executable, *words, "--threads", "1", "--seconds", str(arguments.seconds), "--out", str(out)]
         environment = os.environ | {"PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
         rows = json.loads(out.read_text())["rows"]

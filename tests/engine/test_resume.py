@@ -19,11 +19,11 @@ def start(config, record, kill_at_call=0):
     return launch(TRAIN, "--config", config, RECORD=str(record), KILL_AT_CALL=str(kill_at_call))
 
 
-def write_config(pipeline, folder):
+def write_config(pipeline, folder, **sections):
     tree = tiny_tree(
         pipeline, folder / "run", run={"dir": str(folder / "run"), "seed": 5, "epochs": EPOCHS},
         rewards=[{"name": "engine.pixel_rewards:left_bright", "weight": 1.0}], checkpoint={"every": 2},
-        update={"ema": 0.9}, evaluation={"every": 2, "count": 2},
+        update={"ema": 0.9}, evaluation={"every": 2, "count": 2}, **sections,
     )  # fmt: skip
     folder.mkdir()
     path = folder / "config.yaml"
@@ -38,12 +38,15 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def runs(tiny_sd3, tmp_path_factory):
+    return whole_and_broken(tiny_sd3, tmp_path_factory.mktemp("runs"))
+
+
+def whole_and_broken(pipeline, base, **sections):
     """Folders of an uninterrupted run, and of one killed while it scored epoch 4, after the checkpoint of epoch 2."""
-    base = tmp_path_factory.mktemp("runs")
     whole, broken = (base / name for name in ("whole", "broken"))
-    done = start(write_config(tiny_sd3, whole), base / "whole.txt")
+    done = start(write_config(pipeline, whole, **sections), base / "whole.txt")
     assert done.returncode == 0, done.stderr[-3000:]
-    config = write_config(tiny_sd3, broken)
+    config = write_config(pipeline, broken, **sections)
     # calls: an evaluation before epoch 1, two blocks of epochs 1 and 2, the evaluation after 2, blocks of 3 and 4
     killed = start(config, base / "killed.txt", kill_at_call=10)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
@@ -54,12 +57,31 @@ def runs(tiny_sd3, tmp_path_factory):
     return base
 
 
-def test_weights_moments_and_average_have_the_same_bits(runs):
+def require_same_bits(runs):
     for stem in ("weights", "optimizer", "ema"):
         one, other = (load_file(runs / r / f"run/checkpoints/epoch_00000{EPOCHS}/{stem}.safetensors")
                       for r in ("whole", "broken"))  # fmt: skip
         assert one.keys() == other.keys()
         assert all(one[name].equal(other[name]) for name in one), stem
+
+
+def test_weights_moments_and_average_have_the_same_bits(runs):
+    require_same_bits(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"name": "flow_grpo"}, {"name": "awm"}, {"name": "nft"},
+        {"name": "fdfo", "importance_share": 0.5, "branch_noise": "antithetic", "advantage_scale": "spread"},
+    ],
+    ids=lambda algorithm: algorithm["name"],
+)  # fmt: skip
+def test_every_algorithm_goes_on_after_a_kill_to_the_same_bits(tiny_sd3, tmp_path, algorithm):
+    churn = {"schedule": "raw", "weight": 0.0025}  # the default, which all take
+    sampling = {"pairs_per_prompt": 2, "churn": churn}
+    require_same_bits(whole_and_broken(tiny_sd3, tmp_path, algorithm=algorithm, sampling=sampling))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
