@@ -6,19 +6,28 @@ No number on the page is typed by hand.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from benchmarks import RESULTS, ROOT
-from benchmarks.evidence_trials import EPOCHS, METHODS, training_reward
-from fdfo_engine.metrics import health_drift
+from benchmarks import RESULTS, ROOT, evidence_plots
+from benchmarks.evidence_axes import (
+    SHARE_OF_GAIN,
+    Axis,
+    Finals,
+    axes,
+    base_reward,
+    best_method,
+    is_beyond_spread,
+    paired_differences,
+    reward_goal,
+)
+from benchmarks.evidence_trials import EPOCHS, METHODS, OPTIONS, training_reward
 
 PAGE = ROOT / "docs" / "EVIDENCE.md"
 WANTED_SEEDS = 5
-SHARE_OF_GAIN = 0.9
 
 Record = Mapping[str, Any]
 
@@ -68,14 +77,17 @@ published with.
 
 
 def main() -> None:
-    """Writes the page."""
+    """Writes the page and its pictures."""
     variance, convergence = (_read(name) for name in ("variance", "convergence"))
     trials = convergence.get("trials", {})
+    finals, changed = _of_stage(trials, "final"), _of_stage(trials, "option")
     parts = [
         HEAD,
-        state(trials, variance),
+        state(finals, variance),
+        summary_table(finals),
+        draw(finals, changed),
+        option_table(finals, changed),
         variance_table(variance),
-        final_table(trials),
         METHOD,
         trial_list(trials),
         NOT_MEASURED,
@@ -83,18 +95,53 @@ def main() -> None:
     PAGE.write_text("\n".join(part for part in parts if part))
 
 
-def state(trials: Mapping[str, Record], variance: Record) -> str:
+def state(finals: Finals, variance: Record) -> str:
     """What there is to judge by, said first."""
-    seeds = {method: len(_finals(trials).get(method, [])) for method in METHODS}
+    seeds = {method: len(finals.get(method, [])) for method in METHODS}
     counted = ", ".join(f"{method} {count}" for method, count in seeds.items())
     lines = [f"Finished runs at frozen settings, of {WANTED_SEEDS} wanted a method: {counted}."]
-    if min(seeds.values()) < WANTED_SEEDS:
+    if min(seeds.values()) < 3:
         lines.append("That is too few to say which method converges faster or further, and this page does not say it.")
+    else:
+        lines.append(verdict(finals))
     methods = variance.get("methods", {})
     if "fdfo" in methods:
         verdicts = [f"{name}: {compared(methods['fdfo'], found)}" for name, found in methods.items() if name != "fdfo"]
         lines.append(f"Signal to noise of FDFO's update at equal images, against {'; '.join(verdicts)}.")
     return "\n".join(lines) + "\n"
+
+
+def verdict(finals: Finals) -> str:
+    """Where FDFO loses, then where it wins, beyond the spread of the seeds."""
+    lost, won, open_ = [], [], []
+    for axis in axes(finals):
+        for rival in (method for method in finals if method != "fdfo"):
+            differences = paired_differences(axis, finals["fdfo"], finals[rival])
+            is_better = bool(differences) and (differences[0] > 0) == axis.larger_is_better
+            chosen = open_ if not is_beyond_spread(differences) else won if is_better else lost
+            chosen.append((axis.name, rival))
+    return f"FDFO loses on: {_listed(lost)}. It wins on: {_listed(won)}. Not told apart: {_listed(open_)}."
+
+
+def _listed(found: Sequence[tuple[str, str]]) -> str:
+    by_axis = defaultdict(list)
+    for axis, rival in found:
+        by_axis[axis].append(rival)
+    return "; ".join(f"{axis} (against {', '.join(rivals)})" for axis, rivals in by_axis.items()) or "nothing"
+
+
+def draw(finals: Finals, changed: Finals) -> str:
+    """Writes the pictures beside the page; returns where they stand on it."""
+    if "fdfo" not in finals:
+        return ""
+    evidence_plots.curves(finals, PAGE.with_name("evidence_curves.svg"))
+    evidence_plots.diversity(finals, PAGE.with_name("evidence_diversity.svg"))
+    if changed:
+        evidence_plots.options(finals, changed, PAGE.with_name("evidence_options.svg"))
+    return (
+        "![held-out reward over images, evaluations and seconds](evidence_curves.svg)\n\n"
+        "![diversity against reward](evidence_diversity.svg)\n"
+    )
 
 
 def compared(fdfo: Record, other: Record) -> str:
@@ -127,58 +174,54 @@ def variance_table(variance: Record) -> str:
     return "\n".join([VARIANCE, _table(names, rows), ""])
 
 
-def final_table(trials: Mapping[str, Record]) -> str:
-    """Held-out reward, cost to get there, diversity, health."""
-    finals = _finals(trials)
-    if not finals:
+def summary_table(finals: Finals) -> str:
+    """Who is best on which axis, and how far FDFO is from it."""
+    if "fdfo" not in finals:
         return ""
-    ends = [record["curve"][-1]["reward"] for records in finals.values() for record in records]
-    start = statistics.median(record["curve"][0]["reward"] for records in finals.values() for record in records)
-    goal = start + SHARE_OF_GAIN * (max(ends) - start)
-    names = [
-        "method", "seeds", "held-out reward", "every fact right", "pixel diversity", f"images to {goal:.3f}",
-        "evaluations to it", "seconds of training", "largest health drift", "velocity against the first epoch's",
-    ]  # fmt: skip
-    rows = [_final_row(method, records, goal) for method, records in finals.items()]
-    way = f"{SHARE_OF_GAIN:.0%} of the way to the best final reward, interpolated"
-    note = f"The base has {start:.3f}. `to {goal:.3f}`: {way}."
-    return "\n".join([f"## Training, {EPOCHS} epochs of 48 images\n", note + "\n", _table(names, rows), ""])
-
-
-def _final_row(method: str, records: Sequence[Record], goal: float) -> list[str]:
-    last = [record["curve"][-1] for record in records]
-    drifts = [drift(record["curve"]) for record in records]
-    return [
-        method,
-        str(len(records)),
-        _spread([point["reward"] for point in last]),
-        _spread([point["strict"] for point in last]),
-        _spread([point["diversity"]["pixel_diversity"] for point in last]),
-        _reached([crossing(record["curve"], goal, "images") for record in records]),
-        _reached([crossing(record["curve"], goal, "evaluations") for record in records]),
-        _spread([point["seconds"] for point in last], digits=0),
-        _spread(drifts, digits=2),
-        _spread([statistics.fmean(point["velocity_ratio"]) for point in last]),
-    ]
-
-
-def crossing(curve: Sequence[Record], goal: float, axis: str) -> float | None:
-    """Where the held-out reward first reaches `goal`, interpolated between evaluations; None if it never does."""
-    for before, after in pairwise(curve):
-        if after["reward"] >= goal > before["reward"]:
-            share = (goal - before["reward"]) / (after["reward"] - before["reward"])
-            return float(before[axis] + share * (after[axis] - before[axis]))
-    return None
-
-
-def drift(curve: Sequence[Record]) -> float:
-    """The largest magnitude of a health measure's drift, in standard deviations over the base's images."""
-    first, last = curve[0], curve[-1]
-    moves = (
-        health_drift(name, last["health"][name], first["health"][name], first["health_std"][name])
-        for name in last["health"]
+    rows = [_summary_row(axis, finals) for axis in axes(finals)]
+    names = ["axis", *finals, "best", "FDFO against the best other, same seeds"]
+    seeds = ", ".join(f"{method} {len(records)}" for method, records in finals.items())
+    note = (
+        f"Median of the seeds ({seeds}), least and largest in brackets, after {EPOCHS} epochs of 48 images. The base "
+        f"has a held-out reward of {base_reward(finals):.3f}; {reward_goal(finals):.3f} is {SHARE_OF_GAIN:.0%} of the "
+        "way from it to the best final reward. Bold: all of at least three seeds differ the same way.\n"
     )
-    return max(map(abs, moves))
+    return "\n".join(["## Who wins on which axis\n", _table(names, rows), "", note])
+
+
+def _summary_row(axis: Axis, finals: Finals) -> list[str]:
+    others = {method: records for method, records in finals.items() if method != "fdfo"}
+    rival = best_method(axis, others)
+    differences = paired_differences(axis, finals["fdfo"], others[rival])
+    values = [_spread([axis.of(record) for record in records], axis.digits) for records in finals.values()]
+    return [axis.name, *values, best_method(axis, finals), _difference(differences, axis.digits, rival)]
+
+
+def option_table(finals: Finals, changed: Finals) -> str:
+    """What each switch of FDFO changes, against FDFO of the same seeds."""
+    if not changed or "fdfo" not in finals:
+        return ""
+    shown = [axis for axis in axes(finals) if not axis.name.startswith(("network", "velocity"))]
+    rows = [
+        [name.removeprefix("fdfo+"), str(len(records)), *(_effect(axis, records, finals["fdfo"]) for axis in shown)]
+        for name, records in changed.items()
+    ]
+    head = "## What each option of FDFO changes\n\nAgainst FDFO of the same seeds: median, least and largest.\n"
+    names = ["option", "seeds", *(axis.name for axis in shown)]
+    return "\n".join([head, _table(names, rows), "", "![effect of the options](evidence_options.svg)\n"])
+
+
+def _effect(axis: Axis, records: Sequence[Record], fdfo: Sequence[Record]) -> str:
+    return _difference(paired_differences(axis, records, fdfo), axis.digits)
+
+
+def _difference(values: Sequence[float], digits: int, rival: str = "") -> str:
+    if not values:
+        return "one of them never got there"
+    middle, low, high = (f"{value:+.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    text = f"{middle} ({low} to {high})" if len(values) > 1 else middle
+    text = f"**{text}**" if is_beyond_spread(values) else text
+    return f"{text} {rival}".strip()
 
 
 def trial_list(trials: Mapping[str, Record]) -> str:
@@ -196,13 +239,14 @@ def trial_list(trials: Mapping[str, Record]) -> str:
     return "\n".join(["## Every trial\n", _table(names, rows), ""])
 
 
-def _finals(trials: Mapping[str, Record]) -> dict[str, list[Record]]:
-    """Runs at frozen settings, by method or option."""
+def _of_stage(trials: Mapping[str, Record], stage: str) -> Finals:
+    """Finished runs of a stage by method or option, in the order in which they are declared."""
     found = defaultdict(list)
     for record in trials.values():
-        if record["stage"] != "tune":
+        if record["stage"] == stage:
             found[record["method"]].append(record)
-    return dict(found)
+    order = [*METHODS, *(f"fdfo+{option}" for option in OPTIONS)]
+    return {method: found[method] for method in order if method in found}
 
 
 def _read(name: str) -> Record:
@@ -216,15 +260,13 @@ def _ranged(found: Record, name: str) -> str:
     return f"{found[name]:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _spread(values: Sequence[float], digits: int = 3) -> str:
-    middle = f"{statistics.median(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def _reached(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    share = "" if len(known) == len(values) else f" in {len(known)} of {len(values)}"
-    return f"{statistics.median(known):,.0f}{share}" if known else "not reached"
+def _spread(values: Sequence[float], digits: int) -> str:
+    got_there = [value for value in values if math.isfinite(value)]
+    if not got_there:
+        return "not reached"
+    middle = f"{statistics.median(got_there):,.{digits}f}"
+    text = middle if len(got_there) == 1 else f"{middle} ({min(got_there):,.{digits}f} to {max(got_there):,.{digits}f})"
+    return text if len(got_there) == len(values) else f"{text}, {len(got_there)} of {len(values)} seeds"
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

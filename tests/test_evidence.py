@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.convergence import finished, keep
-from benchmarks.evidence_page import compared, crossing, drift
+from benchmarks.evidence_axes import NEVER, axes, best_method, drift, is_beyond_spread, paired_differences, reached
+from benchmarks.evidence_page import compared
 from benchmarks.evidence_trials import LEARNING_RATES, METHODS, chosen_rate, final, options, tuning
 from benchmarks.variance import interval, leave_one_out, mean_cosine, signal_to_noise
 
@@ -57,9 +58,39 @@ def test_the_page_interpolates_where_a_goal_is_reached():
     curve = [
         {"reward": reward, "images": images} for reward, images in ((0.8, 0), (0.85, 480), (0.83, 960), (0.9, 1440))
     ]
-    assert crossing(curve, 0.84, "images") == pytest.approx(0.8 * 480)
-    assert crossing(curve, 0.865, "images") == pytest.approx(1200)
-    assert crossing(curve, 0.95, "images") is None
+    assert reached(curve, 0.84, "images") == pytest.approx(0.8 * 480)
+    assert reached(curve, 0.865, "images") == pytest.approx(1200)
+    assert reached(curve, 0.95, "images") == NEVER
+
+
+def record(seed, *rewards):
+    """A trial whose diversity falls by half of what its reward gains."""
+    curve = [
+        {
+            "reward": reward, "images": 480 * i, "diversity": {"pixel_diversity": 0.5 - (reward - rewards[0]) / 2},
+        }
+        for i, reward in enumerate(rewards)
+    ]  # fmt: skip
+    return {"seed": seed, "curve": curve}
+
+
+def test_methods_are_compared_seed_by_seed():
+    slow = [record(0, 0.8, 0.82, 0.84), record(1, 0.8, 0.83, 0.86), record(2, 0.8, 0.8, 0.85)]
+    fast = [record(2, 0.8, 0.88, 0.9), record(1, 0.8, 0.85, 0.87), record(3, 0.8, 0.9, 0.9)]
+    reward, _, images, *_, diversity = axes({"fdfo": slow, "nft": fast})[:6]
+    assert best_method(reward, {"fdfo": slow, "nft": fast}) == "nft"
+    assert paired_differences(reward, slow, fast) == pytest.approx([-0.01, -0.05])
+    assert paired_differences(images, slow, fast) == [], "0.89 is never reached by the slow ones"
+    # both fall alike, so that they are equal at the highest reward that both medians reach, 0.85
+    assert paired_differences(diversity, slow, fast) == pytest.approx([0.0, 0.0])
+    assert "0.850" in diversity.name
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"), [([0.1, 0.2, 0.3], True), ([0.1, 0.2], False), ([0.1, -0.1, 0.3], False)]
+)
+def test_three_seeds_that_differ_alike_are_beyond_the_spread(differences, verdict):
+    assert is_beyond_spread(differences) == verdict
 
 
 def test_drift_is_the_largest_in_spreads_of_the_base():
