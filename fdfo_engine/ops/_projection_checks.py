@@ -25,7 +25,7 @@ def check_projection(op: str, name: str, x: Tensor, projection: Projection) -> N
         _checks.refuse(op, name.rstrip(".") or "projection", type(projection).__name__, "a Projection")
     weight, bias = projection.weight, projection.bias
     _checks.tensor(op, f"{name}weight", weight, (x.dtype,), device=x.device)
-    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or len(weight) == 0:
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
         _checks.refuse(op, f"{name}weight", list(weight.shape), f"[N, {x.shape[-1]}], the last axis that of x")
     if bias is not None:
         _checks.tensor(op, f"{name}bias", bias, (x.dtype,), shape=weight.shape[:1], device=x.device)
@@ -45,9 +45,9 @@ def _check_adapter(op: str, name: str, x: Tensor, weight: Tensor, adapter: Adapt
         _checks.refuse(op, name, f"a {type(adapter).__name__}", "an Adapter or None")
     a, b = adapter.a, adapter.b
     _checks.tensor(op, f"{name}.a", a, MASTER_DTYPES, device=x.device)
-    if a.ndim != 2 or a.shape[1] != x.shape[-1] or len(a) == 0:
+    if a.ndim != 2 or a.shape[1] != x.shape[-1] or a.shape[0] == 0:
         _checks.refuse(op, f"{name}.a", list(a.shape), f"[r, {x.shape[-1]}], the last axis that of x")
-    _checks.tensor(op, f"{name}.b", b, MASTER_DTYPES, shape=(len(weight), len(a)), device=x.device)
+    _checks.tensor(op, f"{name}.b", b, MASTER_DTYPES, shape=(weight.shape[0], a.shape[0]), device=x.device)
     if not isinstance(adapter.scale, int | float) or not math.isfinite(adapter.scale):
         _checks.refuse(op, f"{name}.scale", repr(adapter.scale), "a finite number")
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from fdfo_engine.ops._description import Computed, Description, Kept, Outputs
-from fdfo_engine.ops._records import blank
 from fdfo_engine.ops.projection import Adapter, Operands, Projection
 
 
@@ -32,7 +31,7 @@ def forward(description: Description, *, keep: bool) -> Computed:
         outs, rank_product = _stream_forward(x.flatten(0, 1), projections)
         streams.append([out.view(*x.shape[:2], out.shape[1]) for out in outs])
         rank_products.append(rank_product)
-    return Computed(Outputs(streams, [], []), blank(description.outline()), rank_products)
+    return Computed(Outputs(streams, [], []), description.outline(), rank_products)
 
 
 def _stream_forward(rows: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
@@ -121,8 +120,9 @@ def _input_gradient(layers: Sequence[Layer], into: Tensor) -> None:
         return
     merged = all(layer.rank_gradient is None for layer in layers)
     weights = [merged_weight(layer.projection) if merged else layer.projection.weight for layer in layers]
-    rows = into.view(-1, into.shape[2]) if into.is_contiguous() else into.new_empty(len(layers[0].grad), into.shape[2])
-    torch.mm(layers[0].grad, weights[0], out=rows)
+    first, size = layers[0].grad, into.shape[2]
+    rows = into.view(-1, size) if into.is_contiguous() else into.new_empty(first.shape[0], size)
+    torch.mm(first, weights[0], out=rows)
     for layer, weight in zip(layers[1:], weights[1:], strict=True):
         rows.addmm_(layer.grad, weight)
     if not merged:
@@ -179,7 +179,7 @@ def merges(rows: Tensor, projections: Sequence[Projection]) -> bool:
     """Whether `s B A` is cheaper to add to each weight than to apply to the rows."""
     if rows.dtype != torch.float32:
         return False
-    return all(not p.rank or len(rows) * sum(p.weight.shape) > p.weight.numel() for p in projections)
+    return all(not p.rank or rows.shape[0] * sum(p.weight.shape) > p.weight.numel() for p in projections)
 
 
 def merged_weight(projection: Projection) -> Tensor:
@@ -198,13 +198,13 @@ def _joined_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
 
 def split_ranks(side_by_side: Tensor | None, projections: Sequence[Projection]) -> list[Tensor | None]:
     """Of `[M, ranks]` the columns that belong to each projection; None without an adapter."""
-    if side_by_side is None:
-        return [None] * len(projections)
+    if side_by_side is None or len(projections) == 1:
+        return [side_by_side] * len(projections)
     parts = side_by_side.split([p.rank for p in projections], dim=1)
     return [part if projection.rank else None for part, projection in zip(parts, projections, strict=True)]
 
 
 def _whole_is_less(grad: Tensor, projection: Projection) -> bool:
     """Whether `G = g^T x`, of which both factors' gradients are cheap, is less work than what it saves."""
-    work = projection.weight.numel() * (len(grad) + 2 * projection.rank)
-    return grad.dtype == torch.float32 and work < 2 * projection.rank * len(grad) * sum(projection.weight.shape)
+    work = projection.weight.numel() * (grad.shape[0] + 2 * projection.rank)
+    return grad.dtype == torch.float32 and work < 2 * projection.rank * grad.shape[0] * sum(projection.weight.shape)

@@ -18,11 +18,14 @@ from typing import Any, NamedTuple, TypeVar
 
 Record = TypeVar("Record", bound=NamedTuple)
 Nested = TypeVar("Nested", bound="list[Any] | tuple[Any, ...]")
+_NESTED = (tuple, list)
 
 
 def flat(records: Iterable[Any]) -> tuple[Any, ...]:
     """The fields of all records, one record after the other; of records inside records likewise."""
-    return tuple(_fields(records))
+    fields: list[Any] = []
+    _collect(records, fields)
+    return tuple(fields)
 
 
 def restore(kind: type[Record], fields: Sequence[Any]) -> list[Record]:
@@ -44,7 +47,10 @@ def restore_like(records: Nested, fields: Iterable[Any]) -> Nested:
         ValueError: there are more fields than `records` have, or fewer.
     """
     rest = iter(fields)
-    found: Nested = _filled(records, rest)
+    try:
+        found: Nested = _filled(records, rest)
+    except StopIteration:
+        raise ValueError("restore_like: fewer fields than the records have") from None
     if next(rest, rest) is not rest:
         raise ValueError("restore_like: more fields than the records have")
     return found
@@ -63,8 +69,9 @@ def blank(records: Nested) -> Nested:
 
 def save(ctx: Any, record: tuple[Any, ...]) -> None:
     """Keeps the tensors of `record` for the backward, where `saved` returns it."""
-    ctx.save_for_backward(*flat(record))
-    ctx.saved_record = blank(record)
+    tensors: list[Any] = []
+    ctx.saved_record = _emptied(record, tensors)
+    ctx.save_for_backward(*tensors)
 
 
 def saved(ctx: Any) -> Any:
@@ -72,19 +79,27 @@ def saved(ctx: Any) -> Any:
     return restore_like(ctx.saved_record, ctx.saved_tensors)
 
 
-def _fields(records: Iterable[Any]) -> Iterator[Any]:
+def _collect(records: Iterable[Any], into: list[Any]) -> None:
     for item in records:
-        if isinstance(item, tuple | list):
-            yield from _fields(item)
+        if isinstance(item, _NESTED):
+            _collect(item, into)
         else:
-            yield item
+            into.append(item)
+
+
+def _emptied(records: Any, into: list[Any]) -> Any:
+    """`records` with None in the place of each field, which goes `into`."""
+    items = []
+    for item in records:
+        if isinstance(item, _NESTED):
+            items.append(_emptied(item, into))
+        else:
+            into.append(item)
+            items.append(None)
+    return records._make(items) if hasattr(records, "_make") else type(records)(items)
 
 
 def _filled(records: Any, fields: Iterator[Any]) -> Any:
-    if not isinstance(records, tuple | list):
-        try:
-            return next(fields)
-        except StopIteration:
-            raise ValueError("restore_like: fewer fields than the records have") from None
-    items = [_filled(item, fields) for item in records]
-    return type(records)(*items) if hasattr(records, "_fields") else type(records)(items)
+    """Leaves are taken here, not by a call each: this runs for every layer of every step."""
+    items = [_filled(item, fields) if isinstance(item, _NESTED) else next(fields) for item in records]
+    return records._make(items) if hasattr(records, "_make") else type(records)(items)

@@ -169,20 +169,23 @@ def _run(op: str, description: Description, backend: str | None) -> Projected:
 
 
 def _outputs(products: Any, description: Description) -> Outputs:
-    arguments = flat(description.arguments())
+    given = description.arguments()
+    arguments = flat(given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-        return restore_like(description.outline(), _AdaptedProjections.apply(products, description, *arguments))
+        return restore_like(description.outline(), _AdaptedProjections.apply(products, description, given, *arguments))
     made: Outputs = products.forward(description, keep=False).outputs
     return made
 
 
 class _AdaptedProjections(torch.autograd.Function):
-    """`arguments` are the tensors of `description`, for autograd: the forward computes with the same ones."""
+    """`given` are the tensors of `description`, and `arguments` the same for autograd to see."""
 
     @staticmethod
-    def forward(ctx: Any, products: Any, description: Description, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-        made, given = products.forward(description, keep=True), description.arguments()
-        _, _, *flags = ctx.needs_input_grad
+    def forward(
+        ctx: Any, products: Any, description: Description, given: Arguments, *arguments: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        made = products.forward(description, keep=True)
+        _, _, _, *flags = ctx.needs_input_grad
         needed = restore_like(given, flags)
         read = [[operands._replace(residual=None) for operands in of_stream] for of_stream in given.operands]
         inputs, rank_products = given.inputs, made.rank_products
@@ -190,7 +193,7 @@ class _AdaptedProjections(torch.autograd.Function):
             inputs, rank_products = blank(inputs), blank(rank_products)
         save(ctx, Kept(Arguments(inputs, read), rank_products, made.beside, _normed(made.outputs, made.beside)))
         ctx.products, ctx.needed, ctx.shapes = products, needed, [x.shape for x in description.inputs]
-        ctx.description = description.with_arguments(blank(given))
+        ctx.description = description.with_arguments(needed)  # any without tensors; the backward has its own
         ctx.set_materialize_grads(False)
         return flat(made.outputs)
 
@@ -206,7 +209,7 @@ class _AdaptedProjections(torch.autograd.Function):
             for shape, of_input, flag in zip(ctx.shapes, given, needed.inputs, strict=True)
         ]
         operands = ctx.products.backward(description, kept, grads, needed.operands, description.by_stream(inputs))
-        return None, None, *flat(Arguments(inputs, operands))
+        return None, None, None, *flat(Arguments(inputs, operands))
 
 
 def _normed(outputs: Outputs, beside: Outputs) -> Outputs:

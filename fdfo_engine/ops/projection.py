@@ -121,7 +121,7 @@ class Projection:
     @property
     def rank(self) -> int:
         """Of the adapter; 0 without one."""
-        return 0 if self.adapter is None else len(self.adapter.a)
+        return 0 if self.adapter is None else self.adapter.a.shape[0]
 
     def operands(self) -> Operands:
         """Its tensors."""
