@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ def axes(finals: Finals) -> list[Axis]:
 
     return [
         Axis("held-out reward at the end", lambda r: last(r)["reward"], True, 3),
-        Axis("every fact right, share of images", lambda r: last(r)["strict"], True, 3),
+        *_others(finals),
         Axis(f"images to a reward of {goal:.3f}", lambda r: reached(r["curve"], goal, "images"), False, 0),
         Axis(f"network evaluations to {goal:.3f}", lambda r: reached(r["curve"], goal, "evaluations"), False, 0),
         Axis(f"seconds of training to {goal:.3f}", lambda r: reached(r["curve"], goal, "seconds"), False, 0),
@@ -52,6 +53,18 @@ def axes(finals: Finals) -> list[Axis]:
             3,
         ),
     ]
+
+
+def _others(finals: Finals) -> list[Axis]:
+    """Other rewards that were measured beside the task's own."""
+    names = {"strict": "every fact right, share of images", "shapes": "share of facts right, not trained on"}
+    some = next(iter(finals.values()))[0]["curve"][-1]
+    return [Axis(words, functools.partial(_last, name=name), True, 3) for name, words in names.items() if name in some]
+
+
+def _last(record: Record, name: str) -> float:
+    value: float = record["curve"][-1][name]
+    return value
 
 
 def reward_goal(finals: Finals) -> float:

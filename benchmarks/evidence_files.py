@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.evidence_tasks import Score
 from fdfo_engine.bench.record import header, write
-from fdfo_engine.rewards.shapes import shapes
 from fdfo_engine.trajectory import Rollout
 
 
-def scored(texts: Sequence[str], rollout: Rollout) -> Tensor:
-    """The shapes judge's scores `[P, 2]` of both images of every prompt."""
-    return shapes([text for text in texts for _ in range(2)], rollout.images.flatten(0, 1)).view(-1, 2)
+def scored(score: Score, texts: Sequence[str], rollout: Rollout) -> Tensor:
+    """Scores `[P, 2]` of both images of every prompt."""
+    return score([text for text in texts for _ in range(2)], rollout.images.flatten(0, 1)).view(-1, 2)
 
 
 def kept(out: Path, part: str) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import RESULTS, ROOT, evidence_files
-from benchmarks.evidence_trials import CONFIG, METHODS
+from benchmarks.evidence_tasks import TASKS
 from fdfo_engine.config import load_config
 from fdfo_engine.engine import Engine
 from fdfo_engine.rollout.prompts import load_prompts
 
 OUT = RESULTS / "evidence" / "variance.json"
 RESAMPLINGS = 300
+TASK = TASKS["shapes"]
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=12, help="of a batch; twice as many images")
-    parser.add_argument("--only", nargs="+", default=list(METHODS), help="methods, by name")
+    parser.add_argument("--only", nargs="+", default=list(TASK.methods), help="methods, by name")
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "evidence" / "variance", help="where gradients lie"
     )
@@ -50,8 +51,8 @@ def main() -> None:
 
 def keep(out: Path, method: str, pairs: int, found: dict[str, Any]) -> None:
     """Adds a method to the file."""
-    record = {"overrides": METHODS[method], "images_a_batch": 2 * pairs} | found
-    evidence_files.keep(out, "python -m benchmarks.variance", "methods", method, record, config=CONFIG.name)
+    record = {"overrides": TASK.methods[method], "images_a_batch": 2 * pairs} | found
+    evidence_files.keep(out, "python -m benchmarks.variance", "methods", method, record, config=TASK.config.name)
     print(f"{method}: signal to noise {found['gradient']['signal_to_noise']:.4f}", flush=True)
 
 
@@ -70,7 +71,8 @@ def gradients(method: str, batches: int, pairs: int, runs: Path) -> tuple[list[T
 def take(method: str, numbers: list[int], pairs: int, folder: Path) -> None:
     """Samples the batches of these numbers, and writes their gradients."""
     config = load_config(
-        CONFIG, [*METHODS[method], f"sampling.pairs_per_epoch={pairs}", "update.ema=null", f"run.dir={folder / 'run'}"]
+        TASK.config,
+        [*TASK.methods[method], f"sampling.pairs_per_epoch={pairs}", "update.ema=null", f"run.dir={folder / 'run'}"],
     )
     prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
     with Engine(config) as engine:
@@ -87,7 +89,7 @@ def take(method: str, numbers: list[int], pairs: int, folder: Path) -> None:
 def one(engine: Engine, texts: list[str]) -> Tensor:
     """The gradient of a batch over all its trained items, on the CPU; the weights stay as they are."""
     rollout = engine.rollout(texts)
-    engine.primitives.forward_backward(rollout, rewards=evidence_files.scored(texts, rollout), parts=1)
+    engine.primitives.forward_backward(rollout, rewards=evidence_files.scored(TASK.score(), texts, rollout), parts=1)
     vector = torch.cat([gradient.flatten().float() for gradient in engine.trainer.gradients().values()])
     engine.primitives.discard()
     return vector

@@ -6,7 +6,8 @@ import torch
 from benchmarks.convergence import finished, keep
 from benchmarks.evidence_axes import NEVER, axes, best_method, drift, is_beyond_spread, paired_differences, reached
 from benchmarks.evidence_page import compared
-from benchmarks.evidence_trials import LEARNING_RATES, METHODS, chosen_rate, final, options, tuning
+from benchmarks.evidence_tasks import TASKS, counted, several_objects
+from benchmarks.evidence_trials import chosen_rate, final, options, tuning
 from benchmarks.variance import interval, leave_one_out, mean_cosine, signal_to_noise
 
 SIZE = 4_000
@@ -39,19 +40,31 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert hits >= 13
 
 
-def test_every_method_is_tuned_with_as_many_trials_and_the_best_is_taken(tmp_path):
-    names = [trial.name for trial in tuning()]
-    assert len(set(names)) == len(names) == len(METHODS) * len(LEARNING_RATES)
-    for trial in tuning():
-        best = f"lr{LEARNING_RATES[-1]:g}" in trial.name
-        point = {"training_reward": [0.5, 0.9 if best else 0.6], "reward": 0.7, "strict": 0.4}
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_method_is_tuned_with_as_many_trials_and_the_best_is_taken(tmp_path, task):
+    names = [trial.name for trial in tuning(task)]
+    assert len(set(names)) == len(names) == len(task.methods) * len(task.rates)
+    for trial in tuning(task):
+        best = f"lr{task.rates[-1]:g}" in trial.name
+        point = {"training_reward": [0.5, 0.9 if best else 0.6], "reward": 0.7}
         keep(tmp_path / "out.json", trial, {"curve": [point]})
     done = finished(tmp_path / "out.json")
     assert list(done) == names
-    assert all(chosen_rate(method, done) == LEARNING_RATES[-1] for method in METHODS)
-    trials = [*final([0, 1], done), *options([0], done)]
+    assert all(chosen_rate(task, method, done) == task.rates[-1] for method in task.methods)
+    trials = [*final(task, [0, 1], done), *options(task, [0], done)]
     assert len({trial.name for trial in trials}) == len(trials)
-    assert all(trial.config(str(tmp_path / trial.name)).optimizer.lr == LEARNING_RATES[-1] for trial in trials)
+    configs = [trial.config(task, str(tmp_path / trial.name)) for trial in trials]
+    assert all(config.optimizer.lr == task.rates[-1] and config.run.epochs == task.epochs for config in configs)
+
+
+def test_counting_looks_at_spots_alone():
+    image = torch.full((3, 64, 64), 0.5)
+    image[0, 4:14, 4:14] = 1.0  # red
+    image[2, 30:40, 30:40] = 1.0  # blue
+    image[1, 60, 60] = 1.0  # grain
+    prompts = ["two red circles", "a red circle", "three cyan squares", "a red square left of a blue circle"]
+    assert counted(prompts, image.expand(4, 3, 64, 64)).tolist() == pytest.approx([1, 0, 2 / 3, 1])
+    assert len(several_objects()) == 64
 
 
 def test_the_page_interpolates_where_a_goal_is_reached():
@@ -77,7 +90,7 @@ def record(seed, *rewards):
 def test_methods_are_compared_seed_by_seed():
     slow = [record(0, 0.8, 0.82, 0.84), record(1, 0.8, 0.83, 0.86), record(2, 0.8, 0.8, 0.85)]
     fast = [record(2, 0.8, 0.88, 0.9), record(1, 0.8, 0.85, 0.87), record(3, 0.8, 0.9, 0.9)]
-    reward, _, images, *_, diversity = axes({"fdfo": slow, "nft": fast})[:6]
+    reward, images, *_, diversity = axes({"fdfo": slow, "nft": fast})[:5]
     assert best_method(reward, {"fdfo": slow, "nft": fast}) == "nft"
     assert paired_differences(reward, slow, fast) == pytest.approx([-0.01, -0.05])
     assert paired_differences(images, slow, fast) == [], "0.89 is never reached by the slow ones"

@@ -110,6 +110,7 @@ def update_metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds
         "lost_pairs": int(lost),
         "tied_pairs": int(tied),
         "zero_direction_pairs": int(still),
+        "trained_items": summary.items,
         "optimizer_steps": len(applied),
         "skipped_steps": totals.skipped,
         "left_out_steps": totals.left_out,
