@@ -211,8 +211,8 @@ def summary_table(finals: Finals, task: Task) -> str:
     seeds = ", ".join(f"{method} {len(records)}" for method, records in finals.items())
     note = (
         f"Median of the seeds ({seeds}), least and largest in brackets, after {task.epochs} epochs of 48 images. The "
-        f"base has a held-out reward of {base_reward(finals):.3f}; {reward_goal(finals):.3f} is {SHARE_OF_GAIN:.0%} of the "
-        "way from it to the best final reward. Bold: all of at least three seeds differ the same way.\n"
+        f"base has a held-out reward of {base_reward(finals):.3f}; {reward_goal(finals):.3f} is {SHARE_OF_GAIN:.0%} of "
+        "the way from it to the best final reward. Bold: all of at least three seeds differ the same way.\n"
     )
     return "\n".join(["## Who wins on which axis\n", _table(names, rows), "", note])
 
