@@ -19,6 +19,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.planning.fit import gathers_rollout, plan_memory
+from fdfo_engine.planning.memory import checkpoints_bytes
 from fdfo_engine.rollout.backend import pair_backend
 from fdfo_engine.rollout.blocks import JoinedBlocks, in_step, share
 from fdfo_engine.rollout.generation import generate_share
@@ -392,6 +393,6 @@ class Engine(Closable):
         return nullcontext() if instead is None else self.trainer.weights_swapped(instead)
 
     @property
-    def checkpoint_bytes(self) -> int:
-        """What one checkpoint takes: weights, both moments and the average, all float32."""
-        return 4 * self.trainer.num_values * (3 if self.ema is None else 4)
+    def checkpoints_bytes(self) -> int:
+        """What the checkpoints of this run take of the disk; see `planning.memory.checkpoints_bytes`."""
+        return checkpoints_bytes(self.trainer.num_values, self.config)

@@ -38,7 +38,6 @@ from fdfo_engine.training.preflight import require_packages
 from fdfo_engine.training.scoring import Scored, ScoredPairs
 from fdfo_engine.training.watch import RewardWatch
 
-ROOM_FOR_CHECKPOINTS = 4  # those that are kept, a pinned one, and the one that is written before the oldest goes
 MAX_DRAWN_PAIRS = 8
 
 
@@ -109,8 +108,7 @@ def _opened(engine: Engine, told: RunEvents) -> bool:
     resumed = engine.load()
     if resumed:
         say(f"resuming after epoch {engine.epoch} of {engine.config.run.epochs}")
-    room = ROOM_FOR_CHECKPOINTS * engine.checkpoint_bytes
-    on_main(lambda: told.open(engine.epoch if resumed else -1, room))
+    on_main(lambda: told.open(engine.epoch if resumed else -1, engine.checkpoints_bytes))
     return resumed
 
 

@@ -97,7 +97,7 @@ class BatchPlan:
             [
                 f"an epoch: {self.pairs_per_epoch} pairs = {self.images_per_epoch} images, {self.steps} steps each",
                 f"blocks: {self.num_blocks} of {self.block_pairs} pairs{short}; "
-                f"{' or '.join(map(str, shares))} a rank on {_counted(self.world_size, 'rank')}",
+                f"{' or '.join(map(str, shares))} a rank on {counted(self.world_size, 'rank')}",
                 f"optimizer steps: {self.optimizer_steps} of {items} items "
                 f"= 2 * {self.pairs_per_epoch} pairs * {self.trained_steps} trained steps / {self.optimizer_steps}",
                 f"micro-batches: {micro} items, about {math.ceil(items / self.world_size / micro)} a rank and step",
@@ -107,7 +107,8 @@ class BatchPlan:
         )
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -115,7 +116,7 @@ def _too_few_blocks(pairs: int, block: int, ranks: int, *, is_auto: bool) -> str
     chosen = "auto = " if is_auto else ""
     equation = (
         f"sampling.pairs_per_epoch = {pairs} in blocks of sampling.block_pairs = {chosen}{block} makes "
-        f"ceil({pairs} / {block}) = {_counted(math.ceil(pairs / block), 'block')} for {ranks} ranks; each needs one"
+        f"ceil({pairs} / {block}) = {counted(math.ceil(pairs / block), 'block')} for {ranks} ranks; each needs one"
     )
     fixes = []
     if pairs >= ranks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fdfo_engine.config import BatchPlan, Config
 from fdfo_engine.config.algorithm import RENOISING
+from fdfo_engine.config.batch import counted
 from fdfo_engine.config.schema import AUTO_MICRO_BATCH
 from fdfo_engine.planning.footprint import Footprint
 from fdfo_engine.rollout.sampler import DECODE_IMAGES
@@ -59,14 +60,14 @@ class Prediction:
         """The sum with its numbers."""
         phases = {"always": self.resident, **self.phases, "host": self.host}
         lines = [
-            f"memory: {_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {self.ranks} ranks; "
-            f"{_gib(self.needed)} must be free, with slack"
+            f"memory: {in_gib(self.peak)} at the peak, micro-batch {self.micro_batch}, {counted(self.ranks, 'rank')}; "
+            f"{in_gib(self.needed)} must be free, with slack"
         ]
         for phase, parts in phases.items():
             if not any(parts.values()):
                 continue
-            shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
-            lines.append(f"  {phase}: {_gib(sum(parts.values()))} ({shown})")
+            shown = ", ".join(f"{name} {in_gib(size)}" for name, size in parts.items() if size)
+            lines.append(f"  {phase}: {in_gib(sum(parts.values()))} ({shown})")
         return "\n".join(lines)
 
 
@@ -211,14 +212,24 @@ def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: i
     raise UsageError(f"{refusal(least, free)}\n{least.describe()}")
 
 
+def checkpoints_bytes(trained_values: int, config: Config) -> int:
+    """What the checkpoints of a run take of the disk: each has weights, both moments and the average, all float32.
+
+    Counted are those that are kept, a pinned one, and the one that is written before the oldest goes.
+    """
+    each = 4 * trained_values * (3 if config.update.ema is None else 4)
+    return (config.checkpoint.keep + 2) * each
+
+
 def refusal(prediction: Prediction, free: int) -> str:
     """That it does not fit, and what to change."""
     return (
-        f"memory: an epoch needs {_gib(prediction.needed)} on a GPU with {_gib(free)} free; lower "
+        f"memory: an epoch needs {in_gib(prediction.needed)} on a GPU with {in_gib(free)} free; lower "
         "sampling.block_pairs, update.micro_batch or evaluation.batch, set model.gradient_checkpointing: true, "
         "raise zero.stage, or take more ranks"
     )
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """`size` bytes, for a person."""
     return f"{size / GIB:.2f} GiB"

@@ -56,11 +56,25 @@ def test_what_would_not_load_is_not_planned(tiny_sd3, tmp_path, model):
 
 @pytest.mark.slow
 def test_plan_verb(tmp_path, capsys):
-    assert main(["plan", "--config", "shapes", "--ranks", "2"]) == 0
+    run = ["run.epochs=10", f"run.dir={tmp_path}"]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"epoch": {n}, "seconds_total": {720 * n}}}\n' for n in (1, 2, 3))
+    )
+    assert main(["plan", "--config", "shapes", "--ranks", "2", *run]) == 0
     text = capsys.readouterr().out
+    first = text.splitlines()[0]
+    assert first.startswith("fits: ")
+    assert " of 80 GiB on 2 GPUs; " in first
+    assert f"4.0 hours for 10 epochs at the pace of the 3 in {tmp_path}" in first
+    assert "2 ranks; " in text
     assert "micro-batches: 24 items" in text
     assert "GiB at the peak" in text
-    assert main(["plan", "--config", "shapes", "--gpu-gb", "0.5"]) == 2
-    assert "update.micro_batch" in capsys.readouterr().err
+    slow = ["update.micro_batch=24", "--passes-per-second", "10"]
+    assert main(["plan", "--config", "shapes", "--gpu-gb", "0.5", *slow, *run]) == 2
+    evaluations = 2 * 96 * 8 + 2 * 96 * 4  # sampling and training, an epoch
+    said = capsys.readouterr()
+    assert said.out.startswith("does not fit: ")
+    assert f"; {10 * evaluations / 10 / 3600:.1f} hours for 10 epochs at 10 passes a second" in said.out
+    assert "update.micro_batch" in said.err
     assert main(["plan", "--config", "shapes", "--ranks", "0"]) == 2
     assert main(["plan", "--config", "shapes", "--gpu-gb", "nan"]) == 2
