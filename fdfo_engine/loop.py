@@ -30,7 +30,7 @@ from fdfo_engine.runtime.distributed import (
 from fdfo_engine.runtime.errors import CheckpointError, GuardStop, NumericsError, RewardError, Stopped
 from fdfo_engine.runtime.run_events import RunEvents, Told
 from fdfo_engine.runtime.run_folder import METRICS_NAME, RunFolder, checkpoint_store, read_log, stored_config
-from fdfo_engine.runtime.run_pictures import IMAGES_NAME, grid
+from fdfo_engine.runtime.run_pictures import IMAGES_NAME, pairs_grid
 from fdfo_engine.runtime.stop import Stopping, StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
 from fdfo_engine.training.evaluating import Evaluations, finished_epoch
@@ -241,9 +241,9 @@ class Training:
             return
         rollout = scored.rollout
         shown = min(MAX_DRAWN_PAIRS, len(rollout.prompts))
-        rewards = scored.total[rollout.local_rows][:shown].flatten().tolist()
-        captions = [f"{rollout.prompts[i // 2]} {reward:.2f}" for i, reward in enumerate(rewards)]
-        self._told.tell(grid(f"pairs_epoch_{epoch:06d}", epoch, rollout.images[:shown].flatten(0, 1), captions))
+        rewards_PK = scored.total[rollout.local_rows][:shown]
+        name, images = f"pairs_epoch_{epoch:06d}", rollout.images[:shown]
+        self._told.tell(pairs_grid(name, epoch, images, rollout.prompts[:shown], rewards_PK.tolist()))
 
 
 def _ready_rewards(config: Config, trained: Sequence[str], evaluated: Sequence[str]) -> WeightedRewards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir = arguments.run_dir
     out = arguments.out or run_dir / "evaluation"
     _check(arguments, out)
-    from fdfo_engine.evaluation.compare import Request, summarize
-    from fdfo_engine.evaluation.measures import build_measures
-    from fdfo_engine.evaluation.overlap import warn_of_trained
-    from fdfo_engine.runtime.distributed import on_main, setup_distributed
     from fdfo_engine.runtime.run_folder import run_config
 
     config = run_config(run_dir, arguments.base)
     refuse_absent_average(arguments, config)
     names = _checkpoints(arguments)
+    from fdfo_engine.evaluation.compare import Request, summarize
+    from fdfo_engine.evaluation.measures import build_measures
+    from fdfo_engine.evaluation.overlap import warn_of_trained
+    from fdfo_engine.runtime.distributed import on_main, setup_distributed
+
+    began = time.monotonic()
     prompts = _prompts(arguments, config)
     warn_of_trained(config, prompts)
     device = setup_distributed(_device())
@@ -109,7 +112,15 @@ def run(arguments: argparse.Namespace) -> int:
         "width": config.model.width, "larger": _larger(arguments, config, names, request, measures),
     }  # fmt: skip
     _write(out, result, sets, arguments.pictures)
+    _say_pace(len(sets) * len(prompts) * arguments.images_per_prompt, time.monotonic() - began)
     return 0
+
+
+def _say_pace(images: int, seconds: float) -> None:
+    from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.terminal import duration
+
+    say(f"{images} images in {duration(seconds)}, {images / seconds:.2g} images/s with their scores")
 
 
 def _checkpoints(arguments: argparse.Namespace) -> list[str]:

@@ -23,8 +23,9 @@ def add_parser(verbs: Any) -> None:
         "plan",
         help="an epoch's arithmetic and its memory on a GPU of a given size",
         description="Prints whether a run fits, its disk and its hours; how an epoch is cut into blocks, optimizer "
-        "steps and micro-batches; and what it takes of a GPU's memory. Counts the real architecture from its configs, on diffusers' own blocks (fused ones keep "
-        "less); reads no weights and needs no GPU. Exit code 2 when it does not fit.",
+        "steps and micro-batches; and what it takes of a GPU's memory. Counts the real architecture from its configs, "
+        "on diffusers' own blocks (fused ones keep less); reads no weights and needs no GPU. Exit code 2 when it does "
+        "not fit.",
     )
     add_config(parse)
     parse.add_argument(

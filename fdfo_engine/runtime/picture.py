@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +19,8 @@ _GAP = 4
 _MIN_CELL, _MAX_CELL = 192, 320  # room for a caption
 _BACKGROUND = (24, 24, 27)
 _INK = (228, 228, 231)
+_FRAME = (80, 200, 120)
+_EDGE = 3
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -44,8 +46,11 @@ def save_images(images: Tensor, folder: str | Path, stem: str = "image") -> list
     return files
 
 
-def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """Images `[N, 3, H, W]` in rows of `columns`, each over its caption, which is cut to two lines."""
+def draw_grid(images: Tensor, captions: Sequence[str], columns: int, framed: Collection[int] = ()) -> Image.Image:
+    """Images `[N, 3, H, W]` in rows of `columns`, each over its caption, which is cut to two lines.
+
+    Those whose numbers are `framed` have a frame around them.
+    """
     pictures = [_fit(to_picture(image)) for image in images]
     width, height = max(_MIN_CELL, pictures[0].width), pictures[0].height
     rows = -(-len(pictures) // columns)
@@ -54,8 +59,12 @@ def draw_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Im
     pen = ImageDraw.Draw(sheet)
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = _GAP + n % columns * (width + _GAP), _GAP + n // columns * cell_height
+        if n in framed:
+            pen.rectangle((x - _EDGE, y - _EDGE, x + picture.width + _EDGE - 1, y + height + _EDGE - 1), fill=_FRAME)
         sheet.paste(picture, (x, y))
-        pen.text((x, y + height + 1), "\n".join(_lines(visible(caption), width)), fill=_INK, font=_font(), spacing=2)
+        pen.text(
+            (x, y + height + _EDGE), "\n".join(_lines(visible(caption), width)), fill=_INK, font=_font(), spacing=2
+        )
     return sheet
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from fdfo_engine.runtime import events
@@ -11,13 +13,24 @@ from fdfo_engine.runtime.picture import draw_grid, save_png, to_picture
 
 IMAGES_NAME = "images"
 MAX_EVALUATION_IMAGES = 24
+_PAIRS_A_ROW = 2
 
 
-def grid(name: str, epoch: int, pixels: events.Pixels, captions: list[str], columns: int = 2) -> events.Images:
-    """The event of images `[N, 3, H, W]` in 0..1 that go to one file; 2 columns put a pair side by side."""
-    file = f"{IMAGES_NAME}/{name}.png"
+def pairs_grid(
+    name: str, epoch: int, images_PK: events.Pixels, prompts: Sequence[str], rewards_PK: Sequence[Sequence[float]]
+) -> events.Images:
+    """The event of the pairs `[P, 2, 3, H, W]` in 0..1 that go to one file, two of them a row.
+
+    The prompt stands under the first picture of a pair, and its reward under each; NaN is a picture without one.
+    """
+    captions = []
+    for prompt, rewards in zip(prompts, rewards_PK, strict=True):
+        first, second = (f"{reward:.3g}" if math.isfinite(reward) else "no reward" for reward in rewards)
+        captions += [f"{first}: {prompt}", second]
     return events.Images(
-        epoch=epoch, name=name, files=(file,), captions=tuple(captions), columns=columns, pixels=pixels
+        epoch=epoch, name=name, files=(f"{IMAGES_NAME}/{name}.png",), captions=tuple(captions),
+        columns=2 * min(_PAIRS_A_ROW, len(prompts)), pixels=images_PK.flatten(0, 1),
+        scores={"reward": tuple(_finite(reward) for rewards in rewards_PK for reward in rewards)},
     )  # fmt: skip
 
 
@@ -49,7 +62,8 @@ class RunPictures:
         if not isinstance(data, events.Images) or data.pixels is None:
             return
         if data.columns is not None:
-            save_png(draw_grid(data.pixels, data.captions, data.columns), self._folder / data.files[0])
+            sheet = draw_grid(data.pixels, data.captions, data.columns, framed=_better(data))
+            save_png(sheet, self._folder / data.files[0])
             return
         for file, image in zip(data.files, data.pixels, strict=True):
             save_png(to_picture(image), self._folder / file)
@@ -59,6 +73,20 @@ class RunPictures:
         ]
         text = json.dumps(plain_json({"epoch": data.epoch, "items": items}), indent=1)
         replace_file(self._folder / IMAGES_NAME / f"{data.name}.json", text.encode())
+
+
+def _better(data: events.Images) -> set[int]:
+    """Of a grid of pairs the picture of each that has the higher reward, where both have one and they differ."""
+    rewards, found = data.scores.get("reward", ()), set()
+    for first in range(0, len(rewards) - 1, 2):
+        a, b = rewards[first : first + 2]
+        if a is not None and b is not None and a != b:
+            found.add(first if a > b else first + 1)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _scores(data: events.Images, number: int) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.run_log import RunLog
-from fdfo_engine.runtime.run_pictures import RunPictures, evaluation_images, grid
+from fdfo_engine.runtime.run_pictures import RunPictures, evaluation_images, pairs_grid
 
 CONFIG = """
 run: {dir: runs/x, seed: 7, epochs: 12}
@@ -95,7 +95,9 @@ def run_dir(tmp_path):
             log.tell(events.Metrics(epoch=epoch, kind="epoch", values=metrics(epoch)))
             if epoch % 4 == 0:
                 evaluate(log, epoch)
-        log.tell(grid("rollout_epoch_000012", 12, torch.rand(4, 3, 32, 48), ["0.1", "0.9", "0.4", "0.4"]))
+        log.tell(
+            pairs_grid("rollout_epoch_000012", 12, torch.rand(2, 2, 3, 32, 48), ["a", "b"], [[0.1, 0.9], [0.4, 0.4]])
+        )
         folder.status.update("finished", exit_code=0, epoch=12, epochs=12)
     return path
 

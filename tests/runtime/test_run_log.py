@@ -11,7 +11,7 @@ from fdfo_engine.runtime.errors import CheckpointError, EnvironmentProblem
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.picture import draw_grid, to_picture
 from fdfo_engine.runtime.run_log import RunLog
-from fdfo_engine.runtime.run_pictures import RunPictures, evaluation_images, grid
+from fdfo_engine.runtime.run_pictures import RunPictures, _better, evaluation_images, pairs_grid
 from fdfo_engine.runtime.terminal import Terminal, duration
 
 NASTY = ["<script>alert(1)</script>", "\x1b[31mred", "{} %s {0}", "../../etc", "😀" * 5000, "line\nbreak", ""]
@@ -77,7 +77,9 @@ def test_evaluation(tmp_path, capsys):
 
 
 def test_grid_takes_any_caption(tmp_path):
-    EventStream([RunPictures(tmp_path)]).tell(grid("rollout_000001", 1, torch.rand(7, 3, 12, 16), NASTY))
+    EventStream([RunPictures(tmp_path)]).tell(
+        pairs_grid("rollout_000001", 1, torch.rand(7, 2, 3, 12, 16), NASTY, [[0.0, float("nan")]] * 7)
+    )
     with Image.open(tmp_path / "images" / "rollout_000001.png") as sheet:
         assert sheet.width > 2 * 64
         assert sheet.height > 4 * 48
@@ -90,6 +92,18 @@ def test_grid_puts_pairs_side_by_side():
     assert sheet.getpixel((4 + 32, 4 + 32)) == (0, 0, 0)
     assert sheet.getpixel((4 + 192 + 4 + 32, 4 + 32)) == (255, 255, 255)
     assert sheet.getpixel((4 + 192 + 4 + 32, 4 + 228 + 32)) == (0, 0, 0)
+
+
+def test_a_grid_of_pairs_frames_the_better_picture_and_says_a_prompt_once():
+    rewards = [[0.25, 0.5], [0.5, 0.25], [0.5, 0.5], [0.5, float("nan")]]
+    event = pairs_grid("pairs", 1, torch.zeros(4, 2, 3, 192, 192), ["a", "b", "c", "d"], rewards)
+    assert event.captions == ("0.25: a", "0.5", "0.5: b", "0.25", "0.5: c", "0.5", "0.5: d", "no reward")
+    assert event.columns == 4
+    framed = _better(event)
+    assert framed == {1, 2}
+    sheet = draw_grid(event.pixels, event.captions, event.columns, framed)
+    edges = [sheet.getpixel((4 + n * 196 - 1, 100)) for n in range(4)]  # left of each picture of the first row
+    assert [edge == edges[1] for edge in edges] == [False, True, True, False]
 
 
 def test_large_images_are_scaled_down():
