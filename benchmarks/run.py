@@ -16,7 +16,7 @@ import torch
 from benchmarks import RESULTS, attention_ops, block_ops, linear_ops, pair_ops
 from fdfo_engine import ops
 from fdfo_engine.bench.record import header, machine, write
-from fdfo_engine.bench.timing import Spread, copy_bandwidth, interleaved
+from fdfo_engine.runtime.interleaved import Spread, copy_bandwidth, interleaved
 
 SUITES = ("attention_ops", "block_ops", "linear_ops", "pair_ops")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value; plain bfloat16 rounds often

@@ -19,6 +19,7 @@ from fdfo_engine.models.prompt_cache import PromptCache
 from fdfo_engine.models.prompt_store import open_prompt_store
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.planning.fit import gathers_rollout, plan_memory
+from fdfo_engine.planning.kernels import as_saved, settled
 from fdfo_engine.planning.memory import checkpoints_bytes
 from fdfo_engine.rollout.backend import pair_backend
 from fdfo_engine.rollout.blocks import JoinedBlocks, in_step, share
@@ -63,7 +64,7 @@ class Engine(Closable):
         base: where its base model lies, and what it is by content. backend: what runs the pair ops, by name.
         next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
-        memory: what an epoch is predicted to take of a GPU; None on a CPU.
+        memory: what an epoch is predicted to take of a GPU; None on a CPU. kernels: the backend of each op.
         checkpoints: those of `run.dir`. notes: JSON that each holds besides, for whoever drives the engine.
         primitives: the update in pieces, for a training loop of one's own.
         progress: tells what is being done, as events.
@@ -96,6 +97,9 @@ class Engine(Closable):
             phase.reach(0)
             self.model = load_model(config, self.device, self.base)
         self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
+        micro_batch = config.update.micro_batch_items if self.memory is None else self.memory.micro_batch
+        self.kernels = settled(config, self.model, micro_batch, trains=trains)
+        self.backend = self.kernels.pair_ops(self.backend)
         prompts = PromptCache(self.model, open_prompt_store(config, self.device, self.base))
         algorithm = build_algorithm(config, self.backend)
         self.sampler = PairedSampler(self.model, prompts, config, algorithm.plan, self.backend)
@@ -106,14 +110,13 @@ class Engine(Closable):
         self._updater = Updater(
             self.model, self.trainer, micro_batches, reference, config, self.sampler.conditioning, algorithm
         )
-        if self.memory is not None:
-            self._updater.micro_batch = self.memory.micro_batch
+        self._updater.micro_batch = micro_batch
         self.primitives = Primitives(self._updater, self.trainer, config.update.optimizer_steps, self.progress)
         self._block_pairs = BatchPlan.from_config(config, world_size()).block_pairs
         self.next_pair = 0
         self.notes: dict[str, Any] = {}
         self._epoch_version = 0
-        self.checkpoints = RunCheckpoints(config, self.base.record)
+        self.checkpoints = RunCheckpoints(config, self.base.record, self.kernels.backends)
         self.ema = None if config.update.ema is None else self.trainer.weights()
         self.trainer.train(False)
 
@@ -295,12 +298,9 @@ class Engine(Closable):
         if self.ema is not None:
             tensors["ema"] = self.ema
         state = {
-            "epoch": self.epoch,
-            "next_pair": self.next_pair,
-            "world_size": world_size(),
-            "micro_batch": self.micro_batch,
-            "notes": self.notes,
-        }
+            "epoch": self.epoch, "next_pair": self.next_pair, "world_size": world_size(),
+            "micro_batch": self.micro_batch, "notes": self.notes,
+        }  # fmt: skip
         name = checkpoint_name(self.epoch)
         on_main(lambda: self.checkpoints.save(name, tensors, state))
         self.checkpoints.are_ours = True
@@ -318,6 +318,7 @@ class Engine(Closable):
         if checkpoint is None:
             return False
         together(lambda: refuse_foreign(checkpoint, self.config, self.model, self.base.record))
+        self.kernels = as_saved(self.kernels, checkpoint.state, self.model.network)
         self.trainer.load(checkpoint.tensors["weights"], checkpoint.tensors["optimizer"])
         self.epoch = int(checkpoint.state["epoch"])
         self.next_pair = int(checkpoint.state["next_pair"])

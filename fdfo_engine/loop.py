@@ -108,6 +108,7 @@ def _opened(engine: Engine, told: RunEvents) -> bool:
     resumed = engine.load()
     if resumed:
         say(f"resuming after epoch {engine.epoch} of {engine.config.run.epochs}")
+    on_main(engine.checkpoints.record_kernels)
     on_main(lambda: told.open(engine.epoch if resumed else -1, engine.checkpoints_bytes))
     return resumed
 

@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         help="print the settings and the arithmetic, look at prompts, rewards, model and disk; stop",
     )
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
+    parse.add_argument("--no-tune", action="store_true", help="take ops' backends by a fixed order: kernels.tune=false")
     parse.add_argument("--base", metavar="PATH", help="where the base model lies now, if it moved since the run began")
     parse.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment wins
     return parse
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
     arguments = parser().parse_intermixed_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        untuned = ["kernels.tune=false"] if arguments.no_tune else []
+        config = load_config(arguments.config, arguments.overrides + untuned)
         if arguments.base is not None:
             config = config.with_base(arguments.base)
         from fdfo_engine.runtime.own_code import search_in

@@ -73,6 +73,7 @@ def tiny_tree(folder, run_dir, **sections):
         "evaluation": {"every": 0, "count": 2},
         "checkpoint": {"every": 1},
         "log": {"tensorboard": False, "images_every": 0},
+        "kernels": {"tune": False},
     }  # fmt: skip
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values

@@ -27,12 +27,12 @@ from torch import Tensor
 from fdfo_engine.bench.architectures import Architecture, architectures, sharing
 from fdfo_engine.bench.flops import flops
 from fdfo_engine.bench.record import header, write
-from fdfo_engine.bench.timing import Spread, interleaved
 from fdfo_engine.models.fused import fuse
 from fdfo_engine.models.lora import trainable
 from fdfo_engine.planning.footprint import saved_bytes
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main, setup_distributed
+from fdfo_engine.runtime.interleaved import Spread, interleaved
 
 PAIRS, STEPS = 432, 40
 CHECK_BATCH = 2

@@ -30,6 +30,7 @@ def add_parser(verbs: Any) -> None:
     )
     add_base(parse)
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
+    parse.add_argument("--no-tune", action="store_true", help="take ops' backends by a fixed order: kernels.tune=false")
     parse.set_defaults(verb=run)
 
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     ranks = ranks_of(arguments.ranks)
     name, overrides = config_words(arguments)
-    flags = [flag for flag in ("--dry-run", "--resume") if getattr(arguments, flag[2:].replace("-", "_"))]
+    flags = [flag for flag in ("--dry-run", "--resume", "--no-tune") if getattr(arguments, flag[2:].replace("-", "_"))]
     moved = [] if arguments.base is None else ["--base", arguments.base]
     command = ["--config", name, *flags, *moved, *overrides]
     if ranks == 1:

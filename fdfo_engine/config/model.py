@@ -1,4 +1,4 @@
-"""The settings of the model and of its adapters."""
+"""The settings of the model, of its adapters, and of the code that computes."""
 
 from typing import Annotated, Literal
 
@@ -91,3 +91,16 @@ class LoraConfig(Section):
     targets: Literal["family"] | NameList = "family"
     """Names of the layers to adapt, or their ends after a dot, with `*` for any characters but a dot; each must name a
     linear layer. family takes all attention projections."""
+
+
+class KernelsConfig(Section):
+    """Which code runs the engine's own operations."""
+
+    backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"
+    """What runs the paired sampling and the loss; auto takes the fastest that can run on the model's device."""
+
+    tune: bool = True
+    """Times the backends of each op at the run's shapes and takes the fastest; false goes by a fixed order."""
+
+    require: bool = False
+    """Stops where only plain torch could run them, instead of warning and going on."""

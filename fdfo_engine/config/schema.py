@@ -22,7 +22,7 @@ from fdfo_engine.config.churn import ChurnConfig, RawChurn
 from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
 from fdfo_engine.config.labels import LabelsConfig
-from fdfo_engine.config.model import LoraConfig, ModelConfig
+from fdfo_engine.config.model import KernelsConfig, LoraConfig, ModelConfig
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secret_keys
 from fdfo_engine.config.section import Auto, Name, Section, frozen_list, no_number, refuse
 
@@ -356,16 +356,6 @@ class LogConfig(Section):
         advice = "would be copied into the run folder; put it in env FDFO_WEBHOOK_KEY, which is sent as a bearer token"
         refuse([("", advice)] if value is not None and "@" in value.split("/")[2] else [])
         return value
-
-
-class KernelsConfig(Section):
-    """Which code runs the engine's own operations."""
-
-    backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"
-    """What runs the paired sampling and the loss; auto takes the fastest that can run on the model's device."""
-
-    require: bool = False
-    """Stops where only plain torch could run them, instead of warning and going on."""
 
 
 class Config(Section):

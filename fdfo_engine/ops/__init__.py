@@ -6,7 +6,17 @@ import sys
 import torch
 
 from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS, Solver
-from fdfo_engine.ops._dispatch import BackendUnavailableError, backend_for, backends, block_backend, choose
+from fdfo_engine.ops._choices import Call, Choices, Chooser, Shape, chosen, current_chooser, named, under
+from fdfo_engine.ops._dispatch import (
+    BACKENDS,
+    LIBRARY,
+    BackendUnavailableError,
+    backend_for,
+    backends,
+    block_backend,
+    candidates,
+    choose,
+)
 from fdfo_engine.ops._norm_streams import NormStream
 from fdfo_engine.ops.adapted_projections import adapted_projection, adapted_projections, ends_inside
 from fdfo_engine.ops.fdfo_loss import fdfo_loss
@@ -38,9 +48,11 @@ from fdfo_engine.ops.qk_rms_norm import QKV, is_invertible, qk_rms_norm
 from fdfo_engine.ops.replay import replay
 
 __all__ = [
+    "BACKENDS",
     "DEAL_STREAM",
     "GENERATION_STREAM",
     "IMPORTANCE_STREAM",
+    "LIBRARY",
     "MAX_HEAD_SIZE",
     "NORM_EPS",
     "PROMPT_ORDER_STREAM",
@@ -50,6 +62,9 @@ __all__ = [
     "SHARED_STREAM",
     "Adapter",
     "BackendUnavailableError",
+    "Call",
+    "Choices",
+    "Chooser",
     "Gelu",
     "HeadNorm",
     "IntoResidual",
@@ -58,14 +73,18 @@ __all__ = [
     "Projected",
     "Projection",
     "Residual",
+    "Shape",
     "Solver",
     "adapted_projection",
     "adapted_projections",
     "backend_for",
     "backends",
     "block_backend",
+    "candidates",
+    "chosen",
     "chosen_backend",
     "churn_stream",
+    "current_chooser",
     "deal_stream",
     "ends_inside",
     "fdfo_loss",
@@ -78,6 +97,7 @@ __all__ = [
     "is_invertible",
     "layer_norm_modulate",
     "log_ratio",
+    "named",
     "pair_direction",
     "pair_scalar_normal",
     "paired_noise",
@@ -87,6 +107,7 @@ __all__ = [
     "qk_rms_norm",
     "renoise_stream",
     "replay",
+    "under",
 ]
 
 

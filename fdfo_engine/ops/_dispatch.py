@@ -10,6 +10,11 @@ import torch
 from fdfo_engine.ops import _compiled
 
 BACKENDS = ("triton", "cuda", "cpp", "torch")  # most preferred first; Triton before CUDA until both are measured
+LIBRARY = "triton_ends"
+"""Triton's passes behind a library's products: offered by ops that multiply, never the first of the fixed order."""
+
+OF_TRITON = ("triton", LIBRARY)
+
 INTERPRETER = "TRITON_INTERPRET"
 _CPU = torch.device("cpu")
 MIN_CAPABILITY = (8, 0)  # the oldest GPU that the kernels are compiled for in the tests
@@ -46,11 +51,18 @@ def block_backend(device: torch.device) -> str:
     return choose("block ops", ("triton", "cpp", "torch"), device)
 
 
+def candidates(offered: Sequence[str], device: torch.device) -> list[str]:
+    """Those of `offered` that can run on `device`, the one that `choose` takes first."""
+    first = choose("an op", offered, device)
+    others = [b for b in offered if b != first and not (b in OF_TRITON and interpreted())]
+    return [first, *(b for b in others if not refusals(b, device))]
+
+
 def refusals(backend: str, device: torch.device) -> list[str]:
     """Reasons why `backend` can't take tensors on `device`; an empty list means it can."""
     if backend in ("cpp", "cuda"):
         return _compiled.refusals(backend, device) or _old_gpu(device)
-    if backend == "triton":
+    if backend in OF_TRITON:
         return _triton_refusals(device)
     reasons = []
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -69,7 +81,7 @@ def choose(op: str, offered: Sequence[str], device: torch.device, *, forced: str
         BackendUnavailableError: none fits, or the forced one does not; the message holds every reason.
     """
     if forced is not None and forced not in offered:
-        known = forced in BACKENDS
+        known = forced in (*BACKENDS, LIBRARY)
         why = "this op has no such implementation" if known else f"no such backend; they are {sorted(BACKENDS)}"
         raise BackendUnavailableError(f"{op}: backend is {forced!r}: {why}; it takes None or one of {sorted(offered)}")
     if forced is None and device.type == "cpu" and "cpp" in offered and not _compiled.refusals("cpp", device):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fdfo_engine.ops import _compiled
+from fdfo_engine.ops import _compiled, _dispatch
 
 BLOCK = 2048  # elements a Triton program; not tuned on a GPU yet
 _aten: Any = torch.ops.aten
@@ -54,7 +54,7 @@ def forward(h: Tensor, bias: Tensor | None, backend: str, *, inplace: bool) -> T
     if backend == "cpp":
         arguments = _compiled.arguments("Gelu", input=_input(h, bias), out=out.data_ptr())
         _compiled.call("gelu_forward", h.device, arguments)
-    elif backend == "triton":
+    elif backend in _dispatch.OF_TRITON:
         from fdfo_engine.kernels.gelu import gelu_forward_kernel  # triton: only where it runs
 
         with torch.cuda.device_of(h):
@@ -78,7 +78,7 @@ def backward(
             activation=_compiled.address(value),
         )  # fmt: skip
         _compiled.call("gelu_backward", h.device, arguments)
-    elif backend == "triton":
+    elif backend in _dispatch.OF_TRITON:
         from fdfo_engine.kernels.gelu import gelu_backward_kernel  # triton: only where it runs
 
         with torch.cuda.device_of(h):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.ops import _checks
+from fdfo_engine.ops._choices import Shape
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -24,6 +25,13 @@ class QKV(NamedTuple):
     v: Tensor | None
     q_weight: Tensor | None = None
     k_weight: Tensor | None = None
+
+
+def shape_of(streams: Sequence[QKV], *, head_size: int, rotary: Rotary | None = None, **_settings: Any) -> Shape:
+    """What tells this use of the op from others: tokens of each stream, the width, and what is done to heads."""
+    tokens, first = tuple(s.q.shape[1] for s in streams), streams[0]
+    kind = ("normed" if first.q_weight is not None else "packed") + ("" if rotary is None else "-rotary")
+    return tokens, first.q.shape[2], head_size, kind, first.q.dtype
 
 
 def check_sizes(op: str, streams: Sequence[QKV], head_size: int, eps: float) -> float:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fdfo_engine.ops import _checks, _dispatch, _projection_torch, _projection_triton
+from fdfo_engine.ops._choices import Shape, chosen
 from fdfo_engine.ops._description import Arguments, Description, Kept, Outputs
 from fdfo_engine.ops._projection_checks import check_description, check_projection, check_streams
 from fdfo_engine.ops._projection_ends import finish, with_ends
@@ -35,9 +36,34 @@ from fdfo_engine.ops.projection import (
     Projection,
 )
 
-OFFERED = ("triton", "cpp", "torch")
+OFFERED = ("triton", _dispatch.LIBRARY, "cpp", "torch")
 
 
+def _shape(
+    x: Tensor | Sequence[Tensor], projections: Sequence[Sequence[Projection]], *, tokens: Sequence[int] | None = None
+) -> Shape:
+    """Of each stream its tokens; the width of x; of each projection its own width, rank and end."""
+    inputs = [x] if isinstance(x, Tensor) else x
+    counts = tuple(t.shape[1] for t in inputs) if tokens is None else tuple(tokens)
+    outlines = tuple(_outline(projection) for of_stream in projections for projection in of_stream)
+    return counts, inputs[0].shape[-1], outlines, inputs[0].dtype
+
+
+def _shape_of_one(x: Tensor, projection: Projection) -> Shape:
+    return x.shape[-2] if x.ndim > 2 else 1, x.shape[-1], _outline(projection), x.dtype
+
+
+def _outline(projection: Projection) -> str:
+    """Of a projection its width, rank and end."""
+    end = "" if projection.end is None else type(projection.end).__name__
+    return f"{len(projection.weight)}r{projection.rank}{end}"
+
+
+def _candidates(x: Tensor | Sequence[Tensor], *_rest: Any, **_settings: Any) -> list[str]:
+    return _dispatch.candidates(OFFERED, (x if isinstance(x, Tensor) else x[0]).device)
+
+
+@chosen(_shape, _candidates)
 def adapted_projections(
     x: Tensor | Sequence[Tensor],
     projections: Sequence[Sequence[Projection]],
@@ -86,6 +112,7 @@ def adapted_projections(
     return _run(op, description, backend)
 
 
+@chosen(_shape_of_one, _candidates)
 def adapted_projection(x: Tensor, projection: Projection, *, backend: str | None = None) -> Tensor:
     """`adapted_projections` of one x `[..., K]` by one projection, which may end with `Gelu`; returns `[..., N]`.
 
@@ -126,7 +153,8 @@ class Route(NamedTuple):
 
 
 _PRODUCTS = {
-    "triton": (_projection_triton, _projection_torch), "cpp": (_projection_torch,), "torch": (_projection_torch,),
+    "triton": (_projection_triton, _projection_torch), _dispatch.LIBRARY: (_projection_torch,),
+    "cpp": (_projection_torch,), "torch": (_projection_torch,),
 }  # fmt: skip
 _INSIDE: tuple[tuple[type, ...], ...] = ((Gelu, IntoResidual, HeadNorm, Packed), (Packed,), ())
 """Kinds of ends that may be taken inside a product, most first; the others follow behind it."""
@@ -165,7 +193,8 @@ def ends_inside(name: str) -> dict[str, list[str]]:
 def _run(op: str, description: Description, backend: str | None) -> Projected:
     implementation = _dispatch.choose(op, OFFERED, description.inputs[0].device, forced=backend)
     products, computed = route(description, implementation)
-    return finish(description, computed, _outputs(products, computed), implementation)
+    behind = "triton" if implementation == _dispatch.LIBRARY else implementation
+    return finish(description, computed, _outputs(products, computed), behind)
 
 
 def _outputs(products: Any, description: Description) -> Outputs:

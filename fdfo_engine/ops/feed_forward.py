@@ -15,10 +15,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fdfo_engine.ops import _checks, _dispatch, _gelu, _projection_triton
+from fdfo_engine.ops._choices import Shape, chosen
 
-OFFERED = ("triton", "cpp", "torch")
+OFFERED = ("triton", _dispatch.LIBRARY, "cpp", "torch")
 
 
+def _shape(x: Tensor, w1: Tensor, _b1: Tensor | None, w2: Tensor, *_rest: Any, **_settings: Any) -> Shape:
+    """Tokens, and the widths that they take."""
+    return x.shape[-2], (x.shape[-1], len(w1), *w2.shape), x.dtype
+
+
+@chosen(_shape, lambda x, *_rest, **_settings: _dispatch.candidates(OFFERED, x.device))
 def feed_forward(
     x: Tensor,
     w1: Tensor,

@@ -9,11 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _checks, _compiled, _dispatch
+from fdfo_engine.ops._choices import Shape, chosen
 from fdfo_engine.ops._norm_streams import TOKENS, tile
 
 OFFERED = ("triton", "cpp", "torch")
 
 
+def _shape(x: Tensor, _y: Tensor, _gate: Tensor) -> Shape:
+    return x.shape[1], x.shape[2], x.dtype
+
+
+@chosen(_shape, lambda x, _y, _gate: _dispatch.candidates(OFFERED, x.device))
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """`x + gate * y`. Differentiable once in all three; the gradient of `gate` is summed over tokens, where needed.
 

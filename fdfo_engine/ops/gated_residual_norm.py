@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdfo_engine.ops import _checks, _dispatch
 from fdfo_engine.ops._checks import NORM_EPS
+from fdfo_engine.ops._choices import Shape, chosen
 from fdfo_engine.ops._norm_streams import NormStream, modulated_norms
 from fdfo_engine.ops.gated_residual import check_residual, gated_residual
 from fdfo_engine.ops.layer_norm_modulate import check_modulations, layer_norm_modulate_reference
@@ -75,6 +76,14 @@ def gated_residual_norm(
     return _run(op, [stream], eps, backend)[0]
 
 
+def _shape(streams: Sequence[NormStream], **_settings: float) -> Shape:
+    """Of each stream its tokens, and how many norms it has and whether a residual is added before them."""
+    tokens = tuple(s.x.shape[1] for s in streams)
+    kinds = tuple(f"{len(s.modulations)}{'' if s.y is None else 'r'}" for s in streams)
+    return tokens, streams[0].x.shape[2], kinds, streams[0].x.dtype
+
+
+@chosen(_shape, lambda streams, **_settings: _dispatch.candidates(OFFERED, streams[0].x.device))
 def gated_residual_norms(
     streams: Sequence[NormStream], *, eps: float = NORM_EPS, backend: str | None = None
 ) -> list[tuple[Tensor, ...]]:

@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from fdfo_engine.ops import _compiled, _dispatch
 from fdfo_engine.ops._checks import NORM_EPS
-from fdfo_engine.ops._qkv import QKV, Rotary, check_rotary, check_sizes, check_streams
+from fdfo_engine.ops._choices import chosen
+from fdfo_engine.ops._qkv import QKV, Rotary, check_rotary, check_sizes, check_streams, shape_of
 from fdfo_engine.ops._records import flat, restore, save, saved
 
 __all__ = ["OFFERED", "QKV", "is_invertible", "qk_rms_norm"]
@@ -21,6 +22,7 @@ TILE = 2048  # elements a Triton program; not tuned on a GPU yet
 SPREAD, ROTARY_SPREAD = 1024, 8  # of the entries of a weight that `invertible` allows
 
 
+@chosen(shape_of, lambda streams, **_settings: _dispatch.candidates(OFFERED, streams[0].q.device))
 def qk_rms_norm(
     streams: Sequence[QKV],
     *,

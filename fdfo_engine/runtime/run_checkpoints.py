@@ -11,6 +11,7 @@ from fdfo_engine.config import Config, dump_config, resumable_keys
 from fdfo_engine.runtime.base_record import BaseRecord
 from fdfo_engine.runtime.checkpoint import Checkpoint, CheckpointStore
 from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.kernel_record import Backends, recorded_kernels, write_kernels
 from fdfo_engine.runtime.run_folder import checkpoint_store, record_config
 
 
@@ -22,8 +23,8 @@ class RunCheckpoints:
         are_ours: whether those that are there were loaded or saved by this engine.
     """
 
-    def __init__(self, config: Config, base: BaseRecord | None) -> None:
-        self._config, self._base = config, base
+    def __init__(self, config: Config, base: BaseRecord | None, kernels: Backends) -> None:
+        self._config, self._base, self._kernels = config, base, kernels
         self.pinned: str | None = None
         self.are_ours = False
 
@@ -42,7 +43,7 @@ class RunCheckpoints:
             )
 
     def save(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Commits a checkpoint, with the settings and the record of the base model in the run folder.
+        """Commits a checkpoint, with the settings and the records of base model and backends in the run folder.
 
         Raises:
             UsageError: the folder holds a run with other settings.
@@ -53,8 +54,17 @@ class RunCheckpoints:
         folder, settings = Path(self._config.run.dir), dump_config(self._config)
         may_change = resumable_keys(self._config)
         record_config(folder, settings, base=self._base, has_moved=self.are_ours, may_change=may_change)
+        self.record_kernels()
         base = None if self._base is None else self._base.as_json()
-        self._store().save(name, tensors, state | {"settings": settings, "base": base})
+        self._store().save(name, tensors, state | {"settings": settings, "base": base, "kernels": self._kernels})
+
+    def record_kernels(self) -> None:
+        """Writes down what the ops of this run take, in its folder.
+
+        Raises:
+            CheckpointError: the storage refuses.
+        """
+        write_kernels(self._config.run.dir, self._kernels)
 
     def load(self, name: str | None, *, strict: bool) -> Checkpoint | None:
         """As `CheckpointStore.load`."""
@@ -62,3 +72,15 @@ class RunCheckpoints:
 
     def _store(self) -> CheckpointStore:
         return checkpoint_store(self._config.run.dir, self._config.checkpoint.keep, self.pinned)
+
+
+def kernels_of_run(folder: Path | str) -> Backends | None:
+    """What the run in `folder` recorded of its backends; none at all where its checkpoints are older than records.
+
+    None where no run has begun.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    recorded = recorded_kernels(folder)
+    return {} if recorded is None and checkpoint_store(folder).names() else recorded

@@ -10,10 +10,10 @@ from fdfo_engine.bench import end_to_end, record
 from fdfo_engine.bench.architectures import architectures, sharing
 from fdfo_engine.bench.end_to_end import Candidate, candidates, measure, rates
 from fdfo_engine.bench.flops import flops
-from fdfo_engine.bench.timing import Spread
 from fdfo_engine.cli.bench import ARCHITECTURES
 from fdfo_engine.cli.main import main
 from fdfo_engine.models.lora import trainable
+from fdfo_engine.runtime.interleaved import Spread
 
 CPU = torch.device("cpu")
 SHAPES = architectures()["shapes"]

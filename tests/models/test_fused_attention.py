@@ -33,8 +33,8 @@ def test_every_backend_is_the_formula(device, dtype):
     names = [n for n, reasons in attention_backends(tensors[0].device, dtype, SHAPE[-1]).items() if not reasons]
     assert {"auto", "sdpa"} <= set(names)
     for name in names:
-        found = run(lambda *qkv, name=name: attention(*qkv, name), tensors)
-        again = run(lambda *qkv, name=name: attention(*qkv, name), tensors)
+        found = run(lambda *qkv, name=name: attention(*qkv, backend=name), tensors)
+        again = run(lambda *qkv, name=name: attention(*qkv, backend=name), tensors)
         for part, a, b, c, d in zip("oqkv", found, plain, exact, again, strict=True):
             assert_as_good_as(a, b, c, name=f"{name} {part}")
             assert torch.equal(a, d) or name not in ("auto", "sdpa")
@@ -51,9 +51,9 @@ def test_a_forced_one_that_cannot_run_says_why():
     q = torch.randn(1, 4, 2, 16)
     for name in ("cudnn", "flash3", "xformers"):
         with pytest.raises(BackendUnavailableError, match=f"{name} can't run on cpu: it needs a CUDA device"):
-            attention(q, q, q, name)
+            attention(q, q, q, backend=name)
     with pytest.raises(BackendUnavailableError, match="no such attention; there are auto, sdpa"):
-        attention(q, q, q, "fast")
+        attention(q, q, q, backend="fast")
 
 
 def test_reasons_on_a_gpu_without_one(monkeypatch):

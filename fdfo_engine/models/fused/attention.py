@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fdfo_engine.ops import BackendUnavailableError
+from fdfo_engine.ops import BackendUnavailableError, Shape, chosen
 
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash3", "xformers")
 
@@ -26,7 +26,20 @@ MASKLESS = ("cudnn", "flash", "flash3", "xformers")
 """Backends that attend to every key."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto", mask: Tensor | None = None) -> Tensor:
+def _shape(q: Tensor, _k: Tensor, _v: Tensor, mask: Tensor | None = None) -> Shape:
+    return (*q.shape[1:], *(() if mask is None else ("masked",)), q.dtype)
+
+
+def _candidates(q: Tensor, _k: Tensor, _v: Tensor, mask: Tensor | None = None) -> list[str]:
+    """auto first; sdpa is left out, which differs from it only where it would be wrong, and so is all else on a CPU."""
+    if q.device.type == "cpu":
+        return ["auto"]
+    reasons = attention_backends(q.device, q.dtype, q.shape[-1], masked=mask is not None)
+    return [name for name in BACKENDS if name != "sdpa" and not reasons[name]]
+
+
+@chosen(_shape, _candidates, no_name=("auto", None))
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: Tensor | None = None) -> Tensor:
     """`softmax(q k^T / sqrt(E)) v` of every head; differentiable in all three.
 
     Under `torch.use_deterministic_algorithms` only what repeats bit for bit is taken.

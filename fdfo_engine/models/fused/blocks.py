@@ -20,8 +20,10 @@ from fdfo_engine.ops import (
     Residual,
     adapted_projection,
     adapted_projections,
+    current_chooser,
     feed_forward,
     gated_residual_norms,
+    under,
 )
 
 Hidden = Tensor | Residual
@@ -97,7 +99,8 @@ def kept(run: Callable[..., T], *tensors: Tensor | None, recompute: bool) -> T:
     """`run(*tensors)`; with `recompute` the backward runs it again, and these tensors alone are kept for it."""
     if not (recompute and torch.is_grad_enabled()):
         return run(*tensors)
-    found: T = checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+    # where the backward calls it again, no switch is around it that would say whom its ops ask
+    found: T = checkpoint(under, current_chooser(), run, *tensors, use_reentrant=False, preserve_rng_state=False)
     return found
 
 

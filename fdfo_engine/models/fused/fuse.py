@@ -15,7 +15,7 @@ from fdfo_engine.models.fused.joint_weights import JointWeights
 from fdfo_engine.models.fused.refusals import block_refusals, blocks_of, fusion_refusals, layer_refusals
 from fdfo_engine.models.fused.switch import Notice, Switch
 from fdfo_engine.models.fused.watch import Watch
-from fdfo_engine.ops import BackendUnavailableError
+from fdfo_engine.ops import BackendUnavailableError, Chooser
 
 RECOMPUTE = ("none", "fc1", "block")
 _PLAN = "_fused"
@@ -130,6 +130,12 @@ def own_forwards(transformer: Any) -> Iterator[None]:
     finally:
         for switch in switches:
             switch.off = False
+
+
+def ask_chooser(transformer: Any, chooser: Chooser | None) -> None:
+    """Lets the ops of a fused `transformer` ask `chooser` for their backends; None leaves them to the fixed order."""
+    for switch in getattr(transformer, _PLAN).switches:
+        switch.chooser = chooser
 
 
 def is_fused(transformer: Any) -> bool:

@@ -84,7 +84,7 @@ class JointAttention:
             q, k, v = self._adapted(tokens, projections, rotary)
         else:
             q, k, v = self._joint(tokens, rotary)
-        return attention(q, k, v, self.backend, mask).flatten(2)
+        return attention(q, k, v, backend=self.backend, mask=mask).flatten(2)
 
     def _adapted(
         self, tokens: Sequence[Tensor], projections: Sequence[Sequence[Projection]], rotary: Rotary | None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fdfo_engine.ops import Chooser, under
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import UsageError
 
@@ -34,7 +35,8 @@ class Switch:
 
     It stands as the attribute `forward` of `module`. Hooks that wrap that attribute later keep what they find there, so
     a switch stays where it is and is turned `off` in the end. `unknown` names arguments that `fused` can't take; one
-    that the forward of the class does not have is a UsageError.
+    that the forward of the class does not have is a UsageError. Ops that `fused` calls ask its `chooser`, also where a
+    checkpoint calls it again in a backward.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Switch:
     ) -> None:
         self.module = module
         self.off = False
+        self.chooser: Chooser | None = None
         self._fused, self._reasons, self._notice = fused, reasons, notice
         self.__wrapped__ = fused  # what inspect.signature reads
         names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -62,10 +65,10 @@ class Switch:
         """The forward; more arguments than the class takes come from a fused transformer, which has looked already."""
         if not self.off:
             if len(args) > self._num_own:
-                return self._fused(*args, **kwargs)
+                return under(self.chooser, self._fused, *args, **kwargs)
             reasons = self._reasons() or list(self._refused_arguments(args, kwargs))
             if not reasons:
-                return self._fused(*args, **kwargs)
+                return under(self.chooser, self._fused, *args, **kwargs)
             self._notice(reasons)
         return type(self.module).forward(self.module, *args, **kwargs)
 

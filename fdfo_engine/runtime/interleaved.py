@@ -11,6 +11,7 @@ import torch
 
 Call = Callable[[], object]
 HEAD_START_CYCLES = 2_000_000  # about a millisecond
+MIN_ROUNDS = 11
 
 
 class Spread(NamedTuple):
@@ -21,20 +22,23 @@ class Spread(NamedTuple):
     p90: float
 
 
-def interleaved(calls: dict[str, Call], device: torch.device, *, seconds: float = 2.0) -> dict[str, Spread]:
-    """Times each call by rounds until all together have taken about `seconds` each.
+def interleaved(
+    calls: dict[str, Call], device: torch.device, *, seconds: float = 2.0, rounds: int = MIN_ROUNDS,
+    round_s: float = 1e-2, warm_up: int = 2,
+) -> dict[str, Spread]:  # fmt: skip
+    """Times each call by rounds, at least so many, until all together have taken about `seconds` each.
 
     On a GPU by events, with the L2 cache flushed before every call; on the CPU by the wall clock, with enough calls a
-    round to take ten milliseconds: caches are as warm as calls that follow each other leave them, for all alike.
+    round to take `round_s`: caches are as warm as calls that follow each other leave them, for all alike.
     """
     for call in calls.values():
-        call()
-        call()
-    timer = _GpuTimer(device) if device.type == "cuda" else _CpuTimer()
+        for _ in range(warm_up):
+            call()
+    timer = _GpuTimer(device) if device.type == "cuda" else _CpuTimer(round_s)
     repeats = {name: timer.repeats(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
-    while len(next(iter(samples.values()))) < 11 or time.perf_counter() - started < seconds * len(calls):
+    while len(next(iter(samples.values()))) < rounds or time.perf_counter() - started < seconds * len(calls):
         for name, call in calls.items():
             samples[name].append(timer.seconds(call, repeats[name]))
     return {name: _spread(taken) for name, taken in samples.items()}
@@ -50,11 +54,15 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 class _CpuTimer:
+    def __init__(self, round_s: float) -> None:
+        self._round_s = round_s
+
     def repeats(self, call: Call) -> int:
-        return max(1, round(1e-2 / max(self.seconds(call, 1), 1e-7)))
+        return max(1, round(self._round_s / max(self.seconds(call, 1), 1e-7)))
 
     def seconds(self, call: Call, repeats: int) -> float:
-        call()  # what the candidate before left in the caches and gave back to the system is not charged to this one
+        if repeats > 1:  # what the candidate before left in the caches is not charged to this one
+            call()
         started = time.perf_counter()
         for _ in range(repeats):
             call()
