@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,17 @@ def _methods(pairs_per_prompt: int) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _grid() -> dict[str, tuple[str, ...]]:
+    """FDFO's three choices, each made as FDFO does or otherwise."""
+    cells = itertools.product(("own", "renoised"), ("pair", "image"), ("one_noise", "two_noises"))
+    return {
+        f"{states}, {direction}, {pairing}": (
+            f"algorithm={{name: ablation, states: {states}, direction: {direction}, pairing: {pairing}}}",
+        )
+        for states, direction, pairing in cells
+    }
+
+
 _MINIATURE_RATES = (2e-4, 6e-4, 6e-5)
 
 TASKS: dict[str, Task] = {
@@ -140,6 +152,20 @@ TASKS: dict[str, Task] = {
         held_out_seeds=4,
         file=RESULTS / "evidence" / "convergence_counting.json",
     ),
+    "grid": Task(
+        config=CONFIGS / "shapes.yaml",
+        settings=("sampling.pairs_per_epoch=24", *QUIET),
+        methods=_grid(),
+        rates=(2e-4,),
+        epochs=30,
+        tuning_epochs=20,
+        evaluate_every=10,
+        score=lambda: shapes,
+        others={"strict": lambda: shapes_strict},
+        held_out=lambda: captions("heldout", 64, 0),
+        held_out_seeds=4,
+        file=RESULTS / "evidence" / "convergence_grid.json",
+    ),
     "sd35m": Task(
         config=CONFIGS / "sd35m_fast.yaml",
         settings=QUIET,
@@ -154,5 +180,6 @@ TASKS: dict[str, Task] = {
         file=RESULTS / "evidence" / "convergence_sd35m.json",
     ),
 }
-"""What each is evidence of: `shapes` and `counting` of how methods learn on a miniature from a program that
-looks at pixels; `sd35m` of how they learn on Stable Diffusion 3.5 Medium from PickScore, on a GPU."""
+"""What each is evidence of: `shapes` and `counting` of how methods learn on a miniature from a program that looks at
+pixels; `grid` of which of FDFO's choices matter there; `sd35m` of how methods learn on Stable Diffusion 3.5 Medium from
+PickScore, on a GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,11 +46,16 @@ class RenoisedImages:
 
 def renoised_plan(config: Config, noise: float) -> SamplingPlan:
     """Samples with `noise` of `noise_levels`, then looks again at the times that the update is going to train."""
+    return SamplingPlan("sde", partial(stochastic, noise), steps_to_train(config))
+
+
+def steps_to_train(config: Config) -> Callable[[Sequence[int]], Tensor]:
+    """Of global pairs the steps that an update trains, int64 `[P, 2, S]`."""
     steps = partial(
         deal_steps, steps=config.sampling.steps, train_steps=trained_steps(config), optimizer_steps=1,
         seed=config.run.seed, subset=config.update.subset,
     )  # fmt: skip
-    return SamplingPlan("sde", partial(stochastic, noise), lambda pair_ids: steps(pair_ids)[0])
+    return lambda pair_ids: steps(pair_ids)[0]
 
 
 def target_velocity(rollout: Rollout, items: Items) -> Tensor:

@@ -6,11 +6,22 @@ from pydantic import Discriminator, Field, Tag
 
 from fdfo_engine.config.section import Section
 
-RENOISING = ("awm", "nft")
-"""Algorithms that look at final images noised again: their rollout runs the model once more for every trained step."""
+
+class _Algorithm(Section):
+    """What the rest of the settings asks of any algorithm."""
+
+    @property
+    def renoises(self) -> bool:
+        """Whether it looks at final images noised again: its rollout runs the model once more for each trained step."""
+        return False
+
+    @property
+    def takes_churn(self) -> bool:
+        """Whether `sampling.churn` is its noise on the way."""
+        return False
 
 
-class FdfoAlgorithm(Section):
+class FdfoAlgorithm(_Algorithm):
     """Finite Difference Flow Optimization: pairs that share their noise, see METHOD."""
 
     name: Literal["fdfo"] = "fdfo"
@@ -30,8 +41,39 @@ class FdfoAlgorithm(Section):
     advantage_scale: Literal["none", "spread"] = "none"
     """spread divides the advantages by their root mean square over the epoch's pairs; none takes rewards as is."""
 
+    @property
+    def takes_churn(self) -> bool:
+        """Its own noise."""
+        return True
 
-class FlowGrpoAlgorithm(Section):
+
+class AblationAlgorithm(_Algorithm):
+    """FDFO with three of its choices made otherwise, one by one: for finding out what its gain comes from."""
+
+    name: Literal["ablation"]
+    """Name of the algorithm."""
+
+    states: Literal["own", "renoised"] = "own"
+    """Where the model is trained: at the states that sampling went through, or at final images noised again."""
+
+    direction: Literal["pair", "image"] = "pair"
+    """What it is pulled along: half the difference of the pair's images, or its own image seen from the state."""
+
+    pairing: Literal["one_noise", "two_noises"] = "one_noise"
+    """Whether the two images of a pair start from one noise, or each from its own."""
+
+    @property
+    def renoises(self) -> bool:
+        """See `_Algorithm`."""
+        return self.states == "renoised"
+
+    @property
+    def takes_churn(self) -> bool:
+        """As FDFO does."""
+        return True
+
+
+class FlowGrpoAlgorithm(_Algorithm):
     """Flow-GRPO (arXiv 2505.05470): each step of a stochastic sampler is an action, rewarded against its group."""
 
     name: Literal["flow_grpo"]
@@ -44,7 +86,7 @@ class FlowGrpoAlgorithm(Section):
     """Largest magnitude of an advantage, in standard deviations of the epoch's rewards."""
 
 
-class AwmAlgorithm(Section):
+class AwmAlgorithm(_Algorithm):
     """Advantage Weighted Matching (arXiv 2509.25050): the final image, noised again, rewarded against its group."""
 
     name: Literal["awm"]
@@ -56,8 +98,13 @@ class AwmAlgorithm(Section):
     advantage_clip: float = Field(default=5.0, gt=0)
     """Largest magnitude of an advantage, in standard deviations of the epoch's rewards."""
 
+    @property
+    def renoises(self) -> bool:
+        """See `_Algorithm`."""
+        return True
 
-class NftAlgorithm(Section):
+
+class NftAlgorithm(_Algorithm):
     """DiffusionNFT (arXiv 2509.16117) on policy: the final image, noised again, as an example for and against."""
 
     name: Literal["nft"]
@@ -72,6 +119,11 @@ class NftAlgorithm(Section):
     advantage_clip: float = Field(default=5.0, gt=0)
     """Advantage, in standard deviations of the epoch's rewards, at which an image counts as an example of one kind."""
 
+    @property
+    def renoises(self) -> bool:
+        """See `_Algorithm`."""
+        return True
+
 
 def _name(value: Any) -> str | None:
     """The tag of an algorithm section: `fdfo` where none is given."""
@@ -83,6 +135,7 @@ AlgorithmConfig = Annotated[
     Annotated[FdfoAlgorithm, Tag("fdfo")]
     | Annotated[FlowGrpoAlgorithm, Tag("flow_grpo")]
     | Annotated[AwmAlgorithm, Tag("awm")]
-    | Annotated[NftAlgorithm, Tag("nft")],
+    | Annotated[NftAlgorithm, Tag("nft")]
+    | Annotated[AblationAlgorithm, Tag("ablation")],
     Discriminator(_name),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fdfo_engine.config.algorithm import RENOISING
 from fdfo_engine.config.cross_checks import trained_steps
 from fdfo_engine.config.problems import ConfigError
 from fdfo_engine.config.schema import Config
@@ -54,7 +53,7 @@ class BatchPlan:
         if num_blocks < world_size:
             raise ConfigError([_too_few_blocks(pairs, block, world_size, is_auto=is_auto)])
         trained = trained_steps(config)
-        looks_again = trained if config.algorithm.name in RENOISING else 0
+        looks_again = trained if config.algorithm.renoises else 0
         passes = 1 if sampling.guidance_scale == 1.0 else 2
         networks = 2 if update.needs_base else 1
         return cls(

@@ -79,7 +79,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("sampling.churn", "algorithm.name"),
-        lambda c: c.algorithm.name != "fdfo" and c.sampling.churn != RawChurn(),
+        lambda c: not c.algorithm.takes_churn and c.sampling.churn != RawChurn(),
         lambda c: f"is FDFO's, and algorithm.name = {c.algorithm.name} has noise of its own; remove it",
     ),
     Rule(

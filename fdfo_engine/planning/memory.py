@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 from fdfo_engine.config import BatchPlan, Config
-from fdfo_engine.config.algorithm import RENOISING
 from fdfo_engine.config.batch import counted
 from fdfo_engine.config.schema import AUTO_MICRO_BATCH
 from fdfo_engine.planning.footprint import Footprint
@@ -137,7 +136,7 @@ class _Epoch:
     @property
     def finals(self) -> int:
         """Final latents that are kept, float32, in velocities of 16 bits; of float32 ones it is too many by one."""
-        return 2 if self.config.algorithm.name in RENOISING else 0
+        return 2 if self.config.algorithm.renoises else 0
 
     @property
     def block_forward(self) -> int:
