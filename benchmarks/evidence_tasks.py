@@ -21,7 +21,10 @@ Score = Callable[[Sequence[str], Tensor], Tensor]
 """Scores `[N]` of N images `[N, 3, height, width]` in 0..1 for their prompts."""
 
 CONFIGS = ROOT / "configs"
-QUIET = ("update.ema=null", "checkpoint.keep=2", "evaluation.every=0", "log.tensorboard=false", "log.images_every=0")
+QUIET = (
+    "update.ema=null", "checkpoint.keep=2", "evaluation.every=0", "log.tensorboard=false", "log.images_every=0",
+    "kernels.tune=false",
+)  # fmt: skip
 CHROMA = 0.3
 LEAST_AREA = 24
 """Pixels, of 4,096: less is grain."""
