@@ -52,14 +52,24 @@ class Architecture:
         """Tokens of the image; of FLUX, whose pixels come packed, at `side` / 2."""
         return (self.side // 2) ** 2
 
-    def network(self, device: torch.device) -> Any:
-        """The network with its adapter, frozen but for it: float32, every matrix random, rounded to bfloat16."""
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W of one image's latent."""
+        channels = self.config["in_channels"]
+        return channels // 4 if self.is_flux else channels, self.side, self.side
+
+    def network(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+        """The network with its adapter, frozen but for it: every matrix random, rounded to bfloat16.
+
+        Frozen weights and buffers are of `dtype`, the adapter of float32.
+        """
         with device:
             network = self.kind(**self.config)
         network.eval().requires_grad_(False)
         if isinstance(network, SD3Transformer2DModel | FluxTransformer2DModel):
             add_lora(network, rank=self.rank, alpha=2.0 * self.rank, targets=ATTENTION_PROJECTIONS, seed=0)
         _fill(network, torch.Generator(device).manual_seed(0))
+        cast_frozen(network, dtype)
         return network
 
     def inputs(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -130,6 +140,15 @@ def architectures() -> dict[str, Architecture]:
             blocks=("transformer_blocks", "single_transformer_blocks"),
         ),
     }  # fmt: skip
+
+
+def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    """Gives frozen weights and buffers another dtype."""
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(dtype)
 
 
 def sharing(network: Any) -> Any:

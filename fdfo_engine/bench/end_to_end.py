@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.bench.architectures import Architecture, architectures, sharing
+from fdfo_engine.bench.architectures import Architecture, architectures, cast_frozen, sharing
 from fdfo_engine.bench.flops import flops
 from fdfo_engine.bench.record import header, write
 from fdfo_engine.models.fused import fuse
@@ -113,11 +113,7 @@ def candidates(architecture: Architecture, device: torch.device, wanted: str) ->
     reference = Candidate("reference", architecture, network, device, torch.float32)
     exact = reference.answers()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for parameter in network.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    for buffer in network.buffers():
-        buffer.data = buffer.data.to(dtype)
+    cast_frozen(network, dtype)
     made = []
     for letter in wanted:
         why_not = refusal(letter, device)

@@ -24,9 +24,9 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument(
         "--candidates", default="RECF", type=_letters, help="letters out of RECF; R always is; default all"
     )
-    parse.add_argument("--rollout-batch", type=_positive, help="images in a forward; default by architecture")
-    parse.add_argument("--train-batch", type=_positive, help="items in a micro-batch; default by architecture")
-    parse.add_argument("--threads", type=_positive, help="on a CPU; default: torch's own choice")
+    parse.add_argument("--rollout-batch", type=positive, help="images in a forward; default by architecture")
+    parse.add_argument("--train-batch", type=positive, help="items in a micro-batch; default by architecture")
+    parse.add_argument("--threads", type=positive, help="on a CPU; default: torch's own choice")
     parse.add_argument("--seconds", type=float, default=5.0, help="about, a candidate and step; default 5")
     parse.add_argument(
         "--out", type=Path, default=Path("fdfo_bench.json"), help="the file to write; default %(default)s"
@@ -47,7 +47,8 @@ def _letters(text: str) -> str:
     return "".join(letter for letter in "RECF" if letter in "R" + text)  # R comes first: it sets the others' bound
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1, as the value of an option."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}: takes a whole number from 1")
     return int(text)

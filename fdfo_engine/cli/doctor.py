@@ -66,6 +66,7 @@ def findings(folder: Path, *, quick: bool = False) -> Iterator[Finding]:
     yield _tried("kernels folder", _require_kernels)
     yield from _backends()
     yield from _attention()
+    yield from _measured()
     yield _tried(f"storage of {folder.resolve()}", lambda: _probe(folder))
     base = _tried("bundled shapes model", _require_base)
     yield base
@@ -133,6 +134,27 @@ def _attention() -> Iterator[Finding]:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     for name, reasons in attention_backends(device, torch.bfloat16, 64).items():
         yield Finding(f"attention {name} on {device}", "; ".join(reasons), needed=name == "auto")
+
+
+def _measured() -> Iterator[Finding]:
+    """What runs have measured on this machine; which of it the fixed order would not take."""
+    import torch
+
+    from fdfo_engine.planning.kernel_cache import KernelCache
+    from fdfo_engine.planning.measuring import fastest
+
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    known = KernelCache.everything(device)
+    if not known:
+        yield Finding(f"kernels measured on {device}", "none yet: a run does, and fdfo tune", needed=False)
+    for batches, timed in known.items():
+        items = {name: of.per_item(batches.rollout, batches.train) for name, of in timed.items()}
+        others = {name: fastest(of) for name, of in items.items() if fastest(of) != next(iter(of))}
+        where = f"on {device}, {batches.rollout} images a forward, {batches.train} items a micro-batch"
+        yield Finding(f"kernels measured {where}: {len(items)} ops, {len(others)} of them off the fixed order")
+        for name, taken in others.items():
+            gain = next(iter(items[name].values())).median / items[name][taken].median
+            yield Finding(f"op {name} runs {taken}: {gain:.2f} times as fast as {next(iter(items[name]))}")
 
 
 def _probe(folder: Path) -> None:

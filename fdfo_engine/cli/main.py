@@ -28,6 +28,7 @@ from fdfo_engine.cli import (
     serve,
     status,
     train,
+    tune,
 )
 from fdfo_engine.runtime.errors import UsageError, report_and_exit_code
 from fdfo_engine.runtime.process import end_process
@@ -46,6 +47,7 @@ _VERBS = (
     plan,
     rewards,
     bench,
+    tune,
     schema,
     serve,
     label,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,12 +30,22 @@ def machine_of(device: torch.device) -> dict[str, Any]:
     return found | {"device": environment["cpu"], "threads": torch.get_num_threads()}
 
 
-class KernelCache:
-    """Seconds by name of a call, of one device, at one pair of batch sizes: those of the rollout and of training."""
+class Batches(NamedTuple):
+    """Samples in one forward of a rollout, and in one micro-batch."""
 
-    def __init__(self, device: torch.device, rollout_batch: int, train_batch: int) -> None:
+    rollout: int
+    train: int
+
+    def __str__(self) -> str:
+        return f"{self.rollout}, {self.train}"
+
+
+class KernelCache:
+    """Seconds by name of a call, of one device, at one pair of batch sizes."""
+
+    def __init__(self, device: torch.device, batches: Batches) -> None:
         self._machine = machine_of(device)
-        self._batches = f"rollout {rollout_batch}, training {train_batch}"
+        self._batches = str(batches)
 
     @property
     def file(self) -> Path:
@@ -50,6 +60,15 @@ class KernelCache:
     def load(self) -> dict[str, Timed]:
         """Those that are there; none, with a warning, where the file is damaged."""
         return {name: _timed(parts) for name, parts in self._content().get(self._batches, {}).items()}
+
+    @classmethod
+    def everything(cls, device: torch.device) -> dict[Batches, dict[str, Timed]]:
+        """What is known of this device, by batches."""
+        content = cls(device, Batches(1, 1))._content()
+        return {
+            Batches(*map(int, batches.split(","))): {name: _timed(parts) for name, parts in timed.items()}
+            for batches, timed in content.items()
+        }
 
     def save(self, timed: Mapping[str, Timed]) -> None:
         """Keeps `timed` beside what other shapes and batches have; a cache that can't be written is said."""

@@ -17,7 +17,7 @@ from fdfo_engine.models.flow_model import Conditioning, FlowModel
 from fdfo_engine.models.fused import ask_chooser, attention_backends, is_fused
 from fdfo_engine.models.pipeline_model import PipelineModel
 from fdfo_engine.ops import BACKENDS, Choices, backends, candidates, fdfo_loss, named, paired_step
-from fdfo_engine.planning.kernel_cache import KernelCache
+from fdfo_engine.planning.kernel_cache import Batches, KernelCache
 from fdfo_engine.planning.measuring import Measurement, Seconds, Timed, fastest, seconds_of
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import broadcast_text, is_main, on_main, world_size
@@ -28,14 +28,6 @@ PAIR_OPS = "pair_ops"
 """What the pair ops are called together."""
 
 _ROLLOUT_TIMESTEP = 500.0
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Samples in one forward of a rollout, and in one micro-batch."""
-
-    rollout: int
-    train: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ def settled(config: Config, model: FlowModel, micro_batch: int, *, trains: bool)
     Raises:
         CheckpointError: the run's record is damaged.
     """
-    batches = _batches(config, micro_batch)
+    batches = batches_of(config, micro_batch)
 
     def found() -> Kernels:
         recorded = kernels_of_run(config.run.dir)
@@ -117,7 +109,7 @@ def measured(model: FlowModel, batches: Batches, *, names_pair_ops: bool = False
         afresh: takes nothing from the cache.
     """
     started = time.perf_counter()
-    cache = KernelCache(model.device, batches.rollout, batches.train)
+    cache = KernelCache(model.device, batches)
     known = {} if afresh else cache.load()
     timed = dict(known)
     if is_fused(model.network) and isinstance(model, PipelineModel):
@@ -198,7 +190,8 @@ def _forward(model: PipelineModel, batch: int) -> Callable[[], Tensor]:
     return call
 
 
-def _batches(config: Config, micro_batch: int) -> Batches:
+def batches_of(config: Config, micro_batch: int) -> Batches:
+    """Of the run of `config`, whose micro-batch has so many items; with guidance the network runs twice for each."""
     passes = 1 if config.sampling.guidance_scale == 1.0 else 2
     return Batches(2 * passes * BatchPlan.from_config(config, world_size()).block_pairs, passes * micro_batch)
 

@@ -16,6 +16,7 @@ from fdfo_engine.runtime.interleaved import Spread, interleaved
 ROUNDS, ROUND_S, SECONDS = 5, 1e-3, 0.01
 """Of a call on one backend: rounds at least, how long one is on a CPU, and all of them together at least."""
 
+_NOT_TIMED = Spread(0.0, 0.0, 0.0)
 Seconds = dict[str, Spread]
 """Of a call on each backend, by name; the fixed order's first."""
 
@@ -35,7 +36,7 @@ class Timed:
         found: Seconds = {}
         for seconds, batch in ((self.rollout, rollout_batch), (self.training, train_batch)):
             for name, spread in seconds.items():
-                before = found.get(name, Spread(0.0, 0.0, 0.0))
+                before = found.get(name, _NOT_TIMED)
                 found[name] = Spread(*(a + b / batch for a, b in zip(before, spread, strict=True)))
         return found
 
@@ -77,7 +78,7 @@ class Measurement:
 def seconds_of(calls: Mapping[str, Callable[[], object]], device: torch.device) -> Seconds:
     """How long the call on each backend takes, in turn; one alone is not timed, since there is nothing to choose."""
     if len(calls) == 1:
-        return dict.fromkeys(calls, Spread(0.0, 0.0, 0.0))
+        return dict.fromkeys(calls, _NOT_TIMED)
     return interleaved(dict(calls), device, seconds=SECONDS, rounds=ROUNDS, round_s=ROUND_S, warm_up=1)
 
 

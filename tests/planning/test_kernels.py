@@ -202,12 +202,12 @@ def test_a_checkpoint_older_than_records_goes_on_by_the_fixed_order(tiny_sd3, tm
 
 
 def test_a_damaged_cache_is_said_and_measured_again(capsys):
-    cache = KernelCache(CPU, 2, 3)
+    cache = KernelCache(CPU, Batches(2, 3))
     cache.save({"an op": Timed({"cpp": spread(1.0)}, {})})
-    assert KernelCache(CPU, 2, 3).load() == {"an op": Timed({"cpp": spread(1.0)}, {})}
-    assert KernelCache(CPU, 4, 3).load() == {}
-    cache.file.write_text('{"seconds": {"rollout 2, training 3": {"an op": 5}}}')
-    assert KernelCache(CPU, 2, 3).load() == {}
+    assert KernelCache(CPU, Batches(2, 3)).load() == {"an op": Timed({"cpp": spread(1.0)}, {})}
+    assert KernelCache(CPU, Batches(4, 3)).load() == {}
+    cache.file.write_text('{"seconds": {"2, 3": {"an op": 5}}}')
+    assert KernelCache(CPU, Batches(2, 3)).load() == {}
     assert "damaged" in capsys.readouterr().err
 
 
@@ -218,4 +218,4 @@ def test_a_table_says_what_is_taken():
 
 def test_batches_are_counted_with_guidance(tiny_sd3, tmp_path):
     config = tiny_config(tiny_sd3, tmp_path / "run", sampling={"guidance_scale": 3.0})
-    assert kernels._batches(config, 5) == Batches(rollout=8, train=10)
+    assert kernels.batches_of(config, 5) == Batches(rollout=8, train=10)
