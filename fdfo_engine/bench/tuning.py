@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.bench.architectures import Architecture
-from fdfo_engine.planning.kernel_cache import KernelCache
-from fdfo_engine.planning.kernels import Batches, Kernels, conclusion, network_times, pair_times
+from fdfo_engine.planning.kernel_cache import Batches, KernelCache
+from fdfo_engine.planning.kernels import Kernels, conclusion, network_times, pair_times
 
 
 def measured_architecture(

@@ -68,7 +68,7 @@ def _of_architecture(arguments: argparse.Namespace, device: Any) -> Kernels:
     from fdfo_engine.bench.architectures import architectures
     from fdfo_engine.bench.tuning import measured_architecture
     from fdfo_engine.models.fused import fuse
-    from fdfo_engine.planning.kernels import Batches
+    from fdfo_engine.planning.kernel_cache import Batches
 
     architecture = architectures()[arguments.arch]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

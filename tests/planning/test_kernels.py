@@ -11,8 +11,8 @@ from fdfo_engine.engine import Engine
 from fdfo_engine.models.fused import is_fused
 from fdfo_engine.ops import Choices
 from fdfo_engine.planning import kernels, measuring
-from fdfo_engine.planning.kernel_cache import KernelCache
-from fdfo_engine.planning.kernels import Batches, Kernels
+from fdfo_engine.planning.kernel_cache import Batches, KernelCache
+from fdfo_engine.planning.kernels import Kernels
 from fdfo_engine.planning.measuring import Measurement, Timed, fastest
 from fdfo_engine.runtime.interleaved import Spread
 from fdfo_engine.runtime.run_checkpoints import kernels_of_run
