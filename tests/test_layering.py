@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "fdfo_engine"
 LAYERS = {
-    "config": 0, "kernels": 0, "ops": 1, "runtime": 1, "shapes": 1, "models": 2, "rewards": 2, "metrics": 2,
-    "trajectory": 2, "rollout": 3, "update": 4, "report": 4, "algorithms": 5, "exporting": 5, "planning": 5,
-    "engine": 6, "bench": 6, "evaluation": 7, "training": 8, "loop": 9, "train": 10, "serve": 10, "label": 11,
-    "cli": 12, "client": 0, "choices": 1,
+    "config": 0, "kernels": 0, "ops": 1, "runtime": 1, "shapes": 1, "models": 2, "choices": 2, "metrics": 2,
+    "trajectory": 2, "rewards": 3, "rollout": 3, "update": 4, "report": 4, "algorithms": 5, "exporting": 5,
+    "planning": 5, "engine": 6, "bench": 6, "evaluation": 7, "training": 8, "loop": 9, "train": 10, "serve": 10,
+    "label": 11, "cli": 12, "client": 0,
 }  # fmt: skip
 
 

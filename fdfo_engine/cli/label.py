@@ -34,12 +34,18 @@ def add_parser(verbs: Any) -> None:
     parse.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name it answers to")
     parse.add_argument("--owner", default="owner", metavar="NAME", help="your name beside your answers")
     parse.add_argument("--rater", action="append", default=[], metavar="NAME", help="print a link for one more person")
+    parse.add_argument(
+        "--export", type=Path, metavar="FILE",
+        help="write the choices of --run in Pick-a-Pic's columns, .jsonl or .parquet, and end",
+    )  # fmt: skip
     parse.add_argument("--no-browser", action="store_true", help="only print the link")
     parse.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves the page until it is stopped."""
+    if arguments.export is not None:
+        return _export(arguments)
     missing = [name for name in ("starlette", "uvicorn", "httpx") if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(f"{' and '.join(missing)} missing: pip install 'fdfo-engine[serve]'")
@@ -59,6 +65,20 @@ def run(arguments: argparse.Namespace) -> int:
     return open_page(arguments.run, door)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from fdfo_engine.choices.pick_a_pic import export_choices
+    from fdfo_engine.choices.store import read_choices
+    from fdfo_engine.config import load_config
+    from fdfo_engine.runtime.console import say
+
+    if arguments.run is None:
+        raise UsageError("--export: takes --run RUN_DIR, whose choices are written")
+    judged = read_choices(arguments.run)
+    model = load_config(str(arguments.run / "config.yaml"), []).model.id
+    say(f"{export_choices(judged, model, arguments.export)} choices: {arguments.export}")
+    return 0
+
+
 def _with_engine(arguments: argparse.Namespace, door: PageDoor) -> int:
     from fdfo_engine.config import load_config
     from fdfo_engine.label.server import OwnEngine, open_page
@@ -68,6 +88,6 @@ def _with_engine(arguments: argparse.Namespace, door: PageDoor) -> int:
     command = [sys.executable, "-m", "fdfo_engine.cli.main", "serve", "--config", name, "--port", "0", *overrides]
     command += [] if arguments.ranks is None else ["--ranks", str(arguments.ranks)]
     command += [] if arguments.base is None else ["--base", arguments.base]
-    with OwnEngine(command) as engine:
+    with OwnEngine(command, folder) as engine:
         code = open_page(folder, door)
     return code if engine.exit_code is None else engine.exit_code

@@ -45,7 +45,7 @@ class Desk:
         """Records an answer: on disk when this returns. A second one to the same showing changes nothing.
 
         Raises:
-            Problem: the round is over (409), the pair is none of it (422), the storage is full (507), or as `round`.
+            Problem: the round is over (409), the pair is none of it (404), the storage is full (507), or as `round`.
         """
         judgement = label.model_dump(exclude={"round", "attempt", "repeat"}, exclude_none=True)
         body = {"rater": session.rater, "judgements": [judgement | {"swapped": label.repeat}]}
@@ -53,6 +53,8 @@ class Desk:
         try:
             (event,) = (await self._link.post(f"/v1/rounds/{label.round}/feedback", body, key))["events"]
         except Problem as problem:
+            if problem.body.code == "invalid":
+                raise Problem(404, "no_pair", f"round {label.round} has no pair {label.pair_id}") from problem
             if problem.body.code != "key_reused":
                 raise
             event = await self._event_of(session, label)

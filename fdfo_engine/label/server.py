@@ -23,12 +23,14 @@ from fdfo_engine.label.page import Page
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.runtime.run_lock import LOCK_NAME, is_alive
 
 PAGE_NAME = "label.json"
 DEFAULT_PORT = 8720
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 _STOP_TIMEOUT_S = 120.0
 _TOKEN_TIMEOUT_S = 180.0
+_PREDECESSOR_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,24 @@ def open_page(folder: Path, door: PageDoor) -> int:
             timeout_graceful_shutdown=2, limit_concurrency=256,
         )  # fmt: skip
         try:
-            uvicorn.Server(settings).run(sockets=[listener])
+            _Server(settings).run(sockets=[listener])
         finally:
             (folder / PAGE_NAME).unlink(missing_ok=True)
     return 0
+
+
+class _Server(uvicorn.Server):
+    """Ends at a signal without raising it again: what was opened around it is closed in order."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM, while it serves."""
+        previous = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _tell(url: str, passes: Passes, door: PageDoor) -> None:
@@ -136,11 +152,24 @@ def _bound(door: PageDoor) -> Iterator[socket.socket]:
         yield listener
 
 
+def _wait_for_predecessor(folder: Path) -> None:
+    """An engine whose page was killed ends by itself, between two parts of its work; one that stays will be refused."""
+    try:
+        holder = json.loads((folder / LOCK_NAME).read_bytes())["pid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    deadline = time.monotonic() + _PREDECESSOR_TIMEOUT_S
+    while is_alive(int(holder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 class OwnEngine:
     """`fdfo serve` in a process of its own, as long as the context lasts; started again where a signal killed it."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        """`command` serves the run of `folder`."""
         self._command = list(command)
+        _wait_for_predecessor(folder)
         self._is_closing = False
         self._process = self._started()
         self._watch = threading.Thread(target=self._keep_alive, daemon=True)

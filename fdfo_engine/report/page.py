@@ -15,6 +15,7 @@ from fdfo_engine.config import HEALTH_MEASURES, GuardConfig
 from fdfo_engine.metrics import health_drift
 from fdfo_engine.report.curves import Point, Series, line_chart, short, smoothed, stacked_chart
 from fdfo_engine.report.held_out import held_out_change
+from fdfo_engine.report.people import people_view
 from fdfo_engine.report.run_data import Gallery, RunData, read_run
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.terminal import duration
@@ -71,6 +72,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "tiles": _tiles(data),
         "verdict": _verdict(data.evaluations),
+        "people": people_view(data.choices),
         "missing": data.missing,
         "rewards": _reward_charts(data.metrics),
         "evaluations": _evaluation_charts(data.evaluations),

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from fdfo_engine.choices import Choice
+from fdfo_engine.report.people import choices_of
 from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.runtime.run_folder import (
     ENVIRONMENT_NAME,
@@ -52,6 +54,7 @@ class RunData:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
     pairs: tuple[str, str] | None = None
+    choices: list[Choice] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 
@@ -74,6 +77,7 @@ def read_run(path: Path) -> RunData:
     galleries = [_gallery(file) for file in _gallery_files(path)]
     data.galleries = [gallery for gallery in galleries if gallery is not None]
     data.pairs = _last_sheet(path / IMAGES_NAME)
+    data.choices = choices_of(path)
     data.missing = _missing(data)
     return data
 

@@ -36,6 +36,7 @@ _BUILT_IN = {
     "ocr": "ocr",
     "geneval": "geneval",
     "http": "http_reward",
+    "person": "person",
 }
 """Registered name to the module of this package that registers it: imported only when asked for."""
 

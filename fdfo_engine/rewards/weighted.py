@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,11 @@ class WeightedRewards:
             label: (part.weight, _built(part, key)) for (label, part), key in zip(parts.items(), keys, strict=True)
         }
         return cls(rewards, log_folder, {label: part.normalize for label, part in parts.items()})
+
+    def without(self, names: Collection[str]) -> WeightedRewards:
+        """The same rewards but for `names`."""
+        others = {name: part for name, part in self.rewards.items() if name not in names}
+        return WeightedRewards(others, self.log_folder, self.normalize)
 
     def gpu_bytes(self) -> tuple[int, list[str]]:
         """What all models take of a GPU, in bytes, and the names of the rewards whose models are not counted in it."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fdfo_engine.engine import Engine
 from fdfo_engine.evaluation import evaluation_list
-from fdfo_engine.rewards import WeightedRewards
+from fdfo_engine.rewards import WeightedRewards, labelled
+from fdfo_engine.rewards.person import PERSON
 from fdfo_engine.rollout.prompts import PromptList
 from fdfo_engine.runtime.checkpoint import checkpoint_name
 from fdfo_engine.runtime.distributed import all_gather_rows, is_main, on_main, together
@@ -184,21 +185,34 @@ class Commands:
     def train(self, body: Mapping[str, Any], number: int) -> Result:
         """`Engine.update` on a round, with `rewards` by pair id that the queue made of its feedback."""
         rollout = self.rollout(body["round"])
-        table_PK = self._table(rollout, body["rewards"])
+        table_PK = self._mixed(rollout, self._table(rollout, body["rewards"]))
         metrics = self.engine.update(rollout, table_PK)
         self._record(rewards_record(rollout, table_PK) | metrics)
         self._forget(body["round"])
         return self._saved(number, {"round": body["round"], "metrics": metrics})
+
+    def _mixed(self, rollout: Rollout, chosen_PK: Tensor) -> Tensor:
+        """Where `person` is one of the run's rewards, its others are added to what people chose, as weighted."""
+        persons = [name for name, part in labelled(self.engine.config.rewards).items() if part.name == PERSON]
+        if not persons:
+            return chosen_PK
+        automatic = self._rewards.without(persons)
+        parts_PK = self._scored(rollout, automatic) if automatic.rewards else {}
+        return self._rewards.combined(parts_PK | dict.fromkeys(persons, chosen_PK))
+
+    def _scored(self, rollout: Rollout, rewards: WeightedRewards) -> dict[str, Tensor]:
+        """Each reward's scores of all pairs of a round."""
+        on_main(rewards.require_ready)
+        prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
+        own = together(lambda: rewards(prompts, rollout.images.flatten(0, 1)))
+        return {name: all_gather_rows(scores.view(-1, 2)) for name, scores in own.items()}
 
     # primitives
 
     def compute_reward(self, body: Mapping[str, Any], _number: int) -> Result:
         """The run's own rewards of a round's images: of each pair its sum, and every part."""
         rollout = self.rollout(body["round"])
-        on_main(self._rewards.require_ready)
-        prompts = [prompt for prompt in rollout.prompts for _ in range(2)]
-        own = together(lambda: self._rewards(prompts, rollout.images.flatten(0, 1)))
-        parts_PK = {name: all_gather_rows(scores.view(-1, 2)) for name, scores in own.items()}
+        parts_PK = self._scored(rollout, self._rewards)
         total_PK = self._rewards.combined(parts_PK)
         ids = self._pair_ids(rollout)
         return {

@@ -71,6 +71,13 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
+_OF_THE_STORAGE = (
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+)  # fmt: skip
+"""Primary result codes that say nothing about the statement."""
+
+
 class Database:
     """The connection, used from any thread; WAL, synchronous FULL."""
 
@@ -112,17 +119,16 @@ class Database:
             Problem: the storage refuses (507).
         """
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            try:
                 self._db.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                self._db.execute("ROLLBACK")
-                raise Problem(507, "storage", f"{self.path.name}: {error}") from error
+            except BaseException as error:
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.DatabaseError) and error.sqlite_errorcode & 0xFF in _OF_THE_STORAGE:
+                    raise Problem(507, "storage", f"{self.path.name}: {error}") from error
+                raise
 
 
 def as_text(value: Any) -> str:

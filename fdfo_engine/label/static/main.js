@@ -13,7 +13,7 @@ const WORDS = { left: "Left", right: "Right", tie: "No preference", skip: "Skipp
 let state = null; // what the page's process last said
 let held = { round: null, due: [], answers: [] }; // the pairs of the round on screen
 let shownAt = 0;
-let isBusy = false; // an answer is on its way
+let isBusy = false; // an answer is on its way, or the next pair
 let isWhole = true; // both images of the pair on screen are there
 
 const scene = () => document.body.dataset.scene;
@@ -22,6 +22,11 @@ const judged = () => answered().filter((answer) => answer.choice !== "skip").len
 
 // ---- answers
 
+function busy(on) {
+  isBusy = on;
+  $("frames").setAttribute("aria-busy", String(on));
+}
+
 async function choose(choice) {
   if (isBusy || scene() !== "labelling") return;
   const pair = held.due[0];
@@ -29,7 +34,7 @@ async function choose(choice) {
     if (choice === "skip") await putBack();
     return;
   }
-  isBusy = true;
+  busy(true);
   stage.mark(choice, null);
   const answer = {
     round: held.round, pair_id: pair.pair_id, repeat: pair.repeat, attempt: pair.attempt, choice,
@@ -46,7 +51,7 @@ async function choose(choice) {
     stage.mark(null, null);
     await refused(error, "Your choice was not recorded");
   } finally {
-    isBusy = false;
+    busy(false);
   }
 }
 
@@ -59,7 +64,7 @@ async function putBack() {
 async function undo() {
   const last = held.answers.at(-1);
   if (isBusy || !last) return;
-  isBusy = true;
+  busy(true);
   try {
     await api.undo(held.round, last.event);
     banner(null);
@@ -68,7 +73,7 @@ async function undo() {
   } catch (error) {
     await refused(error, "It was not taken back");
   } finally {
-    isBusy = false;
+    busy(false);
   }
 }
 

@@ -81,13 +81,14 @@ export async function show(pair) {
   images.forEach(({ value }, place) => put(SIDES[place], value, pair.prompt));
   const first = images.find(({ value }) => value)?.value;
   if (first) body.style.setProperty("--aspect", `${first.naturalWidth} / ${first.naturalHeight}`);
+  resting = SIDES.find((_, place) => !images[place].value) ?? "left"; // what is wrong is seen first
   paint();
   return images.every(({ status }) => status === "fulfilled");
 }
 
 function put(side, image, prompt) {
   if (!image) {
-    picture(side).replaceChildren("This image cannot be shown");
+    picture(side).replaceChildren("This image cannot be shown. Skip to the next pair; this one comes again.");
     thumb(side).replaceChildren();
     return;
   }
