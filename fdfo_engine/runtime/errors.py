@@ -96,6 +96,8 @@ def exit_code(error: BaseException) -> int:
         return own
     if _is_out_of_memory(error):
         return EnvironmentProblem.exit_code
+    if is_peer_loss(error):
+        return DistributedError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -108,6 +110,8 @@ def error_message(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if _is_out_of_memory(error):
         return _OUT_OF_MEMORY.format(first_line=text.splitlines()[0])
+    if is_peer_loss(error):
+        return f"another rank is gone, or does not answer; its own output says why ({text.splitlines()[0]})"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return text if hasattr(error, "exit_code") else f"{type(error).__name__}: {text}"
@@ -116,17 +120,27 @@ def error_message(error: BaseException) -> str:
 def report_and_exit_code(error: BaseException) -> int:
     """Prints one block about `error` to stderr and returns the exit status.
 
-    The traceback is printed for a bug of ours (status 1), and for every error if `FDFO_DEBUG=1`. Rank 0 speaks for all,
-    but for a bug and for memory, which can meet one rank alone.
+    The traceback is printed for a bug of ours (status 1), and for every error if `FDFO_DEBUG=1`. Rank 0 speaks for all
+    but for what can meet one rank alone: a bug, memory, and the loss of another rank, which may be rank 0.
     """
-    code, everywhere = exit_code(error), exit_code(error) == 1 or _is_out_of_memory(error)
-    lines = []
+    code, lines = exit_code(error), []
+    everywhere = code == 1 or _is_out_of_memory(error) or is_peer_loss(error)
     if code == 1 or os.environ.get("FDFO_DEBUG") == "1":
         lines.append("".join(traceback.format_exception(error)).rstrip())
     label = "stopped" if code == Stopped.exit_code else "error"
     lines.append(f"{label}: {error_message(error)}" + (f"\n{_ISSUE_HINT}" if code == 1 else ""))
     complain("\n".join(lines), everywhere=everywhere)
     return code
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether a collective failed since another rank is gone: our own and DeepSpeed's alike, by torch's error for it.
+
+    Gloo raises a plain RuntimeError, which its source's path tells from others.
+    """
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,14 @@ from fdfo_engine.engine import Engine
 from fdfo_engine.loop import Training
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import any_rank, broadcast_text
-from fdfo_engine.runtime.errors import Cancelled, CheckpointError, DistributedError, Stopped, error_message
+from fdfo_engine.runtime.errors import (
+    Cancelled,
+    CheckpointError,
+    DistributedError,
+    Stopped,
+    error_message,
+    is_peer_loss,
+)
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.serve.backend import Backend
 from fdfo_engine.serve.commands import Commands, Result
@@ -109,8 +116,10 @@ class Worker:
                 self._end_training(error_message(error))
         except (DistributedError, Stopped):
             raise
-        except Exception as error:  # noqa: BLE001 - told to who asks, and the server goes on
-            self._end_training(_told(error))
+        except Exception as error:
+            if is_peer_loss(error):
+                raise
+            self._end_training(_told(error))  # told to who asks, and the server goes on
         else:
             if not goes_on:
                 self._end_training(None)
@@ -151,8 +160,10 @@ class Worker:
             if self._backend is not None:
                 self._backend.queue.requeue(number)
             raise
-        except Exception as error:  # noqa: BLE001 - the client's to hear of; the server goes on
-            self._finish(number, kind, None, error)
+        except Exception as error:
+            if is_peer_loss(error):
+                raise  # the operation stays in the queue: the next server does it
+            self._finish(number, kind, None, error)  # the client's to hear of; the server goes on
             if kind == "train" and self._engine.is_amid_epoch:
                 self._recover()
         else:
@@ -253,6 +264,8 @@ class Worker:
         except (DistributedError, Stopped):
             raise
         except Exception as error:
+            if is_peer_loss(error):
+                raise
             if not task["failed"]:
                 head = f"operation {task['id']} ({task['kind']}) was done, and fails when it is repeated"
                 raise CheckpointError(f"{head}: {error_message(error)}") from error

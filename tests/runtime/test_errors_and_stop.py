@@ -64,6 +64,33 @@ def test_known_foreign_errors(error, code, text):
     assert text in errors.error_message(error)
 
 
+PEER = """
+import sys, torch.distributed as dist, torch
+from fdfo_engine.runtime.errors import exit_code, error_message
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+dist.all_reduce(torch.ones(1))
+if sys.argv[2] == "1":
+    import os; os._exit(0)
+try:
+    dist.all_reduce(torch.ones(1 << 20))
+except RuntimeError as error:
+    print(exit_code(error), error_message(error), flush=True)
+import os; os._exit(0)
+"""
+
+
+def test_a_collective_that_a_dead_rank_broke_is_no_bug(tmp_path):
+    """Whoever started it: gloo's own error, as DeepSpeed's collectives raise it too."""
+    place = f"file://{tmp_path / 'store'}"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", PEER, place, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = ranks[0].communicate(timeout=120)[0]
+    ranks[1].communicate(timeout=120)
+    assert told.startswith("8 another rank is gone")
+
+
 def test_an_error_of_the_config_is_reported_by_its_exit_code(capsys):
     class ConfigError(Exception):
         exit_code = 2
