@@ -14,6 +14,7 @@ from fdfo_engine.metrics import health_drift
 
 SHARE_OF_GAIN = 0.9
 NEVER = math.inf
+NOBODY = "none"
 
 Record = Mapping[str, Any]
 Finals = Mapping[str, Sequence[Record]]
@@ -32,7 +33,7 @@ class Axis:
 
 def axes(finals: Finals) -> list[Axis]:
     """What the methods are compared by; goals come from their own rewards."""
-    goal, level = reward_goal(finals), common_reward(finals)
+    goal, level, own = reward_goal(finals), common_reward(finals), final_reward(finals["fdfo"])
 
     def last(record: Record) -> Record:
         point: Record = record["curve"][-1]
@@ -41,6 +42,7 @@ def axes(finals: Finals) -> list[Axis]:
     return [
         Axis("held-out reward at the end", lambda r: last(r)["reward"], True, 3),
         *_others(finals),
+        Axis(f"images to {own:.3f}, where FDFO ends", lambda r: reached(r["curve"], own, "images"), False, 0),
         Axis(f"images to a reward of {goal:.3f}", lambda r: reached(r["curve"], goal, "images"), False, 0),
         Axis(f"network evaluations to {goal:.3f}", lambda r: reached(r["curve"], goal, "evaluations"), False, 0),
         Axis(f"seconds of training to {goal:.3f}", lambda r: reached(r["curve"], goal, "seconds"), False, 0),
@@ -68,15 +70,19 @@ def _last(record: Record, name: str) -> float:
 
 
 def reward_goal(finals: Finals) -> float:
-    """`SHARE_OF_GAIN` of the way from the base's reward to the best final one of any trial."""
+    """`SHARE_OF_GAIN` of the way from the base's reward to the best method's final one."""
     start = base_reward(finals)
-    best = max(record["curve"][-1]["reward"] for records in finals.values() for record in records)
-    return start + SHARE_OF_GAIN * (best - start)
+    return start + SHARE_OF_GAIN * (max(map(final_reward, finals.values())) - start)
+
+
+def final_reward(records: Sequence[Record]) -> float:
+    """Held-out reward at the end, median of the seeds."""
+    return statistics.median(record["curve"][-1]["reward"] for record in records)
 
 
 def common_reward(finals: Finals) -> float:
     """The highest reward that the median trial of every method ends at or above."""
-    return min(statistics.median(r["curve"][-1]["reward"] for r in records) for records in finals.values())
+    return min(map(final_reward, finals.values()))
 
 
 def base_reward(finals: Finals) -> float:
@@ -114,9 +120,10 @@ def drift(curve: Sequence[Record]) -> float:
 
 
 def best_method(axis: Axis, finals: Finals) -> str:
-    """Whose median is best."""
+    """Whose median is best; "none" where at most one seed in two of any method gets there."""
     medians = {method: statistics.median(map(axis.of, records)) for method, records in finals.items()}
-    return (max if axis.larger_is_better else min)(medians, key=medians.__getitem__)
+    best = (max if axis.larger_is_better else min)(medians, key=medians.__getitem__)
+    return best if math.isfinite(medians[best]) else NOBODY
 
 
 def paired_differences(axis: Axis, one: Sequence[Record], other: Sequence[Record]) -> list[float]:

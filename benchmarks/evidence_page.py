@@ -148,7 +148,7 @@ def verdict(finals: Finals) -> str:
             is_better = bool(differences) and (differences[0] > 0) == axis.larger_is_better
             chosen = open_ if not is_beyond_spread(differences) else won if is_better else lost
             chosen.append((axis.name, rival))
-    return f"FDFO loses on: {_listed(lost)}. It wins on: {_listed(won)}. Not told apart: {_listed(open_)}."
+    return f"\n- FDFO loses on: {_listed(lost)}.\n- It wins on: {_listed(won)}.\n- Not told apart: {_listed(open_)}.\n"
 
 
 def _listed(found: Sequence[tuple[str, str]]) -> str:
@@ -220,7 +220,7 @@ def summary_table(finals: Finals, task: Task) -> str:
 def _summary_row(axis: Axis, finals: Finals) -> list[str]:
     others = {method: records for method, records in finals.items() if method != "fdfo"}
     rival = best_method(axis, others)
-    differences = paired_differences(axis, finals["fdfo"], others[rival])
+    differences = paired_differences(axis, finals["fdfo"], others.get(rival, []))
     values = [_spread([axis.of(record) for record in records], axis.digits) for records in finals.values()]
     return [axis.name, *values, best_method(axis, finals), _difference(differences, axis.digits, rival)]
 
