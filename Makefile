@@ -20,7 +20,7 @@ TEST_PROCESSES ?= 2
 free_port = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 launch = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(free_port) fdfo_engine/train.py --config configs/shapes.yaml
 
-.PHONY: help setup build demo demo-short test test-all lint clean
+.PHONY: help setup build demo demo-short test test-all gpu-packages gpu-check lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -51,6 +51,16 @@ test: setup  ## the tests
 
 test-all: setup  ## the tests with the slow ones
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow or not slow" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+GPU_PACKAGES := diffusers peft accelerate pybind11 pydantic pydantic-core annotated-types typing-inspection pytest \
+	pytest-timeout iniconfig pluggy tenacity jinja2 markupsafe tqdm
+gpu-packages:  ## packages that a GPU machine of torch and transformers alone is brought, for its Python (GPU_PYTHON=3.12)
+	rm -rf .gpu_packages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .gpu_packages --no-deps --no-compile \
+		--only-binary=:all: --python-version $(or $(GPU_PYTHON),3.12) -c constraints.txt $(GPU_PACKAGES)
+
+gpu-check:  ## everything that is to be measured on a GPU, in nine minutes; GPU_ARGS="--device cpu --minutes 2" in miniature
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_day --minutes 9 --out runs/gpu_day $(GPU_ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

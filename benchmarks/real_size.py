@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=256, help="height and width of the images")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--deepspeed", action="store_true", help="by DeepSpeed's launcher, on one GPU")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="real-size-") as name:
@@ -117,7 +118,9 @@ def train(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     start = time.monotonic()
-    command = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--config", str(folder / "config.yaml")]
+    by_launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "fdfo_engine/train.py"]
+    program = by_launcher if arguments.deepspeed else ["-m", "fdfo_engine.cli.main", "train"]
+    command = [sys.executable, *program, "--config", str(folder / "config.yaml")]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     metrics = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
     kept = ("reward_mean", "grad_norm", "log_ratio", "skipped_steps", "seconds_rollout", "seconds_update")

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="that a block op works on; default 2, on a GPU 12")
     parser.add_argument("--only", default="", help="run the cases with this in their name")
     parser.add_argument("--seconds", type=float, default=2.0, help="a candidate; default 2")
+    parser.add_argument("--no-inductor", action="store_true", help="leave the compiled plain code out")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +42,9 @@ def main() -> None:
         bandwidth = copy_bandwidth(device)
         print(f"{device}, {threads} threads, copy {bandwidth / 1e9:.1f} GB/s")
         for case in suite(arguments, device):
-            result["rows"] += measure(case, device, threads, bandwidth, arguments.seconds)
+            result["rows"] += measure(
+                case, device, threads, bandwidth, arguments.seconds, inductor=not arguments.no_inductor
+            )  # fmt: skip
     write(arguments.out or RESULTS / machine(device) / f"{arguments.suite}.json", result)
 
 
@@ -59,10 +62,12 @@ def suite(arguments: argparse.Namespace, device: torch.device) -> list[pair_ops.
 
 
 def measure(
-    case: pair_ops.Case, device: torch.device, threads: int, bandwidth: float, seconds: float
+    case: pair_ops.Case, device: torch.device, threads: int, bandwidth: float, seconds: float, *, inductor: bool = True
 ) -> list[dict[str, Any]]:
     """One row a candidate; prints them."""
     calls = candidates(case, device)
+    if not inductor:
+        del calls["inductor"]
     require_equal(case, calls)
     taken = interleaved(calls, device, seconds=seconds)
     columns = "".join(f"{c:>10}" for c in ("ms", "p10", "p90", "GB/s", "of copy", "x eager", "x inductor"))
@@ -94,14 +99,14 @@ def require_equal(case: pair_ops.Case, calls: dict[str, Any]) -> None:
 def row(case: pair_ops.Case, name: str, taken: dict[str, Spread], threads: int, bandwidth: float) -> dict[str, Any]:
     """Prints and returns the figures of one candidate."""
     spread, rate = taken[name], case.num_bytes / taken[name].median
-    versus = {other: taken[other].median / spread.median for other in ("eager", "inductor")}
+    versus = {other: taken[other].median / spread.median for other in ("eager", "inductor") if other in taken}
     milliseconds = "".join(f"{1e3 * value:10.3f}" for value in spread)
-    shares = f"{rate / 1e9:10.1f}{rate / bandwidth:10.0%}{versus['eager']:10.2f}{versus['inductor']:10.2f}"
+    shares = f"{rate / 1e9:10.1f}{rate / bandwidth:10.0%}{''.join(f'{times:10.2f}' for times in versus.values())}"
     print(f"{name:12}{milliseconds}{shares}")
     return {
         "case": case.name, "candidate": name, "threads": threads, **{f"{k}_s": v for k, v in spread._asdict().items()},
         "bytes": case.num_bytes, "bytes_per_s": rate, "copy_bytes_per_s": bandwidth,
-        "times_eager": versus["eager"], "times_inductor": versus["inductor"],
+        **{f"times_{other}": times for other, times in versus.items()},
     }  # fmt: skip
 
 

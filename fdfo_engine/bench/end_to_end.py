@@ -6,7 +6,9 @@ in one process on the same frozen weights:
 - R: diffusers and PEFT, adapter in float32; on a GPU under bfloat16 autocast.
 - E: the same in the model's own dtype, adapter too, without autocast (on a CPU that is R, so it is left out).
 - C: E with every block through torch.compile.
-- F: the engine's fused blocks, adapter in float32.
+- F: the engine's fused blocks, adapter in float32; each op on the backend of the fixed order.
+- T: F with the backends that are measured here first, as a run does it.
+- G: T as CUDA graphs.
 
 A rollout step is one forward of a batch without gradient; a training step is forward and backward of a micro-batch.
 The pair ops, the VAE, rewards, the optimizer and the exchange of gradients are not in it. Before anything is timed,
@@ -27,9 +29,13 @@ from torch import Tensor
 from fdfo_engine.bench.architectures import Architecture, architectures, cast_frozen, sharing
 from fdfo_engine.bench.flops import flops
 from fdfo_engine.bench.record import header, write
+from fdfo_engine.bench.tuning import measured_architecture
 from fdfo_engine.models.fused import fuse
+from fdfo_engine.models.graphed import GraphedNetwork, GraphedTraining, graph_refusals
 from fdfo_engine.models.lora import trainable
 from fdfo_engine.planning.footprint import saved_bytes
+from fdfo_engine.planning.kernel_cache import Batches
+from fdfo_engine.planning.kernels import put_in_force
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import all_gather_rows, barrier, close_distributed, is_main, setup_distributed
 from fdfo_engine.runtime.interleaved import Spread, interleaved
@@ -134,6 +140,8 @@ def refusal(letter: str, device: torch.device) -> str:
     """Why a candidate cannot run here; empty where it can."""
     if letter == "E" and device.type == "cpu":
         return "on a CPU it is R"
+    if letter == "G":
+        return "; ".join(graph_refusals(device, zero_stage=0, is_compiled=False, checkpoints=False))
     return ""
 
 
@@ -155,10 +163,15 @@ class Candidate:
 
         def call() -> Tensor:
             with torch.autocast(self._device.type, torch.bfloat16) if autocast else nullcontext():
-                out: Tensor = self.network(**inputs)[0]
+                out: Tensor = self.call_network(**inputs)[0]
             return out
 
         return call
+
+    def call_network(self, **inputs: Any) -> tuple[Tensor, ...]:
+        """The network's forward."""
+        found: tuple[Tensor, ...] = self.network(**inputs)
+        return found
 
     def rollout_step(self, batch: int) -> Callable[[], object]:
         """A forward without gradient."""
@@ -251,7 +264,38 @@ def fused(name: str, architecture: Architecture, network: Any, device: torch.dev
     return Candidate(name, architecture, network, device, dtype)
 
 
-MAKERS = {"R": plain, "E": native, "C": compiled, "F": fused}
+def tuned(name: str, architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> Candidate:
+    """T: F as a run goes by it."""
+    fuse_measured(architecture, network, device, dtype)
+    return Candidate(name, architecture, network, device, dtype)
+
+
+def graphed(name: str, architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> Candidate:
+    """G: forward, and forward with backward, captured once for each batch."""
+    fuse_measured(architecture, network, device, dtype)
+    return _Graphed(name, architecture, network, device, dtype)
+
+
+def fuse_measured(architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Fuses `network`, whose ops then go by what is measured at the batches of `architecture`."""
+    fuse(network, attention="auto", recompute="none")
+    batches = Batches(architecture.rollout_batch, architecture.train_batch)
+    put_in_force(network, measured_architecture(architecture, network, device, dtype, batches))
+
+
+class _Graphed(Candidate):
+    """Replays graphs of the network."""
+
+    def __init__(self, name: str, architecture: Architecture, network: Any, *where: Any) -> None:
+        super().__init__(name, architecture, network, *where)
+        self._sampling = GraphedNetwork(network)
+        self._training = GraphedTraining(network, list(self._adapter.values()))
+
+    def call_network(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return self._training(**inputs) if torch.is_grad_enabled() else self._sampling(**inputs)
+
+
+MAKERS = {"R": plain, "E": native, "C": compiled, "F": fused, "T": tuned, "G": graphed}
 
 
 def matmul_rate(device: torch.device) -> float:

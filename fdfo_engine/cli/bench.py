@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = ("shapes", "blocks", "sd35-medium", "sd35-large", "flux1-dev")
+LETTERS = "RECFTG"
+"""Candidates, in the order in which they are made."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -22,7 +24,7 @@ def add_parser(verbs: Any) -> None:
         "--arch", nargs="+", choices=ARCHITECTURES, help="default: sd35-medium on a GPU, shapes and blocks on a CPU"
     )
     parse.add_argument(
-        "--candidates", default="RECF", type=_letters, help="letters out of RECF; R always is; default all"
+        "--candidates", default="RECF", type=_letters, help="letters out of RECFTG; R always is; default RECF"
     )
     parse.add_argument("--rollout-batch", type=positive, help="images in a forward; default by architecture")
     parse.add_argument("--train-batch", type=positive, help="items in a micro-batch; default by architecture")
@@ -42,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _letters(text: str) -> str:
-    if not text or set(text) - set("RECF"):
-        raise argparse.ArgumentTypeError(f"{text!r}: takes letters out of RECF")
-    return "".join(letter for letter in "RECF" if letter in "R" + text)  # R comes first: it sets the others' bound
+    if not text or set(text) - set(LETTERS):
+        raise argparse.ArgumentTypeError(f"{text!r}: takes letters out of {LETTERS}")
+    return "".join(letter for letter in LETTERS if letter in "R" + text)  # R comes first: it sets the others' bound
 
 
 def positive(text: str) -> int:
