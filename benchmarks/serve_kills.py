@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import RESULTS
@@ -159,14 +160,14 @@ def events_of(folder: Path) -> list[dict]:
 class Server:
     """A served run whose processes are forked off one that has imported everything: a start takes a second."""
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, folder: Path, ranks: int, settings: Sequence[str] = SETTINGS) -> None:
+        self.folder, self.ranks, self.settings = folder, ranks, settings
         folder.mkdir()
         self.port = free_port()
         self.pids: list[int] = []
 
     def __enter__(self) -> Server:
-        command = [sys.executable, "-c", _NURSERY, str(self.folder), str(self.port), str(self.ranks), *SETTINGS]
+        command = [sys.executable, "-c", _NURSERY, str(self.folder), str(self.port), str(self.ranks), *self.settings]
         self._nursery = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._nursery.stdout is not None
         while self._nursery.stdout.readline() != "ready\n":  # libraries print, too

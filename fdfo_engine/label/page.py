@@ -31,6 +31,7 @@ FOLDER = Path(__file__).parent
 _MEDIA = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _MAX_BODY_BYTES = 1 << 14
 _IMAGE = re.compile("[0-9a-f]{32}")
+_PNG_BEGIN, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _COOKIE_AGE_S = 180 * 24 * 3600
 KEYS = (
     ("←  →", "choose the left or the right image"),
@@ -109,6 +110,8 @@ class Page:
         if not _IMAGE.fullmatch(name):
             raise Problem(404, "no_image", "there is no such image")
         content = await self._link.image(name)
+        if not (content.startswith(_PNG_BEGIN) and content.endswith(_PNG_END)):
+            raise Problem(410, "image_gone", f"image {name}: its file is damaged")
         return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
     # who

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_row_image_unreadable_is_seen(chromium, run):
         press(tab, "ArrowLeft")
         press(tab, "ArrowRight")
         assert broken.pair not in [opinion.pair for opinion in run.backend.rounds.events(name)]
-        assert "1 pairs have an image that cannot be shown" in tab.inner_text("#card-text")
+        assert "Pairs with an image that cannot be shown: 1." in tab.inner_text("#card-text")
         run.image_file(broken.images[1]).write_bytes(run.image_file(broken.images[0]).read_bytes())
         tab.reload()
         labelling(tab)
@@ -334,8 +335,7 @@ def test_early_finish_and_the_blind_comparison(chromium, labelled):
             "() => /: [0-4] to [0-4], with 0 ties/.test(document.getElementById('card-text').textContent)"
         )
         told = tab.inner_text("#card-text")
-        wins = int(told.split(": ")[2].split(" to ")[0])
-        share = wilson(wins, 4)
+        share = wilson(int(re.search(r"(\d) to \d, with", told)[1]), 4)
         assert f"{round(100 * share.low)} to {round(100 * share.high)} %" in told
         tab.keyboard.press("Enter")
         next_round(tab, 2)

@@ -157,7 +157,7 @@ function troubleCard() {
 function endCard() {
   if (held.round !== state.round.id) return { title: "One moment", phase: {} };
   const absent = held.due.length;
-  const note = absent ? ` ${absent} pairs have an image that cannot be shown; they come again after a reload.` : "";
+  const note = absent ? ` Pairs with an image that cannot be shown: ${absent}. They come again after a reload.` : "";
   if (!state.is_owner) return { title: "Thank you, that was all", text: `The owner of the run starts training.${note}` };
   const count = judged();
   return {
