@@ -12,6 +12,7 @@ answer of a trained round back is refused.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from typing import Any
 import httpx
 
 from benchmarks import RESULTS
-from benchmarks.serve_kills import SETTINGS, Server, free_port, is_alive
+from benchmarks.serve_kills import DURING_START, SETTINGS, Server, free_port, is_alive
 from fdfo_engine.bench.record import header, write
 from fdfo_engine.choices.store import read_choices
 from fdfo_engine.label.access import Passes, Session
@@ -74,11 +75,13 @@ def killed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 page.kill()
                 page.start()
             else:
-                engine.wait_until_up()
+                if chance.random() >= DURING_START:
+                    wait_until_ready(engine)
+                    time.sleep(chance.expovariate(1 / arguments.mean_s))
                 engine.kill(0)
                 engine.start()
             kills[victim] += 1
-        engine.wait_until_up()
+        wait_until_ready(engine)
         person.finish()
         seconds = time.monotonic() - started
     found = failures(folder, person)
@@ -87,6 +90,16 @@ def killed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1), "rounds_trained": len(person.trained), "answers": len(person.ledger),
         "undone": person.undone, "presses_that_failed": person.failed, "failures": found,
     }  # fmt: skip
+
+
+def wait_until_ready(engine: Server) -> None:
+    """Until its model is loaded, or ten minutes."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):  # not up yet
+            if httpx.get(f"http://127.0.0.1:{engine.port}/readyz").is_success:
+                return
+        time.sleep(0.1)
 
 
 def failures(folder: Path, person: Person) -> list[str]:

@@ -108,7 +108,9 @@ class Problem(Exception):  # noqa: N818 - the standard's name
 
     def response(self) -> Response:
         """The answer."""
-        headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+        headers = {"Cache-Control": "no-store"}  # a browser would keep a 410 for ever
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
         return JSONResponse(plain_json(self.record), self.body.status, headers=headers, media_type=MEDIA_TYPE)
 
 

@@ -21,7 +21,7 @@ from fdfo_engine.label.server import PAGE_NAME
 from fdfo_engine.serve.access import token_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-PATIENCE_MS = 120_000
+PATIENCE_MS = 300_000
 DESKTOP, TABLET = {"width": 1400, "height": 900}, {"width": 820, "height": 1180}
 
 
@@ -53,7 +53,7 @@ def at_the_desk(chromium, run, **options):
         (run.folder / "serve.json").write_text(json.dumps({"url": engine}))
         with (
             listening(run.page(httpx.AsyncHTTPTransport()).application()) as url,
-            opened(chromium, f"{url}/#{run.word()}", patience_ms=20_000, **options) as tab,
+            opened(chromium, f"{url}/#{run.word()}", patience_ms=60_000, **options) as tab,
         ):
             labelling(tab)
             yield tab
@@ -274,7 +274,7 @@ class Labelled:
 
     def __exit__(self, *_):
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(120) in (0, 75), (self.folder.parent / "label.log").read_text()
+        assert self.process.wait(240) in (0, 75), (self.folder.parent / "label.log").read_text()
 
 
 @pytest.fixture
