@@ -3,10 +3,10 @@
     python -m benchmarks.label_kills --kills 100
 
 The person speaks to the page as its scripts do: reads the round, answers, has second thoughts now and then, trains.
-What was acknowledged is written down. Page or engine are ended by SIGKILL at random moments, between clicks and during
-them, and started again. Then: every acknowledged answer is in the store once and as it was given, no answer that was
-taken back counts, nothing is there that nobody gave, every round that was trained on made one epoch, and taking an
-answer of a trained round back is refused.
+What was acknowledged is written down. Page or engine, twice as often the page, are ended by SIGKILL at random moments,
+between clicks and during them, and started again. Then: every acknowledged answer is in the store once and as it was
+given, no answer that was taken back counts, nothing is there that nobody gave, every round that was trained on made one
+epoch, and taking an answer of a trained round back is refused.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="ends earlier where so many kills take longer")
     parser.add_argument("--mean-s", type=float, default=2.0, help="of the time between a start and the next kill")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability" / "label_kills.json")
     arguments = parser.parse_args()
@@ -68,9 +69,10 @@ def killed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         person = Person(page)
         person.start()
         started, kills = time.monotonic(), Counter[str]()
-        while sum(kills.values()) < arguments.kills and person.is_alive():
+        end = started + 60 * arguments.minutes
+        while sum(kills.values()) < arguments.kills and person.is_alive() and time.monotonic() < end:
             time.sleep(chance.expovariate(1 / arguments.mean_s))
-            victim = chance.choice(["page", "engine"])
+            victim = chance.choice(["page", "page", "engine"])
             if victim == "page":
                 page.kill()
                 page.start()

@@ -59,7 +59,7 @@ export function header(name, answered, total) {
   $("round-name").textContent = name;
   $("round-count").textContent = total ? `${answered} of ${total}` : "";
   $("round-progress").max = total || 1;
-  $("round-progress").value = answered;
+  $("round-progress").value = total ? answered : 0;
 }
 
 function rows(list, entries) {
@@ -85,7 +85,7 @@ export function numbers(mine) {
     ["The same answer again", ...share(mine.steady)],
   ];
   if (mine.median_s !== null) entries.push(["Seconds a pair", mine.median_s.toFixed(1)]);
-  if (mine.hasty) entries.push(["Faster than 0.35 s", `${mine.hasty}`, "kept, and flagged"]);
+  if (mine.hasty) entries.push(["Faster than 0.35\u00a0s", `${mine.hasty}`, "kept, and flagged"]);
   rows($("numbers"), entries);
 }
 
