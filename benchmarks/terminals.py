@@ -27,13 +27,14 @@ SHORT = (
 )
 FEW = "run.epochs=2 sampling.pairs_per_epoch=12 sampling.block_pairs=6 evaluation.every=0 log.tensorboard=false"
 GATED = "stand-in/gated-model"
+HUB_SHOWN = "https://hub.example"
 
 
 def main() -> None:
     """Runs the sessions that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sessions", nargs="*", default=list(SESSIONS), choices=[*SESSIONS, []])
-    for name in parser.parse_args().sessions:
+    parser.add_argument("sessions", nargs="*", choices=[*SESSIONS, []], help="default: all")
+    for name in parser.parse_args().sessions or SESSIONS:
         with tempfile.TemporaryDirectory(prefix="terminal-") as folder:
             home = Path(folder) / "home"
             home.mkdir()
@@ -78,9 +79,7 @@ def gated_model(folder: Path, home: Path) -> str:
         settings = f"model.id={GATED} model.height=16 model.width=16 model.max_sequence_length=16"
         dry = f"fdfo train shapes --ranks 1 --dry-run {settings} | tail -6"
         commands = [dry, f"HF_TOKEN=hf_old {dry}", f"HF_TOKEN=hf_mine {dry}"]
-        return recorded(
-            commands, home, path=[ROOT], hidden={server.url: "https://hub.example", folder: ""}, **variables
-        )
+        return recorded(commands, home, path=[ROOT], hidden={server.url: HUB_SHOWN, folder: ""}, **variables)
 
 
 @contextmanager

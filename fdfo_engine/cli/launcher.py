@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from fdfo_engine.runtime.environment import gpu_driver
 from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError
 
 STOP_TIMEOUT_S = 120.0  # ranks finish what they are in and save
+_QUIET = [] if os.environ.get("FDFO_DEBUG") == "1" else ["--quiet"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -42,8 +44,10 @@ def launch(job: Sequence[str], ranks: int) -> int:
     if importlib.util.find_spec("deepspeed") is None:
         raise EnvironmentProblem("deepspeed is not installed: pip install deepspeed")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    launcher += ["--master_port", str(_free_port()), *job]
+    launcher += [*_QUIET, "--master_port", str(_free_port()), *job]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if gpu_driver() is None:
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else each of its processes says that it has found no GPU
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     process = subprocess.Popen(launcher, env=environment, start_new_session=True)
 

@@ -47,7 +47,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "cpu": _cpu(),
         "devices": _devices(),
-        "cuda": {"torch": torch.version.cuda, "driver": _driver()},
+        "cuda": {"torch": torch.version.cuda, "driver": gpu_driver()},
     }
 
 
@@ -74,6 +74,7 @@ def _devices() -> list[dict[str, Any]]:
     ]
 
 
-def _driver() -> str | None:
+def gpu_driver() -> str | None:
+    """What the NVIDIA driver says of itself; None where there is none."""
     version = Path("/proc/driver/nvidia/version")
     return version.read_text().splitlines()[0] if version.is_file() else None
