@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m benchmarks.terminals [demo own_reward gated_model]
 
 Each session begins in an empty folder and becomes `docs/terminals/NAME.txt`. Two things are not as they were: the names
-of folders and ports of this machine, and the pauses. `gated_model` asks a small stand-in for the hub that the tests have.
+of folders and ports of this machine, and the pauses. `gated_model` asks a small stand-in for the hub, of the tests.
 `own_reward` builds the wheel and runs what it installs, so that nothing of the checkout is found.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def run(
     base = agreed_base(config)
     folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:
-        with StopRequest() as request, RunEvents(config, folder, request, on_event) as told:
+        with StopRequest(leaves_at_once=True) as request, RunEvents(config, folder, request, on_event) as told:
             together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
             if not _is_over(config, told):
                 engine = Engine(config, on_event=told.relay)
@@ -171,6 +172,8 @@ class Training:
         try:
             self._stopping.stop_between_epochs()
             self._train_epoch()
+            if self._evaluations.is_due() or self._stopping.comes_late:
+                self.save()  # before what a stop, or a kill, may end
             self._evaluations.hold()
         except GuardStop:
             raise
@@ -194,8 +197,10 @@ class Training:
             watch.require_rewards(scored, engine.epoch + 1)
             if jump is not None:
                 warn(f"{jump}; its pairs are drawn under {IMAGES_NAME}/")
+            began = time.monotonic()
             with self._timer.phase("update"):
                 metrics = engine.update(scored.rollout, scored.total)
+            self._stopping.took(time.monotonic() - began)
         self._told.tell(events.Metrics(epoch=engine.epoch, kind="epoch", values=self._record(scored, metrics)))
         watch.require_opinions(metrics)
 

@@ -11,6 +11,10 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
 if str(_HERE.parent) not in sys.path:
     sys.path.append(str(_HERE.parent))  # lets an uninstalled checkout run
 
+from fdfo_engine.runtime.starting import ended_by_signals, starters
+
+starters()  # remembered before anything heavy is imported: a launcher that dies meanwhile is noticed
+
 from fdfo_engine.config import BatchPlan, Config, describe_keys, dump_config, load_config
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import report_and_exit_code
@@ -43,22 +47,27 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (see `fdfo_engine.runtime.errors`)."""
     arguments = parser().parse_intermixed_args(argv)
     try:
-        untuned = ["kernels.tune=false"] if arguments.no_tune else []
-        config = load_config(arguments.config, arguments.overrides + untuned)
-        if arguments.base is not None:
-            config = config.with_base(arguments.base)
-        from fdfo_engine.runtime.own_code import search_in
-
-        search_in(Path(arguments.config).parent)
-        if arguments.dry_run:
-            return dry_run(config, _launched_ranks())
-        from fdfo_engine.loop import run
-
-        run(config, resume=arguments.resume, base_has_moved=arguments.base is not None)
+        with ended_by_signals():
+            return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top: reported with its exit status
         return report_and_exit_code(error)
     finally:
         _leave_group()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    untuned = ["kernels.tune=false"] if arguments.no_tune else []
+    config = load_config(arguments.config, arguments.overrides + untuned)
+    if arguments.base is not None:
+        config = config.with_base(arguments.base)
+    from fdfo_engine.runtime.own_code import search_in
+
+    search_in(Path(arguments.config).parent)
+    if arguments.dry_run:
+        return dry_run(config, _launched_ranks())
+    from fdfo_engine.loop import run
+
+    run(config, resume=arguments.resume, base_has_moved=arguments.base is not None)
     return 0
 
 

@@ -15,10 +15,10 @@ from types import FrameType
 
 from fdfo_engine.runtime.environment import gpu_driver
 from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError
+from fdfo_engine.runtime.starting import stop_signals
 
 STOP_TIMEOUT_S = 120.0  # ranks finish what they are in and save
 _QUIET = [] if os.environ.get("FDFO_DEBUG") == "1" else ["--quiet"]
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ranks_of(wanted: int | None) -> int:
@@ -54,7 +54,7 @@ def launch(job: Sequence[str], ranks: int) -> int:
     def forward(number: int, _frame: FrameType | None) -> None:
         os.killpg(process.pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in _SIGNALS}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         status = process.wait()
         _wait_for_group(process.pid)  # the launcher dies of a signal that the ranks first act on

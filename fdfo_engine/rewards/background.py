@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.rewards.weighted import WeightedRewards
-from fdfo_engine.runtime.console import equal_warnings_counted
+from fdfo_engine.runtime.console import equal_warnings_counted, warn
 from fdfo_engine.runtime.distributed import use_device
 from fdfo_engine.runtime.errors import Stopped
 
 MAX_BLOCKS_WAITING = 4
 _POLL_S = 1.0
+LAST_WAIT_S = 5.0
+"""How long an ending waits for the batch that is being scored: a reward may hang."""
 
 
 class BackgroundScorer:
@@ -110,7 +112,9 @@ class BackgroundScorer:
             self._has_failed = True
             self._rewards.cancel()
         try:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown(wait=error is None, cancel_futures=True)
+            if error is not None and wait(self._futures, timeout=LAST_WAIT_S).not_done:
+                warn("a reward is still scoring; it is not waited for")
         finally:
             self._warnings.__exit__(None, None, None)
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 MAX_DIFF_BYTES = 1 << 20
 MAX_DIFF_LINES = 8
 _PATIENCE_S = 1.0
+_LAST_WAIT_S = 5.0
 _LOOPBACK = "lo"
 
 
@@ -144,14 +145,19 @@ def together_patiently(action: Callable[[], T], look: Callable[[], None] = lambd
     """As `together`, for work that may take one rank longer than a collective waits: it runs in a thread meanwhile.
 
     The ranks exchange a flag every second until all are done. `look` is called that often on each; it may be
-    collective, and what it raises ends the waiting once the thread is done.
+    collective, and what it raises ends the waiting: the thread, which may hang, is left to itself after some seconds.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    with ThreadPoolExecutor(1, "patient", use_device, (device,)) as pool:
-        future = pool.submit(action)
+    pool = ThreadPoolExecutor(1, "patient", use_device, (device,))
+    future = pool.submit(action)
+    pool.shutdown(wait=False)
+    try:
         while any_rank(bool(wait([future], timeout=_PATIENCE_S).not_done), "work that takes long"):
             look()
-        return together(future.result)
+    except BaseException:
+        wait([future], timeout=_LAST_WAIT_S)
+        raise
+    return together(future.result)
 
 
 def use_device(index: int | None) -> None:

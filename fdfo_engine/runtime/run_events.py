@@ -154,14 +154,16 @@ class RunEvents:
         if self._stop.is_urgent and not self._has_said_urgent:
             say("leaving now; the same command goes on from the last checkpoint")
         elif not self._has_said:
-            say(f"{self._stop.reason}: {_what_a_stop_does(self._phase)}")
+            say(f"{self._stop.reason}: {_what_a_stop_does(self._phase, self._stop)}")
         self._has_said, self._has_said_urgent = True, self._stop.is_urgent
 
 
-def _what_a_stop_does(phase: events.Phase | None) -> str:
+def _what_a_stop_does(phase: events.Phase | None, stop: StopRequest) -> str:
     again = "Ctrl-C again to leave now"
     if phase is None or phase.name == "loading":
         return f"stopping as soon as the model is loaded; {again}"
+    if phase.name == "update" and not stop.lets_finish(phase.eta_s):
+        return f"leaving epoch {phase.epoch} unfinished, since it would take too long; the epochs before it are saved"
     if phase.name == "update":
         left = "" if phase.eta_s is None else f" ({duration(phase.eta_s)} left)"
         return f"finishing epoch {phase.epoch}{left}, then saving; {again}"

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
-from engine.launching import ROOT, TRAIN, environment, launch
+from engine.launching import ROOT, TRAIN, environment, launch, launcher
 from safetensors.torch import load_file
 from tiny_sd3 import tiny_tree
 
@@ -39,9 +40,9 @@ def weights(folder, epoch):
 @pytest.mark.parametrize("by", ["deepspeed", "torchrun"])
 def test_two_ranks_run_as_one(tiny_sd3, tmp_path, by):
     folders = {}
-    for name, launcher, ranks in (("one", "python", 1), ("two", by, 2)):
+    for name, starter, ranks in (("one", "python", 1), ("two", by, 2)):
         folders[name] = tmp_path / name
-        done = launch(TRAIN, "--config", write_config(tiny_sd3, folders[name], epochs=2), by=launcher, ranks=ranks)
+        done = launch(TRAIN, "--config", write_config(tiny_sd3, folders[name], epochs=2), by=starter, ranks=ranks)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert status(folders[name])["state"] == "finished"
     one, two = (metrics(folder) for folder in folders.values())
@@ -90,6 +91,81 @@ def test_a_stop_signal_saves_and_the_same_command_ends_as_if_there_had_been_none
     assert [row["epoch"] for row in metrics(tmp_path / "stopped")] == list(range(1, ends + 1))
 
 
+def descendants(pid):
+    """Every process below `pid`, as long as their parents live."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    children = {}
+    for child, parent in zip(map(int, found[::2]), map(int, found[1::2]), strict=True):
+        children.setdefault(parent, []).append(child)
+    below, waiting = [], [pid]
+    while waiting:
+        waiting += (more := children.get(waiting.pop(), []))
+        below += more
+    return below
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+ENDS = [
+    ("deepspeed", signal.SIGTERM), ("deepspeed", signal.SIGKILL), ("deepspeed", signal.SIGINT), ("fdfo", signal.SIGHUP),
+    ("fdfo", signal.SIGKILL),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "number"), ENDS, ids=[f"{by}-{number.name}" for by, number in ENDS])
+def test_whoever_started_a_run_ends_it_committed_and_leaves_nobody(tiny_sd3, tmp_path, by, number):
+    """With a checkpoint every hundred epochs: what is on disk in the end was saved because of the stop."""
+    config = write_config(tiny_sd3, tmp_path / "left", epochs=4000)
+    fdfo = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--ranks", "2", "--config", str(config)]
+    command = fdfo if by == "fdfo" else [*launcher("deepspeed", 2), str(TRAIN), "--config", str(config)]
+    process = subprocess.Popen(
+        [*command, "checkpoint.every=1000"], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    log = tmp_path / "left/run/metrics.jsonl"
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    everybody = [process.pid, *descendants(process.pid)]
+    assert len(everybody) >= 4
+    process.send_signal(number)
+    process.wait(timeout=60)
+    ends = time.monotonic() + 60  # 25 s on an idle machine
+    while time.monotonic() < ends and any(map(is_running, everybody)):
+        time.sleep(0.1)
+    assert [pid for pid in everybody if is_running(pid)] == []
+    found = status(tmp_path / "left")
+    assert (found["state"], found["exit_code"]) == ("stopped", 75)
+    assert found["last_checkpoint"] == f"epoch_{found['epoch']:06d}"
+    assert weights(tmp_path / "left", found["epoch"])
+
+
+@pytest.mark.slow
+def test_a_launcher_that_dies_while_ranks_import_leaves_nobody(tiny_sd3, tmp_path):
+    config = write_config(tiny_sd3, tmp_path / "early", epochs=4000)
+    process = subprocess.Popen(
+        [*launcher("deepspeed", 2), str(TRAIN), "--config", str(config)], env=environment(), cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and len(descendants(process.pid)) < 3:
+        time.sleep(0.02)
+    time.sleep(0.5)  # they are there, and import
+    everybody = descendants(process.pid)
+    assert len(everybody) == 3
+    process.kill()
+    process.wait()
+    while time.monotonic() < deadline and any(map(is_running, everybody)):
+        time.sleep(0.1)
+    assert [pid for pid in everybody if is_running(pid)] == []
+
+
 @pytest.mark.slow
 def test_ranks_of_a_killed_launcher_stop_and_save(tiny_sd3, tmp_path):
     """`deepspeed` killed outright leaves its ranks behind: they notice that their parent is gone."""
@@ -103,8 +179,8 @@ def test_ranks_of_a_killed_launcher_stop_and_save(tiny_sd3, tmp_path):
     while time.monotonic() < deadline and not (tmp_path / "orphaned/run/metrics.jsonl").exists():
         time.sleep(0.1)
     rank = status(tmp_path / "orphaned")["pid"]
-    launcher = int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(rank)], text=True))
-    os.kill(launcher, signal.SIGKILL)
+    parent = int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(rank)], text=True))
+    os.kill(parent, signal.SIGKILL)
     while time.monotonic() < deadline and status(tmp_path / "orphaned")["state"] == "running":
         time.sleep(0.1)
     found = status(tmp_path / "orphaned")

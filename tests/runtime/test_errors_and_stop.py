@@ -116,6 +116,37 @@ def test_signals_only_set_a_flag():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("signals", "eta_s", "finishes"),
+    [
+        ([signal.SIGINT], 1000.0, True),  # a person can press it again
+        ([signal.SIGINT], None, True),
+        ([signal.SIGTERM], 1000.0, False),  # SIGKILL follows
+        ([signal.SIGTERM], None, False),
+        ([signal.SIGTERM], 5.0, True),
+        ([signal.SIGINT, signal.SIGTERM], 1000.0, False),  # of a launcher, to which Ctrl-C was passed on
+        ([signal.SIGHUP], 1000.0, False),
+    ],
+    ids=str,
+)
+def test_an_update_is_finished_if_whoever_asks_can_wait(signals, eta_s, finishes):
+    with StopRequest() as stop:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        assert stop.lets_finish(eta_s) == finishes
+        stop.is_urgent = True
+        assert not stop.lets_finish(eta_s)
+
+
+def test_while_a_model_loads_a_signal_leaves_at_once():
+    with StopRequest(leaves_at_once=True) as stop:
+        with pytest.raises(errors.Stopped, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 ORPHAN = """
 import os, sys, time
 from fdfo_engine.runtime.stop import StopRequest
