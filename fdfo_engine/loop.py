@@ -22,6 +22,7 @@ from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     barrier,
+    lost_ranks_named,
     max_over_ranks,
     on_main,
     setup_distributed,
@@ -87,7 +88,11 @@ def run(
     base = agreed_base(config)
     folder = on_main(lambda: RunFolder.of(config, base.record, has_moved=base_has_moved))
     try:
-        with StopRequest(leaves_at_once=True) as request, RunEvents(config, folder, request, on_event) as told:
+        with (
+            StopRequest(leaves_at_once=True) as request,
+            RunEvents(config, folder, request, on_event) as told,
+            lost_ranks_named(),
+        ):
             together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
             if not _is_over(config, told):
                 engine = Engine(config, on_event=told.relay)

@@ -142,7 +142,7 @@ def _serve(pipe: Connection, words: bytes, device: int | None, forbids_downloads
         if forbids_downloads:
             reward.forbid_downloads()
         pipe.send_bytes(b"{}")
-    except Exception as error:  # noqa: BLE001 - told to the parent, which raises
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - told to the parent, which raises
         pipe.send_bytes(json.dumps({"error": Failure.of(error).as_dict()}).encode())
     while reward is not None:
         try:
@@ -159,5 +159,5 @@ def _scored(reward: Reward, prompts: list[str], images: Tensor) -> dict[str, Any
         with torch.no_grad():
             scores = torch.as_tensor(reward(prompts, images), dtype=torch.float32).cpu().tolist()
         return {"scores": scores, "notes": {name: values.tolist() for name, values in reward.take_notes().items()}}
-    except Exception as error:  # noqa: BLE001 - a reward is anybody's code; the parent reports it and asks once more
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - anybody's code; the parent reports it and asks once more
         return {"error": Failure.of(error).as_dict()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fdfo_engine.config import RewardConfig
 from fdfo_engine.rewards.isolated import IsolatedReward
+from fdfo_engine.rewards.manners import left_as_it_was
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward, as_reward
 from fdfo_engine.runtime.console import complain, equal_warnings_counted, visible, warn
@@ -179,12 +180,13 @@ class WeightedRewards:
 
     def _score(self, name: str, reward: Reward, prompts: Sequence[str], images: Tensor) -> Tensor:
         for attempt in (1, 2):
+            call = functools.partial(reward, list(prompts), images.clone())  # it may write into its own ones
             try:
                 with torch.no_grad():
-                    scores = reward(list(prompts), images)
-            except (FdfoError, torch.OutOfMemoryError):
+                    scores = left_as_it_was(name, call)
+            except (FdfoError, torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001 - a reward is anybody's code; its failure costs an opinion only
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - anybody's code; its failure costs an opinion only
                 self._report(name, Failure.of(error), attempt)
                 continue
             return _checked(name, scores, len(images))
@@ -199,18 +201,26 @@ class WeightedRewards:
             complain(failure.trace.rstrip(), everywhere=True)
         self.last_failure[name] = str(failure)
         if self.log_folder is not None:
-            self.log_folder.mkdir(parents=True, exist_ok=True)
-            with (self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log").open("a") as file:
-                file.write(failure.trace)
+            _append(self.log_folder / f"reward_{re.sub('[^A-Za-z0-9._-]', '_', name)}.log", failure.trace)
+
+
+def _append(file: Path, text: str) -> None:
+    """Nothing depends on these logs: where the storage refuses, a warning says so."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(text)
+    except OSError as error:
+        warn(f"{file}: not written: {error.strerror}", like="a reward's log")
 
 
 def _asked(name: str, question: Callable[[], None]) -> None:
     """Asks a question of `Reward`; anybody's code may answer."""
     try:
-        question()
-    except (FdfoError, torch.OutOfMemoryError):
+        left_as_it_was(name, question)
+    except (FdfoError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {name!r}: {Failure.of(error)}") from error
 
 
@@ -236,10 +246,16 @@ def _scale(part_PK: Tensor, normalize: str | None) -> float:
 
 
 def _checked(name: str, scores: Tensor, count: int) -> Tensor:
+    if isinstance(scores, Tensor) and (scores.layout != torch.strided or scores.is_complex()):
+        kind = "complex numbers" if scores.is_complex() else f"a tensor of layout {scores.layout}"
+        raise RewardError(f"reward {name!r} returned {kind}; it takes {count} plain numbers")
     try:
         tensor = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(f"reward {name!r} returned a {type(scores).__name__}; it takes {count} numbers") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        why = f": {error}" if isinstance(error, OverflowError) else ""
+        raise RewardError(
+            f"reward {name!r} returned a {type(scores).__name__}; it takes {count} numbers{why}"
+        ) from error
     if tensor.shape != (count,):
         got = f"{tensor.shape[0]} scores" if tensor.ndim == 1 else f"shape {tuple(tensor.shape)}"
         raise RewardError(f"reward {name!r} returned {got} for {count} images; it takes one number an image")

@@ -101,7 +101,7 @@ def warnings_heard(hearer: Callable[[str], None]) -> Iterator[None]:
 def complain(block: str, *, everywhere: bool = False) -> None:
     """Writes a block of lines to stderr, on rank 0 only, or `everywhere` with the rank's number in front."""
     if everywhere and not is_printing_rank():
-        sys.stderr.write(f"rank {os.environ['RANK']}: {block}\n")
+        _print(sys.stderr, f"rank {os.environ['RANK']}: {block}")
     _write(sys.stderr, block)
 
 
@@ -113,7 +113,22 @@ def is_printing_rank() -> bool:
 def _write(stream: TextIO, text: str) -> None:
     if is_printing_rank():
         with _bars_aside():
-            print(text, file=stream, flush=True)
+            _print(stream, text)
+
+
+def _print(stream: TextIO, text: str) -> None:
+    """What is told must not end what it tells of. Characters that the terminal does not know are shown as escapes.
+
+    Where the reader has gone, the disk behind a log is full or the stream is closed, the line is lost to the terminal;
+    the run's own files have what counts, and a command that is done flushes its output once more and says so.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        known = text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+        _print(stream, known)
+    except (OSError, ValueError):
+        return
 
 
 def _bars_aside() -> AbstractContextManager[Any]:

@@ -20,8 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from fdfo_engine.runtime import peers
 from fdfo_engine.runtime.console import visible
-from fdfo_engine.runtime.errors import DistributedError, UsageError, error_message, exit_code, of_exit_code
+from fdfo_engine.runtime.errors import (
+    DistributedError,
+    UsageError,
+    error_message,
+    exit_code,
+    is_peer_loss,
+    of_exit_code,
+)
 from fdfo_engine.runtime.host import host_kept
 
 T = TypeVar("T")
@@ -56,6 +64,8 @@ def setup_distributed(
     if not dist.is_initialized():
         with host_kept():
             _join("nccl" if device.type == "cuda" else "gloo", timeout_s, join_timeout_s)
+        if world_size() > 1:
+            _meet()
     return device
 
 
@@ -269,6 +279,12 @@ def _join(backend: str, timeout_s: float, join_timeout_s: float) -> None:
         raise DistributedError(f"rank {own} cannot {verb} {host}:{port}: {_first_line(error)}") from error
 
 
+def _meet() -> None:
+    """Lets every rank know which processes the others are."""
+    card = torch.frombuffer(bytearray(peers.own_card()), dtype=torch.uint8).to(_group_device())
+    peers.remember([bytes(piece.cpu().tolist()) for piece in _all_gather(card)])
+
+
 def _launched(name: str) -> str:
     value = os.environ.get(name)
     if not value:
@@ -346,7 +362,24 @@ def _readable_failure(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise DistributedError(f"rank {rank()} lost the other ranks in {what}: {_first_line(error)}") from error
+        raise _lost_ranks(what, error) from error
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Within it a library's own error about a lost rank, DeepSpeed's in an update say, is a DistributedError too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_peer_loss(error):
+            raise
+        raise _lost_ranks("a library's collective", error) from error
+
+
+def _lost_ranks(what: str, error: RuntimeError) -> DistributedError:
+    gone = peers.gone_ranks()
+    who = f"; gone: {', '.join(gone)}" if gone else ""
+    return DistributedError(f"rank {rank()} lost the other ranks in {what}: {_first_line(error)}{who}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a storage that is gone; the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
 
 
@@ -70,15 +72,28 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         CheckpointError: the storage refuses; the file ends where it ended.
     """
     line = (json.dumps(plain_json(record), allow_nan=False) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, "short write", str(path))
-            os.fsync(file.fileno())
-        except OSError as error:
-            os.ftruncate(file.fileno(), size)
-            raise storage_error(path, error) from error
+    try:
+        with path.open("ab", buffering=0) as file:
+            append_whole(file.fileno(), line, file.seek(0, os.SEEK_END))
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def append_whole(descriptor: int, data: bytes, size: int, *, synced: bool = True) -> None:
+    """Appends `data` to a file of `size` bytes; where that fails the file ends where it ended.
+
+    Raises:
+        OSError: the storage refuses.
+    """
+    try:
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, "short write")
+        if synced:
+            os.fsync(descriptor)
+    except OSError:
+        with suppress(OSError):  # a storage that is gone does not do that either: readers take whole lines only
+            os.ftruncate(descriptor, size)
+        raise
 
 
 def open_to_readers(folder: Path) -> None:

@@ -14,6 +14,14 @@ from typing import ClassVar
 
 from fdfo_engine.runtime.console import complain
 
+_OF_STORAGE = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM,
+        errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ENODEV,
+    }
+)  # fmt: skip
+"""What a storage refuses with, and a process that has no file handles left."""
+
 _ISSUE_HINT = "this is a bug in fdfo_engine: please report it with the lines above"
 _OUT_OF_MEMORY = (
     "out of memory: {first_line}\n"
@@ -90,7 +98,7 @@ def of_exit_code(code: int, message: str) -> FdfoError:
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit status for `error`: its own `exit_code`, 3 for memory, 7 for a full disk, 75 for Ctrl-C, else 1."""
+    """Exit status for `error`: its own `exit_code`, 3 for memory, 7 for storage, 75 for Ctrl-C, else 1."""
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
         return own
@@ -98,7 +106,7 @@ def exit_code(error: BaseException) -> int:
         return EnvironmentProblem.exit_code
     if is_peer_loss(error):
         return DistributedError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _OF_STORAGE:
         return CheckpointError.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Stopped.exit_code
@@ -114,6 +122,8 @@ def error_message(error: BaseException) -> str:
         return f"another rank is gone, or does not answer; its own output says why ({text.splitlines()[0]})"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, OSError) and error.errno in _OF_STORAGE:
+        return f"{error.filename or 'the storage'}: {error.strerror}"
     return text if hasattr(error, "exit_code") else f"{type(error).__name__}: {text}"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fdfo_engine.runtime.durable import replace_file, storage_error
+from fdfo_engine.runtime.durable import append_whole, replace_file, storage_error
 from fdfo_engine.runtime.events import Event, parse_event
 
 EVENTS_NAME = "events.jsonl"
@@ -47,12 +46,8 @@ class EventLog:
             return
         line = event.line()
         try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, "short write", str(self.path))
-            if event.type not in _PASSING:
-                os.fsync(self._file)
+            append_whole(self._file, line, self._size, synced=event.type not in _PASSING)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
             raise storage_error(self.path, error) from error
         self._size += len(line)
         self.last_seq = event.seq

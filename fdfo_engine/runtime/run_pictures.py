@@ -7,7 +7,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL.Image import Image
+
 from fdfo_engine.runtime import events
+from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.durable import plain_json, replace_file
 from fdfo_engine.runtime.picture import draw_grid, save_png, to_picture
 
@@ -56,23 +59,29 @@ class RunPictures:
         """Writes the files of an `Images` event.
 
         Raises:
-            OSError, CheckpointError: the storage refuses.
+            CheckpointError: the storage refuses the list of an evaluation's pictures.
         """
         data = event.data
         if not isinstance(data, events.Images) or data.pixels is None:
             return
         if data.columns is not None:
-            sheet = draw_grid(data.pixels, data.captions, data.columns, framed=_better(data))
-            save_png(sheet, self._folder / data.files[0])
+            self._save(draw_grid(data.pixels, data.captions, data.columns, framed=_better(data)), data.files[0])
             return
         for file, image in zip(data.files, data.pixels, strict=True):
-            save_png(to_picture(image), self._folder / file)
+            self._save(to_picture(image), file)
         items = [
             {"file": file.removeprefix(f"{IMAGES_NAME}/"), "prompt": data.captions[n], "scores": _scores(data, n)}
             for n, file in enumerate(data.files)
         ]
         text = json.dumps(plain_json({"epoch": data.epoch, "items": items}), indent=1)
         replace_file(self._folder / IMAGES_NAME / f"{data.name}.json", text.encode())
+
+    def _save(self, picture: Image, file: str) -> None:
+        """A picture may be missing: a storage that refuses it costs a warning. What the run needs fails by itself."""
+        try:
+            save_png(picture, self._folder / file)
+        except OSError as error:
+            warn(f"{self._folder / file}: no picture: {error.strerror or error}", like="a picture of the run")
 
 
 def _better(data: events.Images) -> set[int]:

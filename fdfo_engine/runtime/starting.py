@@ -36,7 +36,7 @@ class Process:
     def is_gone(self) -> bool:
         """Whether it has ended; one that only waits for its parent to hear of it has."""
         stat = _stat(self.pid)
-        return stat is None or stat[0] in ("Z", "X") or int(stat[19]) != self.started
+        return stat is None or has_ended(self.pid) or int(stat[19]) != self.started
 
     @property
     def name(self) -> str:
@@ -99,6 +99,12 @@ def ended_by_signals() -> Iterator[None]:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     raise Stopped(f"{signal.Signals(number).name}: stopped before the run had begun")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether this host has no process `pid`, or only one that waits for its parent to hear of its end."""
+    stat = _stat(pid)
+    return stat is None or stat[0] in ("Z", "X")
 
 
 def _process(pid: int) -> Process | None:

@@ -1,10 +1,13 @@
 """Equal warnings are written once, with how many followed."""
 
+import io
+import os
+import sys
 import threading
 
 import pytest
 
-from fdfo_engine.runtime.console import equal_warnings_counted, warn
+from fdfo_engine.runtime.console import equal_warnings_counted, say, warn
 
 
 def lines(capsys):
@@ -64,3 +67,32 @@ def test_only_rank_0_speaks_unless_it_is_of_one_rank_alone(capsys, monkeypatch):
         warn("b", everywhere=True)
         warn("b", everywhere=True)
     assert lines(capsys) == ["rank 2: warning: b"]
+
+
+def test_a_terminal_without_a_character_shows_its_escape(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    say("reward 0.5 ±0.1 é😀")
+    assert terminal.buffer.getvalue() == b"reward 0.5 \\xb10.1 \\xe9\\U0001f600\n"
+
+
+@pytest.mark.parametrize("kind", ["full", "closed", "gone"])
+def test_what_cannot_be_printed_ends_nothing(kind, monkeypatch, tmp_path):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def full():
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+    streams = {"full": full, "closed": io.StringIO, "gone": Gone}
+    stream = streams[kind]()
+    if kind == "closed":
+        stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("a line")
+    warn("another")
+    if kind == "full":
+        with pytest.raises(OSError, match="No space"):
+            stream.close()  # a command that is done learns of it

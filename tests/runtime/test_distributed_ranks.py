@@ -71,6 +71,7 @@ end_process(0)
 LOST = """
 import os, sys
 import torch
+import torch.distributed as dist
 from fdfo_engine.runtime import distributed as d
 from fdfo_engine.runtime.process import end_process
 from fdfo_engine.runtime.errors import DistributedError
@@ -78,13 +79,18 @@ d.setup_distributed("cpu", timeout_s=20, join_timeout_s=60)
 d.barrier()
 if d.rank() == 1:
     os._exit(9)
-try:
-    d.all_sum(torch.ones(3))
-except DistributedError as error:
-    d.close_distributed()
-    print(error, file=sys.stderr)
-    end_process(0 if "rank 0 lost the other ranks in a sum" in str(error) else 1)
-sys.exit("a dead rank went unnoticed")
+def of_a_library(tensor):
+    with d.lost_ranks_named():
+        dist.all_reduce(tensor)
+words = ""
+for collective in (d.all_sum, of_a_library):
+    try:
+        collective(torch.ones(3))
+    except DistributedError as error:
+        words += f"{error}\\n"
+d.close_distributed()
+print(words, file=sys.stderr)
+end_process(0 if words.count("gone: rank 1 (process ") == 2 and "rank 0 lost the other ranks in a sum" in words else 1)
 """
 
 # The interpreter's lock is not given up between the last collective and the end: gloo's thread asks for it after that.

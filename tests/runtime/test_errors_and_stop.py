@@ -56,6 +56,10 @@ def test_only_rank_0_reports(capsys, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, "update.micro_batch"),
         (MemoryError(), 3, "out of memory"),
         (OSError(28, "No space left on device"), 7, "No space left"),
+        (OSError(5, "Input/output error", "run/metrics.jsonl"), 7, "run/metrics.jsonl: Input/output error"),
+        (OSError(24, "Too many open files", "x"), 7, "x: Too many open files"),
+        (OSError(30, "Read-only file system"), 7, "Read-only"),
+        (OSError(116, "Stale file handle"), 7, "Stale"),
         (KeyboardInterrupt(), 75, "interrupted"),
     ],
 )
