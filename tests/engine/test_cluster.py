@@ -1,8 +1,11 @@
 """Several nodes: the examples under configs/cluster, and two launchers that stand in for two nodes."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -31,6 +34,34 @@ def test_the_examples_start_the_same_command():
         words = command_of(text)
         assert {"--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port"} <= set(words)
         assert (ROOT / words[-3]).samefile(TRAIN)
+
+
+LAUNCHER = """#!/bin/bash
+# Dies of SIGTERM and leaves its rank behind, as deepspeed does.
+setsid bash -c 'trap "sleep 0.5; echo saved >> out; exit" TERM; echo started >> out; while :; do sleep 0.1; done' &
+sleep 60
+"""
+
+
+def test_in_its_container_the_job_passes_sigterm_on_and_waits(tmp_path):
+    """As process 1 of a namespace of its own, which ends with it."""
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    (tmp_path / "deepspeed").write_text(LAUNCHER)
+    (tmp_path / "deepspeed").chmod(0o755)
+    script = script.replace("/tmp/hostfile", str(tmp_path / "hostfile"))
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "bash", "-c", script]
+    if subprocess.run([*command[:-1], "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces for this user")
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "0"}
+    unshare = subprocess.Popen(command, cwd=tmp_path, env=os.environ | path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (first,) = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(unshare.pid)], text=True).split()
+    os.kill(int(first), signal.SIGTERM)
+    assert unshare.wait(timeout=30) == 143
+    assert (tmp_path / "out").read_text() == "started\nsaved\n"
 
 
 @pytest.mark.slow
