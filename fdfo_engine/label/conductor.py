@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fdfo_engine.config import LabelsConfig
 from fdfo_engine.label.link import EngineLink, Json
 from fdfo_engine.label.strip import Strip
+from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.serve.problems import Problem
 
 Activity = Literal["starting", "away", "sampling", "labelling", "training", "comparing"]
@@ -162,6 +163,6 @@ class Conductor:
         """Draws what is lacking at the epoch that has just ended; a failure costs these pictures alone."""
         if self.strip is None or not self.training_rounds or not self.strip.lacks(epoch := int(self.run["epoch"])):
             return
-        with contextlib.suppress(Problem):
+        with contextlib.suppress(Problem, CheckpointError):
             pairs = (await self._link.get(f"/v1/rounds/{self.training_rounds[0]['id']}/pairs"))["pairs"]
             await self.strip.draw(epoch, list(dict.fromkeys(pair["prompt"] for pair in pairs)))

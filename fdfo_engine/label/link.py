@@ -42,23 +42,18 @@ class EngineLink:
 
     async def get(self, path: str, query: Mapping[str, Any] | None = None) -> Json:
         """The JSON of an answer."""
-        response = await self._ask("GET", path, params=query)
-        answer: Json = response.json()
-        return answer
+        return _json(await self._ask("GET", path, params=query))
 
     async def post(
         self, path: str, body: Mapping[str, Any], key: str | None = None, wait_s: float = _TIMEOUT_S
     ) -> Json:
         """As `get`; the same `key` asks for the same thing, however often it is sent."""
         headers = {} if key is None else {"Idempotency-Key": key}
-        response = await self._ask("POST", path, json=dict(body), headers=headers, timeout=wait_s)
-        answer: Json = response.json()
-        return answer
+        return _json(await self._ask("POST", path, json=dict(body), headers=headers, timeout=wait_s))
 
     async def delete(self, path: str) -> Json:
         """As `get`."""
-        answer: Json = (await self._ask("DELETE", path)).json()
-        return answer
+        return _json(await self._ask("DELETE", path))
 
     async def image(self, image: str) -> bytes:
         """A PNG file."""
@@ -76,6 +71,17 @@ class EngineLink:
         if not response.is_success:
             raise _refused(response)
         return response
+
+
+def _json(response: httpx.Response) -> Json:
+    """The body; where it is none of ours, something else listens at the address now."""
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise _away() from error
+    if not isinstance(answer, dict):
+        raise _away()
+    return answer
 
 
 def _away() -> Problem:

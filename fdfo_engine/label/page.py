@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import signal
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -86,6 +87,7 @@ class Page:
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         conducting = asyncio.create_task(self.conductor.conduct())
+        conducting.add_done_callback(_end_with_it)
         yield
         conducting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -166,6 +168,13 @@ class Page:
         await _body(request, Nothing)
         await act()
         return _answer({})
+
+
+def _end_with_it(conducting: asyncio.Task[None]) -> None:
+    """A bug of ours in the conductor ends the page, with its traceback: nothing would go on any more."""
+    if not conducting.cancelled() and (error := conducting.exception()) is not None:
+        traceback.print_exception(error)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _session(request: Request) -> Session:
