@@ -71,9 +71,11 @@ def killed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         started, kills = time.monotonic(), Counter[str]()
         end = started + 60 * arguments.minutes
         while sum(kills.values()) < arguments.kills and person.is_alive() and time.monotonic() < end:
-            time.sleep(chance.expovariate(1 / arguments.mean_s))
             victim = chance.choice(["page", "page", "engine"])
             if victim == "page":
+                if chance.random() >= DURING_START:
+                    page.wait_until_up()
+                    time.sleep(chance.expovariate(1 / arguments.mean_s))
                 page.kill()
                 page.start()
             else:
@@ -94,14 +96,19 @@ def killed(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def wait_until_ready(engine: Server) -> None:
-    """Until its model is loaded, or ten minutes."""
+def _wait_until_answers(url: str) -> None:
+    """Until `url` answers with success, or ten minutes."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):  # not up yet
-            if httpx.get(f"http://127.0.0.1:{engine.port}/readyz").is_success:
+            if httpx.get(url).is_success:
                 return
         time.sleep(0.1)
+
+
+def wait_until_ready(engine: Server) -> None:
+    """Until its model is loaded."""
+    _wait_until_answers(f"http://127.0.0.1:{engine.port}/readyz")
 
 
 def failures(folder: Path, person: Person) -> list[str]:
@@ -149,6 +156,10 @@ class PageProcess:
         self._nursery.stdin.write("start\n")
         self._nursery.stdin.flush()
         self.pid = int(self._nursery.stdout.readline())
+
+    def wait_until_up(self) -> None:
+        """Until it answers, or ten minutes."""
+        _wait_until_answers(f"{self.url}/")
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -227,8 +238,11 @@ class Person(threading.Thread):
     def _round(self) -> None:
         """One round: answers, changes of mind, training."""
         name = self._until(lambda: self._read("round")["round"])
-        while due := self._read("round")["due"]:
-            self._answer(name, due[0])
+        while (told := self._read("round"))["due"] or told[
+            "round"
+        ] != name:  # a page that has just begun knows no round
+            if told["round"] == name:
+                self._answer(name, told["due"][0])
         self._until(lambda: self._is_trained(name))
         self.trained.append(name)
 

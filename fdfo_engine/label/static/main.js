@@ -13,7 +13,8 @@ const WORDS = { left: "Left", right: "Right", tie: "No preference", skip: "Skipp
 let state = null; // what the page's process last said
 let held = { round: null, due: [], answers: [] }; // the pairs of the round on screen
 let shownAt = 0;
-let isBusy = false; // an answer is on its way, or the next pair
+let isBusy = false; // an answer is on its way, or the next pair: what is pressed meanwhile is no answer to it
+let turn = Promise.resolve(); // the last thing that was begun
 let isWhole = true; // both images of the pair on screen are there
 
 const scene = () => document.body.dataset.scene;
@@ -27,8 +28,11 @@ function busy(on) {
   $("frames").setAttribute("aria-busy", String(on));
 }
 
-async function choose(choice) {
-  if (isBusy || scene() !== "labelling") return;
+function choose(choice) {
+  if (!isBusy && scene() === "labelling") turn = give(choice);
+}
+
+async function give(choice) {
   const pair = held.due[0];
   if (!isWhole) {
     if (choice === "skip") await putBack();
@@ -61,9 +65,14 @@ async function putBack() {
   await showNext();
 }
 
-async function undo() {
+// Pressed twice in a row, two answers are taken back, one after the other.
+function undo() {
+  turn = turn.then(takeBack);
+}
+
+async function takeBack() {
   const last = held.answers.at(-1);
-  if (isBusy || !last) return;
+  if (!last) return;
   busy(true);
   try {
     await api.undo(held.round, last.event);
