@@ -42,6 +42,7 @@ def axes(finals: Finals) -> list[Axis]:
     return [
         Axis("held-out reward at the end", lambda r: last(r)["reward"], True, 3),
         *_others(finals),
+        Axis("evaluations in all, at equal images", lambda r: r["evaluations"], False, 0),
         Axis(f"images to {own:.3f}, where FDFO ends", lambda r: reached(r["curve"], own, "images"), False, 0),
         Axis(f"images to a reward of {goal:.3f}", lambda r: reached(r["curve"], goal, "images"), False, 0),
         Axis(f"network evaluations to {goal:.3f}", lambda r: reached(r["curve"], goal, "evaluations"), False, 0),

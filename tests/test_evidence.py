@@ -84,13 +84,13 @@ def record(seed, *rewards):
         }
         for i, reward in enumerate(rewards)
     ]  # fmt: skip
-    return {"seed": seed, "curve": curve}
+    return {"seed": seed, "curve": curve, "evaluations": 1000}
 
 
 def test_methods_are_compared_seed_by_seed():
     slow = [record(0, 0.8, 0.82, 0.84), record(1, 0.8, 0.83, 0.86), record(2, 0.8, 0.8, 0.85)]
     fast = [record(2, 0.8, 0.88, 0.9), record(1, 0.8, 0.85, 0.87), record(3, 0.8, 0.9, 0.9)]
-    reward, _, images, *_, diversity = axes({"fdfo": slow, "nft": fast})[:6]
+    reward, _, _, images, *_, diversity = axes({"fdfo": slow, "nft": fast})[:7]
     assert best_method(reward, {"fdfo": slow, "nft": fast}) == "nft"
     assert paired_differences(reward, slow, fast) == pytest.approx([-0.01, -0.05])
     assert "0.890" in images.name  # 90 % of the way from 0.8 to the median 0.9
