@@ -94,8 +94,9 @@ training on PickScore at 40 steps (smoothed training reward, arXiv 2603.12893):
 
 NOT_MEASURED = """## Not measured
 
-SD3.5-Medium or any other real model; DreamSim or Vendi diversity; the grid of states, direction and pairing; best-of-N
-branches of one noise and the true reward gradient (not built); the hinge on the velocity (here FDFO's velocities do not
+SD3.5-Medium or any other real model; DreamSim or Vendi diversity; best-of-N
+branches of one noise and the true reward gradient (not built); a second task (`--task counting`) and the grid of
+states, direction and pairing (`--task grid`) are built and were not run; the hinge on the velocity (here FDFO's velocities do not
 grow); KL terms; the published batch sizes. Guidance is 1 throughout, which is none of the settings Flow-GRPO was
 published with.
 """
@@ -115,6 +116,7 @@ def main() -> None:
         second_task(_of_stage(counting, "final")),
         variance_table(variance),
         METHOD,
+        budget([*trials.values(), *counting.values()]),
         READY,
         trial_list("Every trial, shapes", trials),
         trial_list("Every trial, counting", counting),
@@ -256,6 +258,14 @@ def _difference(values: Sequence[float], digits: int, rival: str = "") -> str:
     text = f"{middle} ({low} to {high})" if len(values) > 1 else middle
     text = f"**{text}**" if is_beyond_spread(values) else text
     return f"{text} {rival}".strip()
+
+
+def budget(trials: Sequence[Record]) -> str:
+    """How long all of it took."""
+    hours = sum(record["seconds"] for record in trials) / 3600
+    return (
+        f"All {len(trials)} trials together: {hours:.1f} hours of training on one thread; evaluations are not in it.\n"
+    )
 
 
 def trial_list(title: str, trials: Mapping[str, Record]) -> str:
