@@ -96,7 +96,7 @@ NOT_MEASURED = """## Not measured
 
 SD3.5-Medium or any other real model; DreamSim or Vendi diversity; best-of-N branches of one noise and the true reward
 gradient (not built); a second task (`--task counting`) and the grid of states, direction and pairing (`--task grid`),
-which are built and were not run; the hinge on the velocity (here FDFO's velocities do not grow); KL terms; the published
+which are built and were not run; the hinge on the velocity (here FDFO's velocities do not grow); KL terms; published
 batch sizes. Guidance is 1 throughout, which is none of the settings Flow-GRPO was published with.
 """
 
