@@ -10,9 +10,16 @@ _SECRET_KEY = re.compile(
     r"(^|_)((api|auth|access|secret|private|reward)_?key|passw(or)?d|passphrase|secret|credentials?|authorization|bearer)$"
     r"|^key$|^((api|auth|access|bearer|refresh|hf|hub)_?)?token$",
 )
-_SECRET_VALUE = re.compile(
-    r"^(sk|hf|ghp|gho|xoxb|pk)[-_]\w{6,}|^Bearer\s|^[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@", re.IGNORECASE
+_TOKEN = (
+    r"(?:sk|pk|rk|hf|gh[opsur]|gho|github_pat|glpat|xox[abeprs])[-_]\w[\w-]{5,}"
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+"
 )
+"""Keys as OpenAI, Stripe, Hugging Face, GitHub, GitLab, Slack, AWS and Google make them, and JSON web tokens."""
+
+_PASSWORD = r"://[^/\s]*:[^/\s]*@"
+_SECRET_VALUE = re.compile(rf"^[=\s]*(?:{_TOKEN})|^[=\s]*Bearer\s|^[=\s]*[a-z][a-z0-9+.-]*{_PASSWORD}", re.IGNORECASE)
+_SHOWN_SECRET = re.compile(rf"\S*?\b(?:{_TOKEN})\S*|{_PASSWORD}", re.IGNORECASE)
+_QUERY_KEY = re.compile(r"[?&]([\w-]+)=")
 
 
 def is_secret_key(key: str) -> bool:
@@ -22,8 +29,11 @@ def is_secret_key(key: str) -> bool:
 
 
 def is_secret_value(value: object) -> bool:
-    """Whether a text has the form of a key (`sk-...`, `hf_...`) or is a URL with a password in it."""
-    return isinstance(value, str) and _SECRET_VALUE.search(value) is not None
+    """Whether a text has the form of a key (`sk-...`, `hf_...`) or is a URL with a password or a key in it."""
+    if not isinstance(value, str):
+        return False
+    has_key = "://" in value and any(is_secret_key(name) for name in _QUERY_KEY.findall(value))
+    return has_key or _SECRET_VALUE.search(value) is not None
 
 
 def secret_keys(tree: Any, prefix: str = "") -> Iterator[str]:
@@ -42,4 +52,4 @@ def redacted(line: str) -> str:
     for match in re.finditer(r"""["']?([\w-]+)["']?\s*[:=\s]""", line):
         if is_secret_key(match.group(1)):
             return line[: match.end()] + " ***"
-    return re.sub(r"\S*(sk-|hf_|ghp_)\w{6,}\S*|://[^/@\s]*:[^/@\s]*@", "***", line)
+    return _SHOWN_SECRET.sub("***", line)

@@ -22,6 +22,7 @@ from fdfo_engine.runtime.console import complain, equal_warnings_counted, visibl
 from fdfo_engine.runtime.distributed import all_gather_rows
 from fdfo_engine.runtime.errors import FdfoError, RewardError
 from fdfo_engine.runtime.failures import Failure
+from fdfo_engine.runtime.masking import masked
 
 
 def labelled(settings: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
@@ -209,7 +210,7 @@ def _append(file: Path, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8", errors="backslashreplace") as log:
-            log.write(text)
+            log.write(masked(text))
     except OSError as error:
         warn(f"{file}: not written: {error.strerror}", like="a reward's log")
 

@@ -6,9 +6,12 @@ import contextlib
 import os
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
+
+from fdfo_engine.runtime.masking import masked
 
 _hearers: list[Callable[[str], None]] = []
 
@@ -16,6 +19,16 @@ _hearers: list[Callable[[str], None]] = []
 def visible(text: str) -> str:
     """`text` on one line, with control and other unprintable characters (ANSI escapes, newlines) shown as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """`text` as a terminal gets it: without secrets of the environment, control characters but line ends escaped."""
+    return "".join(c if c in "\n\t" or _is_harmless(c) else visible(c) for c in masked(text))
+
+
+def _is_harmless(character: str) -> bool:
+    """What draws something, or only joins and spaces it: not what moves the cursor or turns the order of letters."""
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
 
 
 def say(line: str) -> None:
@@ -85,7 +98,7 @@ def _warn_now(line: str, *, everywhere: bool) -> None:
     complain(f"warning: {line}", everywhere=everywhere)
     if is_printing_rank():
         for hearer in list(_hearers):
-            hearer(line)
+            hearer(masked(line))
 
 
 @contextmanager
@@ -101,7 +114,7 @@ def warnings_heard(hearer: Callable[[str], None]) -> Iterator[None]:
 def complain(block: str, *, everywhere: bool = False) -> None:
     """Writes a block of lines to stderr, on rank 0 only, or `everywhere` with the rank's number in front."""
     if everywhere and not is_printing_rank():
-        _print(sys.stderr, f"rank {os.environ['RANK']}: {block}")
+        _print(sys.stderr, shown(f"rank {os.environ['RANK']}: {block}"))
     _write(sys.stderr, block)
 
 
@@ -113,7 +126,7 @@ def is_printing_rank() -> bool:
 def _write(stream: TextIO, text: str) -> None:
     if is_printing_rank():
         with _bars_aside():
-            _print(stream, text)
+            _print(stream, shown(text))
 
 
 def _print(stream: TextIO, text: str) -> None:

@@ -13,6 +13,7 @@ import traceback
 from typing import ClassVar
 
 from fdfo_engine.runtime.console import complain
+from fdfo_engine.runtime.masking import masked
 
 _OF_STORAGE = frozenset(
     {
@@ -114,7 +115,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def error_message(error: BaseException) -> str:
-    """What to tell the user about `error`, for the terminal and for `status.json`."""
+    """What to tell the user about `error`, for the terminal and for `status.json`; no secret of the environment."""
+    return masked(_message(error))
+
+
+def _message(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if _is_out_of_memory(error):
         return _OUT_OF_MEMORY.format(first_line=text.splitlines()[0])

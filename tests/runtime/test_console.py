@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from fdfo_engine.runtime.console import equal_warnings_counted, say, warn
+from fdfo_engine.runtime.console import equal_warnings_counted, say, warn, warnings_heard
+from fdfo_engine.runtime.errors import RewardError, error_message, report_and_exit_code
 
 
 def lines(capsys):
@@ -96,3 +97,28 @@ def test_what_cannot_be_printed_ends_nothing(kind, monkeypatch, tmp_path):
     if kind == "full":
         with pytest.raises(OSError, match="No space"):
             stream.close()  # a command that is done learns of it
+
+
+def test_no_control_character_reaches_the_terminal(capsys):
+    say("reward \x1b]0;title\x07 \x1b[31mred\r\u202egnp\n\tsecond line \u00a0 👩\u200d🔬 é")
+    assert capsys.readouterr().out == (
+        "reward \\x1b]0;title\\x07 \\x1b[31mred\\r\\u202egnp\n\tsecond line \u00a0 👩\u200d🔬 é\n"
+    )
+
+
+def test_a_key_of_the_environment_is_shown_nowhere(capsys, monkeypatch):
+    monkeypatch.setenv("FDFO_REWARD_KEY", "topsecretword")
+    monkeypatch.setenv("HF_TOKEN", "hf_another1")
+    monkeypatch.setenv("PLAIN", "an ordinary word")
+    heard = []
+    with warnings_heard(heard.append):
+        warn("the server said: Bearer topsecretword, hf_another1, an ordinary word")
+    say("topsecretword")
+    told = capsys.readouterr()
+    assert told.err == "warning: the server said: Bearer ***, ***, an ordinary word\n"
+    assert told.out == "***\n"
+    assert heard == ["the server said: Bearer ***, ***, an ordinary word"]
+    error = RewardError("HTTP 401: Bearer topsecretword")
+    assert error_message(error) == "HTTP 401: Bearer ***"
+    assert report_and_exit_code(error) == 5
+    assert "topsecretword" not in capsys.readouterr().err
