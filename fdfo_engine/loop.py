@@ -48,6 +48,8 @@ def run(
     *,
     resume: bool = False,
     base_has_moved: bool = False,
+    strict_resume: bool = False,
+    allow_prompt_change: bool = False,
     rewards: Sequence[Callable[..., Any]] = (),
     on_event: events.Listener | None = None,
 ) -> list[dict[str, Any]]:
@@ -59,6 +61,8 @@ def run(
         config: the settings.
         resume: insist that there is a checkpoint to continue from.
         base_has_moved: `model.id` is where the base model lies now; of a run that recorded no base it is trusted.
+        strict_resume: a damaged newest checkpoint is an error, instead of a reason to take the one before it.
+        allow_prompt_change: an old run may go on with another prompt list than it began with.
         rewards: functions of one's own, instead of the config's rewards: `with_own_rewards`.
         on_event: called on rank 0 with each `Event` of this process. What it raises ends the run and reaches the
             caller.
@@ -79,7 +83,7 @@ def run(
     held_out = evaluation_list(config)
     evaluated = held_out.prompts[: config.evaluation.count]
     weighted = _ready_rewards(config, prompts.prompts, evaluated)
-    _require_resumable(config, resume)
+    _require_resumable(config, resume or strict_resume)
     say(plan.describe())
     say(describe_prompts(prompts, config.sampling.pairs_per_epoch))
     if config.evaluation.every and config.evaluation.prompts:
@@ -93,11 +97,11 @@ def run(
             RunEvents(config, folder, request, on_event) as told,
             lost_ranks_named(),
         ):
-            together(lambda: None if folder is None else folder.require_prompts(prompts.sha256))
+            together(lambda: None if folder is None else folder.require_prompts(prompts.sha256, allow_prompt_change))
             if not _is_over(config, told):
                 engine = Engine(config, on_event=told.relay)
                 engine.sampler.tell_cut(prompts.prompts)
-                resumed = _opened(engine, told)
+                resumed = _opened(engine, told, strict=strict_resume)
                 _train(Training(engine, prompts, weighted, told, request), told, resumed)
             barrier("the end")  # a rank that leaves first takes its connections down under the others
     finally:
@@ -106,12 +110,12 @@ def run(
     return on_main(lambda: read_log(Path(config.run.dir) / METRICS_NAME)) or []
 
 
-def _opened(engine: Engine, told: RunEvents) -> bool:
+def _opened(engine: Engine, told: RunEvents, *, strict: bool) -> bool:
     """Loads the newest checkpoint and opens the logs where it ends; whether there was one."""
     say(f"pair ops run on {engine.backend}, the model on {engine.device}")
     if engine.memory is not None:
         say(engine.memory.describe())
-    resumed = engine.load()
+    resumed = engine.load(strict=strict)
     if resumed:
         say(f"resuming after epoch {engine.epoch} of {engine.config.run.epochs}")
     on_main(engine.checkpoints.record_kernels)

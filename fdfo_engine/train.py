@@ -37,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
         help="print the settings and the arithmetic, look at prompts, rewards, model and disk; stop",
     )
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
+    parse.add_argument(
+        "--strict-resume", action="store_true", help="also end if the newest checkpoint is damaged, not taking an older"
+    )
+    parse.add_argument(
+        "--allow-prompt-change", action="store_true", help="go on with another prompt list than the run began with"
+    )
     parse.add_argument("--no-tune", action="store_true", help="take ops' backends by a fixed order: kernels.tune=false")
     parse.add_argument("--base", metavar="PATH", help="where the base model lies now, if it moved since the run began")
     parse.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment wins
@@ -67,7 +73,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return dry_run(config, _launched_ranks())
     from fdfo_engine.loop import run
 
-    run(config, resume=arguments.resume, base_has_moved=arguments.base is not None)
+    run(
+        config, resume=arguments.resume, base_has_moved=arguments.base is not None,
+        strict_resume=arguments.strict_resume, allow_prompt_change=arguments.allow_prompt_change,
+    )  # fmt: skip
     return 0
 
 

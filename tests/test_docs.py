@@ -40,3 +40,14 @@ def test_every_verb_is_told_of():
     text = "".join(page.read_text() for page in PAGES)
     verbs = next(action for action in parser()._actions if action.dest == "verb_name").choices
     assert [verb for verb in verbs if f"fdfo {verb}" not in text] == []
+
+
+def test_every_promise_has_its_test():
+    rows = [line for line in (ROOT / "docs/RELIABILITY.md").read_text().splitlines() if line.startswith("| ")][1:]
+    promises = [row for row in rows if not row.startswith("| **")]
+    assert len(promises) > 30
+    for row in promises:
+        (named,) = re.findall(r"`(tests/\S+\.py)(?:::(\w+))?` \|$", row)
+        file, function = named
+        source = (ROOT / file).read_text()
+        assert not function or f"\ndef {function}(" in source, row

@@ -10,6 +10,9 @@ from typing import Any
 from fdfo_engine.cli.launcher import launch, ranks_of, true_status
 from fdfo_engine.cli.options import add_base, add_config, config_words
 
+_FLAGS = ("--dry-run", "--resume", "--strict-resume", "--allow-prompt-change", "--no-tune")
+"""Those of the main job, which are passed on to it."""
+
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
@@ -30,6 +33,12 @@ def add_parser(verbs: Any) -> None:
     )
     add_base(parse)
     parse.add_argument("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
+    parse.add_argument(
+        "--strict-resume", action="store_true", help="also end if the newest checkpoint is damaged, not taking an older"
+    )
+    parse.add_argument(
+        "--allow-prompt-change", action="store_true", help="go on with another prompt list than the run began with"
+    )
     parse.add_argument("--no-tune", action="store_true", help="take ops' backends by a fixed order: kernels.tune=false")
     parse.set_defaults(verb=run)
 
@@ -51,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     ranks = ranks_of(arguments.ranks)
     name, overrides = config_words(arguments)
-    flags = [flag for flag in ("--dry-run", "--resume", "--no-tune") if getattr(arguments, flag[2:].replace("-", "_"))]
+    flags = [flag for flag in _FLAGS if getattr(arguments, flag[2:].replace("-", "_"))]
     moved = [] if arguments.base is None else ["--base", arguments.base]
     command = ["--config", name, *flags, *moved, *overrides]
     if ranks == 1:

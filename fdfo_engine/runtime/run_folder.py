@@ -98,8 +98,8 @@ class RunFolder:
             truncate_log(self.path / name, epoch)
         truncate_events(self.path, epoch)
 
-    def require_prompts(self, sha256: str) -> None:
-        """Keeps the hash of a new run's prompt list, and holds that of an old run against it.
+    def require_prompts(self, sha256: str, may_change: bool = False) -> None:
+        """Keeps the hash of a new run's prompt list, and holds that of an old run against it, or says that it changes.
 
         Raises:
             PromptError: the run began with other prompts.
@@ -107,10 +107,13 @@ class RunFolder:
         file = self.path / PROMPTS_NAME
         if not file.is_file():
             replace_file(file, sha256.encode())
+        elif file.read_text() != sha256 and may_change:
+            warn(f"{self.path}: goes on with other prompts than it began with")
+            replace_file(file, sha256.encode())
         elif file.read_text() != sha256:
             raise PromptError(
-                f"prompts.source: not the prompts that the run in {self.path} began with; restore them, or choose "
-                "another run.dir"
+                f"prompts.source: not the prompts that the run in {self.path} began with; restore them, choose "
+                "another run.dir, or pass --allow-prompt-change"
             )
 
     def require_room(self, num_bytes: int) -> None:

@@ -111,6 +111,11 @@ def is_running(pid):
         return False
 
 
+def hears_interrupts():
+    """As a command of a terminal: one in the background of a script does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 ENDS = [
     ("deepspeed", signal.SIGTERM), ("deepspeed", signal.SIGKILL), ("deepspeed", signal.SIGINT), ("fdfo", signal.SIGHUP),
     ("fdfo", signal.SIGKILL),
@@ -126,12 +131,13 @@ def test_whoever_started_a_run_ends_it_committed_and_leaves_nobody(tiny_sd3, tmp
     command = fdfo if by == "fdfo" else [*launcher("deepspeed", 2), str(TRAIN), "--config", str(config)]
     process = subprocess.Popen(
         [*command, "checkpoint.every=1000"], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=hears_interrupts,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     log = tmp_path / "left/run/metrics.jsonl"
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.1)
+    assert log.read_text().count("\n") >= 2
     everybody = [process.pid, *descendants(process.pid)]
     assert len(everybody) >= 4
     process.send_signal(number)
@@ -153,7 +159,7 @@ def test_a_launcher_that_dies_while_ranks_import_leaves_nobody(tiny_sd3, tmp_pat
         [*launcher("deepspeed", 2), str(TRAIN), "--config", str(config)], env=environment(), cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and len(descendants(process.pid)) < 3:
         time.sleep(0.02)
     time.sleep(0.5)  # they are there, and import

@@ -10,7 +10,7 @@ import yaml
 from tiny_sd3 import tiny_config
 
 from fdfo_engine.config import dump_config, resumable_keys
-from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
 from fdfo_engine.runtime.run_folder import (
     RunFolder,
     differing_settings,
@@ -264,3 +264,15 @@ def test_settings_of_an_earlier_version_lack_keys_and_are_the_same(tiny_sd3, tmp
     assert differing_settings(yaml.safe_dump(tree), given) == {}
     tree["model"]["max_sequence_length"] = 8
     assert differing_settings(yaml.safe_dump(tree), given) == {"model.max_sequence_length": "8 there, 16 given"}
+
+
+def test_another_prompt_list_is_refused_unless_it_is_allowed(tmp_path, capsys):
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        folder.require_prompts("a" * 64)
+        folder.require_prompts("a" * 64)
+        with pytest.raises(PromptError, match="--allow-prompt-change"):
+            folder.require_prompts("b" * 64)
+        assert capsys.readouterr().err == ""
+        folder.require_prompts("b" * 64, may_change=True)
+        assert "goes on with other prompts" in capsys.readouterr().err
+        folder.require_prompts("b" * 64)
