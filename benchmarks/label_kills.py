@@ -246,6 +246,11 @@ class Person(threading.Thread):
         self._until(lambda: self._is_trained(name))
         self.trained.append(name)
 
+    def _due(self, name: str) -> list[dict[str, Any]]:
+        """What waits for an answer; a page that has just begun knows no round yet."""
+        due: list[dict[str, Any]] = self._until(lambda: (told := self._read("round"))["round"] == name and told)["due"]
+        return due
+
     def _answer(self, name: str, pair: dict[str, Any]) -> None:
         choice = self._chance.choice(["left", "right", "tie", "skip"])
         body = {"round": name, "pair_id": pair["pair_id"], "repeat": pair["repeat"], "attempt": pair["attempt"]}
