@@ -65,15 +65,18 @@ def _pair_cases() -> list[Case]:
     blocks = {name: importlib.import_module(f"fdfo_engine.ops.{name}").BLOCK for name in _OPS}
     return [
         Case(philox_normal.philox_normal_kernel, [i64, i64, f32, *size, *key], {"BLOCK": blocks["philox_normal"]}),
-        Case(paired_noise.paired_noise_kernel, [i64, f32, f32, *size, *key], {"BLOCK": blocks["paired_noise"]}),
+        Case(
+            paired_noise.paired_noise_kernel, [i64, f32, f32, *size, *key],
+            {"ANTITHETIC": False, "BLOCK": blocks["paired_noise"]},
+        ),
         Case(
             paired_step.paired_step_kernel,
             [f32, bf16, bf16, bf16, f32, i64, f32, *size, *10 * stride, *real, "i32", *key],
-            {"GUIDED": True, "KEEP_V": True, "BLOCK": blocks["paired_step"]},
+            {"GUIDED": True, "KEEP_V": True, "ANTITHETIC": False, "BLOCK": blocks["paired_step"]},
         ),
         Case(
             replay.replay_kernel, [bf16, f32, *5 * [i64], f32, *size, "i32", *3 * stride, *key],
-            {"BLOCK": blocks["replay"]},
+            {"ANTITHETIC": False, "BLOCK": blocks["replay"]},
         ),
         Case(
             pair_direction.pair_direction_kernel, [f32, f32, *size, *3 * stride, *real],

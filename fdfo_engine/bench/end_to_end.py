@@ -289,7 +289,7 @@ class _Graphed(Candidate):
     def __init__(self, name: str, architecture: Architecture, network: Any, *where: Any) -> None:
         super().__init__(name, architecture, network, *where)
         self._sampling = GraphedNetwork(network)
-        self._training = GraphedTraining(network, list(self._adapter.values()))
+        self._training = GraphedTraining(network, network, list(self._adapter.values()))
 
     def call_network(self, **inputs: Any) -> tuple[Tensor, ...]:
         return self._training(**inputs) if torch.is_grad_enabled() else self._sampling(**inputs)

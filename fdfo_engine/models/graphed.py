@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fdfo_engine.models.flow_model import Network
@@ -76,17 +77,20 @@ class GraphedTraining:
     """Calls `network` for gradients of `parameters`: inputs of new shapes are captured once, forward and backward.
 
     Its backward has to come before the next forward of the same shapes, whose activations take the place of its own.
+    `module` is what `network` computes with.
     """
 
-    def __init__(self, network: Network, parameters: Sequence[Tensor], capture: Capture = cuda_graphs) -> None:
-        self._network, self._parameters, self._capture = network, list(parameters), capture
+    def __init__(
+        self, network: Network, module: nn.Module, parameters: Sequence[Tensor], capture: Capture = cuda_graphs
+    ) -> None:
+        self._network, self._module, self._parameters, self._capture = network, module, list(parameters), capture
         self._captured: dict[tuple[Any, ...], _Step] = {}
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
         """As `network(**inputs)`; outputs and gradients are the caller's own. Inputs get no gradient."""
         key = _shapes(inputs)
         if key not in self._captured:
-            self._captured[key] = _Step(self._network, self._parameters, inputs, self._capture)
+            self._captured[key] = _Step(self._network, self._module, self._parameters, inputs, self._capture)
         found: tuple[Tensor, ...] = _Replay.apply(self._captured[key], inputs, *self._parameters)
         return found
 
@@ -128,9 +132,11 @@ class _Step:
     """Two graphs, forward and backward, and the tensors that they read and write."""
 
     def __init__(
-        self, network: Network, parameters: Sequence[Tensor], inputs: dict[str, Any], capture: Capture
-    ) -> None:
-        self._network, self._parameters, self._inputs = network, parameters, _Inputs(inputs)
+        self, network: Network, module: nn.Module, parameters: Sequence[Tensor], inputs: dict[str, Any],
+        capture: Capture,
+    ) -> None:  # fmt: skip
+        self._network, self._module, self._parameters, self._inputs = network, module, parameters, _Inputs(inputs)
+        self._leaves: list[nn.Parameter] = []
         self._outputs: tuple[Tensor, ...] = ()
         self._upstream: tuple[Tensor, ...] = ()
         self._gradients: tuple[Tensor | None, ...] = ()
@@ -139,13 +145,17 @@ class _Step:
 
     @torch.enable_grad()
     def _run_forward(self) -> None:
-        self._outputs = tuple(self._network(**self._inputs.held))
+        # autograd ties a parameter to the stream that first used it, and a capture may not wait for another: leaves on
+        # the same memory, made here, belong to the capture's own
+        self._leaves = [nn.Parameter(parameter.detach()) for parameter in self._parameters]
+        with _computing_with(self._leaves, self._parameters, self._module):
+            self._outputs = tuple(self._network(**self._inputs.held))
         if not self._upstream:  # in the warm-up: not in the memory of a graph
             self._upstream = tuple(map(torch.zeros_like, self._outputs))
 
     def _run_backward(self) -> None:
         self._gradients = torch.autograd.grad(
-            self._outputs, self._parameters, self._upstream, allow_unused=True
+            self._outputs, self._leaves, self._upstream, allow_unused=True
         )  # fmt: skip
 
     def forward(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -160,6 +170,22 @@ class _Step:
         self._replay_backward()
         # clones: what autograd is handed may become a parameter's .grad, which the next replay would write into
         return tuple(None if g is None else g.clone() for g in self._gradients)
+
+
+@contextmanager
+def _computing_with(leaves: Sequence[nn.Parameter], parameters: Sequence[Tensor], module: nn.Module) -> Iterator[None]:
+    """Within this context `module` has `leaves` in the place of its `parameters`."""
+    instead = {id(parameter): leaf for parameter, leaf in zip(parameters, leaves, strict=True)}
+    owned = [
+        (owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if id(p) in instead
+    ]
+    for owner, name, parameter in owned:
+        owner._parameters[name] = instead[id(parameter)]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in owned:
+            owner._parameters[name] = parameter
 
 
 class _Replay(torch.autograd.Function):

@@ -32,7 +32,7 @@ def networks(
     )  # fmt: skip
     if reasons:
         raise EnvironmentProblem(f"model.cuda_graphs = true: {'; '.join(reasons)}")
-    graphs = GraphedTraining(trainer.own_forward, parameters)
+    graphs = GraphedTraining(trainer.own_forward, trainer.engine.module, parameters)
 
     def micro_batch(**inputs: Any) -> tuple[Tensor, ...]:
         with trainer.forward_by(graphs):

@@ -84,7 +84,7 @@ def test_gradients_of_several_micro_batches_are_summed(device, capture):
     def network(layer, *, x, shift):
         return (torch.tanh(layer(x)) + shift,)
 
-    graphed = GraphedTraining(partial(network, linear), [*linear.parameters(), idle], capture)
+    graphed = GraphedTraining(partial(network, linear), linear, [*linear.parameters(), idle], capture)
     for _ in range(2):
         for rows in (4, 4, 2):
             x = torch.randn(rows, 8, device=device)
@@ -99,9 +99,29 @@ def test_gradients_of_several_micro_batches_are_summed(device, capture):
     assert idle.grad is None
 
 
+def test_a_capture_touches_no_accumulator_of_the_parameters_own():
+    """Those belong to the stream that first used a parameter, which a capture may not wait for."""
+    linear, seen = torch.nn.Linear(3, 2), []
+    own = list(linear.parameters())
+
+    def network(*, x):
+        out = linear(x)
+        seen.extend(node.variable for node, _ in out.grad_fn.next_functions if hasattr(node, "variable"))
+        seen.append(linear.bias)
+        return (out,)
+
+    graphed = GraphedTraining(network, linear, own, rerun)
+    (out,) = graphed(x=torch.ones(4, 3))
+    out.sum().backward()
+    assert linear.bias.grad.equal(torch.full((2,), 4.0))
+    assert not {id(variable) for variable in seen} & {id(parameter) for parameter in own}
+    assert all(variable.data_ptr() in {p.data_ptr() for p in own} for variable in seen)
+    assert [id(parameter) for parameter in linear.parameters()] == list(map(id, own))
+
+
 def test_a_backward_after_another_forward_is_a_bug():
     linear = nn.Linear(2, 2)
-    graphed = GraphedTraining(lambda *, x: (linear(x),), list(linear.parameters()), rerun)
+    graphed = GraphedTraining(lambda *, x: (linear(x),), linear, list(linear.parameters()), rerun)
     (first,), _ = graphed(x=torch.ones(1, 2)), graphed(x=torch.ones(1, 2))
     with pytest.raises(AssertionError, match="another forward"):
         first.sum().backward()
