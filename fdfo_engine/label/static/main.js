@@ -51,6 +51,7 @@ async function give(choice) {
     banner(null);
     tell(`${WORDS[choice]}. Recorded.`);
     await showNext();
+    if (scene() !== "labelling") await refresh(); // what all answers say now
   } catch (error) {
     stage.mark(null, null);
     await refused(error, "Your choice was not recorded");
