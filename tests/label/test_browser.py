@@ -332,7 +332,7 @@ def test_early_finish_and_the_blind_comparison(chromium, labelled):
             press(tab, "ArrowLeft")
         tab.wait_for_function("() => document.getElementById('card-title').textContent.startsWith('The trained model')")
         tab.wait_for_function(
-            "() => /: [0-4] to [0-4], with 0 ties/.test(document.getElementById('card-text').textContent)"
+            "() => /: ([1-4] to [0-4]|0 to [1-4]), with 0 ties/.test(document.getElementById('card-text').textContent)"
         )
         told = tab.inner_text("#card-text")
         share = wilson(int(re.search(r"(\d) to \d, with", told)[1]), 4)
