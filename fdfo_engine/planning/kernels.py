@@ -73,7 +73,7 @@ def settled(config: Config, model: FlowModel, micro_batch: int, *, trains: bool)
         return measured(model, batches, names_pair_ops=config.kernels.backend != "auto")
 
     kernels = on_main(found) or Kernels({}, "as rank 0 has them")
-    if is_main():
+    if is_main() and trains:
         say(kernels.table())
     kernels = replace(kernels, backends=json.loads(broadcast_text(json.dumps(kernels.backends))))
     put_in_force(model.network, kernels)

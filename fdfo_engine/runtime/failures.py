@@ -12,7 +12,7 @@ from types import TracebackType
 _PACKAGE = Path(__file__).resolve().parent.parent
 _CALLERS = {
     importlib.__file__, str(_PACKAGE / "runtime/own_code.py"),
-    *(str(_PACKAGE / f"rewards/{name}.py") for name in ("weighted", "isolated", "registry", "reward")),
+    *(str(_PACKAGE / f"rewards/{name}.py") for name in ("weighted", "isolated", "manners", "registry", "reward")),
 }  # fmt: skip
 """Files whose frames only lead to the user's code."""
 

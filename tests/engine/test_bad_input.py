@@ -164,7 +164,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
     """The model's folder was replaced by another architecture since, and no record of it was kept."""
     build_tiny_sd3(tmp_path / "model")
     first = Engine(tiny_config(tmp_path / "model", tmp_path / "run", model={"train": "full"}))
-    first.checkpoints = RunCheckpoints(first.config, None)
+    first.checkpoints = RunCheckpoints(first.config, None, {})
     first.save()
     shutil.rmtree(tmp_path / "model")
     build_tiny_sd3(tmp_path / "model", dual_attention_layers=())

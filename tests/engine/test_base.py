@@ -33,7 +33,7 @@ def started(config, *, records=True):
     engine = Engine(config)
     engine.update(engine.rollout(PROMPTS), REWARDS)
     if not records:  # as versions did that knew no record
-        engine.checkpoints = RunCheckpoints(config, None)
+        engine.checkpoints = RunCheckpoints(config, None, {})
     engine.save()
     run = Path(config.run.dir)
     (run.parent / "config.yaml").write_text(dump_config(config))

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,12 @@ def test_an_answer_is_on_disk_and_taken_back(run, browser):
 
 def settled(browser, name):
     """Once the page has seen the round."""
-    return any((browser.get("/api/state").json()["round"] or {}).get("id") == name for _ in range(200))
+    deadline = time.monotonic() + 30
+    while (browser.get("/api/state").json()["round"] or {}).get("id") != name:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def test_a_repeat_shows_the_sides_swapped_and_counts_as_such(run, browser):
