@@ -142,6 +142,7 @@ def _token(folder: Path) -> str:
 def _bound(door: PageDoor) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a body waits 40 ms for its head's receipt
     with listener:
         try:
             listener.bind((door.host, door.port))
