@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = [row for suite in arguments.suites for row in compare(suite, arguments)]
-    content = header("python -m benchmarks.two_checkouts", sys.argv[1:])
+    words = ["OTHER" if word == str(arguments.other) else word for word in sys.argv[1:]]
+    content = header("python -m benchmarks.two_checkouts", words)
     content |= {"other_commit": commit(arguments.other), "rounds": arguments.rounds, "rows": rows}
     write(arguments.out or RESULTS / machine(torch.device("cpu")) / "two_checkouts.json", content)
 
