@@ -34,7 +34,8 @@ from fdfo_engine.metrics import t_interval
 from fdfo_engine.rewards.shapes import shapes
 from fdfo_engine.runtime.errors import Stopped
 from fdfo_engine.runtime.stop import StopRequest
-from fdfo_engine.serve.server import ADDRESS_NAME, Door, serve
+from fdfo_engine.serve.address import ADDRESS_NAME
+from fdfo_engine.serve.server import Door, serve
 
 PROGRAM = "python -m benchmarks.label_raters"
 OUT = RESULTS / "label_raters.json"

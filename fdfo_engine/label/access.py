@@ -8,13 +8,13 @@ import hmac
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from typing import Literal
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fdfo_engine.serve.access import cookie_of, without_port
 from fdfo_engine.serve.problems import Problem
 
 Role = Literal["owner", "rater"]
@@ -95,25 +95,19 @@ class PageAccess:
         if problem is not None:
             await problem.response()(scope, receive, send_guarded)
             return
-        scope["state"] = {**scope.get("state", {}), "session": self._passes.session(self._word(headers))}
+        scope["state"] = {
+            **scope.get("state", {}),
+            "session": self._passes.session(cookie_of(headers, self._passes.cookie)),
+        }
         await self._app(scope, receive, send_guarded)
 
     def _refusal(self, method: str, headers: Headers) -> Problem | None:
         host = headers.get("host", "").lower()
-        name, colon, port = host.rpartition(":")
-        if (name if colon and port.isdecimal() else host) not in self._hosts:
+        if without_port(host) not in self._hosts:
             return Problem(403, "host", f"Host {host!r} is no name of this page")
         if method not in _SAFE_METHODS and not _is_own_page(headers, host):
             return Problem(403, "cross_site", "a page of another site asked")
         return None
-
-    def _word(self, headers: Headers) -> str:
-        cookies: SimpleCookie = SimpleCookie()
-        try:
-            cookies.load(headers.get("cookie", ""))
-        except CookieError:
-            return ""
-        return cookies[self._passes.cookie].value if self._passes.cookie in cookies else ""
 
 
 def _is_own_page(headers: Headers, host: str) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 
+from fdfo_engine.serve.access import TOKEN_NAME
+from fdfo_engine.serve.address import ADDRESS_NAME
 from fdfo_engine.serve.problems import Problem
 
 Json = dict[str, Any]
 _TIMEOUT_S = 20.0
-ADDRESS_NAME = "serve.json"
-TOKEN_NAME = "serve.token"
 
 
 class EngineLink:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -18,37 +17,32 @@ from pathlib import Path
 import uvicorn
 
 from fdfo_engine.label.access import Passes, Session
-from fdfo_engine.label.link import TOKEN_NAME, EngineLink
+from fdfo_engine.label.link import EngineLink
 from fdfo_engine.label.page import Page
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.run_lock import LOCK_NAME, is_alive
+from fdfo_engine.serve.access import TOKEN_NAME
+from fdfo_engine.serve.address import Address
 
 PAGE_NAME = "label.json"
 DEFAULT_PORT = 8720
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 _STOP_TIMEOUT_S = 120.0
 _TOKEN_TIMEOUT_S = 180.0
 _PREDECESSOR_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class PageDoor:
+class PageDoor(Address):
     """Where the page listens, and who opens it.
 
     Attributes:
-        host, port: the address; port 0 takes a free one.
-        allow_remote: whether an address that other machines reach may be taken.
-        hosts: further names it answers to.
         owner: the name under which the owner's answers are kept. raters: names that get a link at the start.
         opens_browser: whether the owner's link is opened.
     """
 
-    host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
-    allow_remote: bool = False
-    hosts: Sequence[str] = ()
     owner: str = "owner"
     raters: Sequence[str] = ()
     opens_browser: bool = True
@@ -59,23 +53,10 @@ class PageDoor:
         Raises:
             UsageError: with what to use instead.
         """
-        if not self.is_loopback and not self.allow_remote:
-            raise UsageError(
-                f"--host {self.host}: other machines would reach it; leave it out and use `{self.tunnel(self.port)}`, "
-                "or --allow-remote"
-            )
+        self.require_allowed()
         for name in (self.owner, *self.raters):
             if Passes("").session(Passes("").word(Session(name, "rater"))) is None:
                 raise UsageError(f"rater {name!r}: takes letters, digits and _ . @ + -, at most 100")
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
-
-    def tunnel(self, port: int) -> str:
-        """The command that brings the page to another machine."""
-        return f"ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}"
 
 
 def open_page(folder: Path, door: PageDoor) -> int:
@@ -83,10 +64,9 @@ def open_page(folder: Path, door: PageDoor) -> int:
     door.check()
     link = EngineLink(folder)
     passes = Passes(_token(folder))
-    own = [] if door.host in ("0.0.0.0", "::") else [door.host]
-    page = Page(link, passes, [*LOOPBACK_HOSTS, *own, *door.hosts])
-    with _bound(door) as listener:
-        url = f"http://{'127.0.0.1' if not door.is_loopback else door.host}:{listener.getsockname()[1]}"
+    page = Page(link, passes, door.names)
+    with door.bound() as listener:
+        url = door.url(listener.getsockname()[1])
         _tell(url, passes, door)
         replace_file(folder / PAGE_NAME, json.dumps({"url": url, "pid": os.getpid()}).encode())
         settings = uvicorn.Config(
@@ -136,21 +116,6 @@ def _token(folder: Path) -> str:
             raise EnvironmentProblem(f"{folder}: nobody serves this run; fdfo serve, or fdfo label --config C")
         time.sleep(0.1)
     return path.read_text().strip()
-
-
-@contextmanager
-def _bound(door: PageDoor) -> Iterator[socket.socket]:
-    listener = socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a body waits 40 ms for its head's receipt
-    with listener:
-        try:
-            listener.bind((door.host, door.port))
-            listener.listen(128)
-        except OSError as error:
-            hint = "choose another --port, or 0 for a free one"
-            raise EnvironmentProblem(f"cannot listen at {door.host}:{door.port}: {error.strerror}; {hint}") from error
-        yield listener
 
 
 def _wait_for_predecessor(folder: Path) -> None:

@@ -19,7 +19,6 @@ from fdfo_engine.serve.problems import Problem
 
 TOKEN_NAME = "serve.token"
 COOKIE = "fdfo_session"
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -74,7 +73,7 @@ class Access:
 
     def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
         host = headers.get("host", "").lower()
-        if _without_port(host) not in self._hosts:
+        if without_port(host) not in self._hosts:
             return Problem(403, "host", f"Host {host!r} is no name of this server", fix="fdfo serve --allow-host NAME")
         origin = headers.get("origin")
         if origin is not None and not self._is_own(origin.lower(), host):
@@ -93,7 +92,7 @@ class Access:
         bearer = headers.get("authorization", "")
         if bearer.lower().startswith("bearer "):
             return None if self._matches(bearer[7:].strip()) else _no_token("the token is another one")
-        if not self._matches(_cookie(headers)):
+        if not self._matches(cookie_of(headers, COOKIE)):
             return _no_token("a request bears Authorization: Bearer TOKEN")
         site = headers.get("sec-fetch-site", "same-origin")
         if scope["method"] not in _SAFE_METHODS and site not in ("same-origin", "none"):
@@ -108,15 +107,17 @@ def _no_token(detail: str) -> Problem:
     return Problem(401, "token", detail, fix=f"it lies in {TOKEN_NAME} of the run folder")
 
 
-def _without_port(host: str) -> str:
+def without_port(host: str) -> str:
+    """The name in a Host header."""
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdecimal() else host
 
 
-def _cookie(headers: Headers) -> str:
+def cookie_of(headers: Headers, name: str) -> str:
+    """The cookie of that name; empty where there is none."""
     cookies: SimpleCookie = SimpleCookie()
     try:
         cookies.load(headers.get("cookie", ""))
     except CookieError:
         return ""
-    return cookies[COOKIE].value if COOKIE in cookies else ""
+    return cookies[name].value if name in cookies else ""

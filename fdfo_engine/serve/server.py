@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,11 +30,12 @@ from fdfo_engine.runtime.distributed import (
     world_size,
 )
 from fdfo_engine.runtime.durable import replace_file
-from fdfo_engine.runtime.errors import EnvironmentProblem, Stopped, UsageError, error_message, exit_code
+from fdfo_engine.runtime.errors import Stopped, UsageError, error_message, exit_code
 from fdfo_engine.runtime.events import RunState, State
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.stop import StopRequest
-from fdfo_engine.serve.access import LOOPBACK_HOSTS, TOKEN_NAME, token_of
+from fdfo_engine.serve.access import TOKEN_NAME, token_of
+from fdfo_engine.serve.address import ADDRESS_NAME, Address
 from fdfo_engine.serve.app import application
 from fdfo_engine.serve.backend import Backend, Bell
 from fdfo_engine.serve.commands import Commands
@@ -43,24 +43,18 @@ from fdfo_engine.serve.database import Database
 from fdfo_engine.serve.talk import Talk
 from fdfo_engine.serve.worker import Worker
 
-ADDRESS_NAME = "serve.json"
 DEFAULT_PORT = 8710
 
 
 @dataclass(frozen=True)
-class Door:
+class Door(Address):
     """Where the server listens, and whom it lets in.
 
     Attributes:
-        host, port: the address; port 0 takes a free one.
-        allow_remote: whether an address that other machines reach may be taken.
-        hosts, origins: further names it answers to, and pages of other origins that may ask.
+        origins: pages of other origins that may ask.
     """
 
-    host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
-    allow_remote: bool = False
-    hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
 
     def check(self) -> None:
@@ -69,19 +63,9 @@ class Door:
         Raises:
             UsageError: an address that is not this machine's alone; an origin that means anybody.
         """
-        if not _is_loopback(self.host) and not self.allow_remote:
-            tunnel = f"ssh -L {self.port}:127.0.0.1:{self.port} THIS_MACHINE"
-            raise UsageError(
-                f"--host {self.host}: other machines would reach it; leave it out and use `{tunnel}`, or --allow-remote"
-            )
+        self.require_allowed()
         if bad := [origin for origin in self.origins if origin in ("*", "null")]:
             raise UsageError(f"--allow-origin {bad[0]}: means anybody; takes an origin such as http://localhost:3000")
-
-    @property
-    def names(self) -> list[str]:
-        """Every name it answers to."""
-        own = [] if self.host in ("0.0.0.0", "::") else [self.host]
-        return [*LOOPBACK_HOSTS, *own, *self.hosts]
 
 
 def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_has_moved: bool = False) -> None:
@@ -146,48 +130,29 @@ def _opened(config: Config, folder: RunFolder, talk: Talk, bell: Bell, door: Doo
 @contextmanager
 def listening(backend: Backend, door: Door, folder: Path) -> Iterator[str]:
     """Answers HTTP in a thread; gives the address, which `folder/serve.json` tells too."""
-    listener = _bound(door)
-    port = listener.getsockname()[1]
-    url = f"http://{'127.0.0.1' if not _is_loopback(door.host) else door.host}:{port}"
-    app = application(backend, hosts=door.names, origins=door.origins)
-    settings = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=2,
-        limit_concurrency=512,
-    )
-    http = uvicorn.Server(settings)
-    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
-    thread.start()
-    replace_file(folder / ADDRESS_NAME, json.dumps({"url": url, "pid": os.getpid()}).encode())
-    say(f"serving {url}; the token is in {folder / TOKEN_NAME}")
-    if not _is_loopback(door.host):
-        say(f"reachable from other machines; from there rather: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}")
-    try:
-        yield url
-    finally:
-        (folder / ADDRESS_NAME).unlink(missing_ok=True)
-        backend.is_closing = http.should_exit = True
-        backend.bell.ring()
-        thread.join(5.0)
-
-
-def _bound(door: Door) -> socket.socket:
-    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a body waits 40 ms for its head's receipt
-    try:
-        listener.bind((door.host, door.port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        hint = "choose another --port, or 0 for a free one"
-        raise EnvironmentProblem(f"cannot listen at {door.host}:{door.port}: {error.strerror}; {hint}") from error
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    with door.bound() as listener:
+        port = listener.getsockname()[1]
+        url = door.url(port)
+        app = application(backend, hosts=door.names, origins=door.origins)
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+            limit_concurrency=512,
+        )
+        http = uvicorn.Server(settings)
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+        thread.start()
+        replace_file(folder / ADDRESS_NAME, json.dumps({"url": url, "pid": os.getpid()}).encode())
+        say(f"serving {url}; the token is in {folder / TOKEN_NAME}")
+        if not door.is_loopback:
+            say(f"reachable from other machines; from there rather: {door.tunnel(port)}")
+        try:
+            yield url
+        finally:
+            (folder / ADDRESS_NAME).unlink(missing_ok=True)
+            backend.is_closing = http.should_exit = True
+            backend.bell.ring()
+            thread.join(5.0)

@@ -17,10 +17,11 @@ from fdfo_engine.label.page import Page
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.serve.access import token_of
+from fdfo_engine.serve.address import ADDRESS_NAME
 from fdfo_engine.serve.app import application
 from fdfo_engine.serve.backend import Backend, Bell
 from fdfo_engine.serve.database import Database
-from fdfo_engine.serve.server import ADDRESS_NAME, Door
+from fdfo_engine.serve.server import Door
 
 HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 

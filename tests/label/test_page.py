@@ -10,7 +10,7 @@ from label.paired import PairedRun
 from starlette.testclient import TestClient
 
 from fdfo_engine.label import page as page_module
-from fdfo_engine.label.server import PageDoor, _bound
+from fdfo_engine.label.server import PageDoor
 from fdfo_engine.runtime.errors import UsageError
 
 HOST = "http://127.0.0.1:8720"
@@ -156,7 +156,7 @@ def test_row_path_traversal(run, browser):
 
 def test_row_bind_address():
     """Label page, bind address: loopback by default, anything else only when it is asked for, with the tunnel told."""
-    with _bound(PageDoor(port=0)) as listener:
+    with PageDoor(port=0).bound() as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
     for host in ("0.0.0.0", "::", "192.168.0.7"):
         with pytest.raises(UsageError, match="ssh -L"):

@@ -16,7 +16,8 @@ from fdfo_engine import load_config
 from fdfo_engine.client import Client
 from fdfo_engine.runtime.errors import Stopped
 from fdfo_engine.runtime.stop import StopRequest
-from fdfo_engine.serve.server import ADDRESS_NAME, Door, serve
+from fdfo_engine.serve.address import ADDRESS_NAME
+from fdfo_engine.serve.server import Door, serve
 
 SETTINGS = (
     "sampling.pairs_per_epoch=4", "sampling.block_pairs=2", "sampling.steps=4", "update.train_steps=4",

@@ -1,6 +1,5 @@
 """The sockets of server and page."""
 
-import contextlib
 import socket
 
 import pytest
@@ -12,8 +11,8 @@ from fdfo_engine.serve import server as serve_server
 @pytest.mark.parametrize(
     "bound",
     [
-        lambda: contextlib.closing(serve_server._bound(serve_server.Door(port=0))),
-        lambda: label_server._bound(label_server.PageDoor(port=0)),
+        lambda: serve_server.Door(port=0).bound(),
+        lambda: label_server.PageDoor(port=0).bound(),
     ],
     ids=["server", "page"],
 )
