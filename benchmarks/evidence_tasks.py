@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -114,62 +114,49 @@ def _grid() -> dict[str, tuple[str, ...]]:
     }
 
 
-_MINIATURE_RATES = (2e-4, 6e-4, 6e-5)
+MINIATURE = Task(
+    config=CONFIGS / "shapes.yaml",
+    settings=("sampling.pairs_per_epoch=24", *QUIET),
+    methods=_methods(4),
+    rates=(2e-4, 6e-4, 6e-5),
+    epochs=30,
+    tuning_epochs=20,
+    evaluate_every=10,
+    score=lambda: shapes,
+    others={"strict": lambda: shapes_strict},
+    held_out=lambda: captions("heldout", 64, 0),
+    held_out_seeds=4,
+    file=RESULTS / "evidence" / "convergence.json",
+    options={
+        "keep_half": ("algorithm.keep_share=0.5",),
+        "keep_quarter": ("algorithm.keep_share=0.25",),
+        "churn_0.01": ("sampling.churn.weight=0.01",),
+        "stratified": ("update.subset=stratified",),
+        "two_pairs_a_prompt": ("sampling.pairs_per_prompt=2",),
+        "spread": ("algorithm.advantage_scale=spread",),
+        "churn_0.1": ("sampling.churn.weight=0.1",),
+        "churn_0.3": ("sampling.churn.weight=0.3",),
+        "antithetic": ("algorithm.branch_noise=antithetic",),
+        "importance_half": ("algorithm.importance_share=0.5",),
+    },
+)
 
 TASKS: dict[str, Task] = {
-    "shapes": Task(
-        config=CONFIGS / "shapes.yaml",
-        settings=("sampling.pairs_per_epoch=24", *QUIET),
-        methods=_methods(4),
-        rates=_MINIATURE_RATES,
-        epochs=30,
-        tuning_epochs=20,
-        evaluate_every=10,
-        score=lambda: shapes,
-        others={"strict": lambda: shapes_strict},
-        held_out=lambda: captions("heldout", 64, 0),
-        held_out_seeds=4,
-        file=RESULTS / "evidence" / "convergence.json",
-        options={
-            "keep_half": ("algorithm.keep_share=0.5",),
-            "keep_quarter": ("algorithm.keep_share=0.25",),
-            "churn_0.01": ("sampling.churn.weight=0.01",),
-            "stratified": ("update.subset=stratified",),
-            "two_pairs_a_prompt": ("sampling.pairs_per_prompt=2",),
-            "spread": ("algorithm.advantage_scale=spread",),
-            "churn_0.1": ("sampling.churn.weight=0.1",),
-            "churn_0.3": ("sampling.churn.weight=0.3",),
-            "antithetic": ("algorithm.branch_noise=antithetic",),
-            "importance_half": ("algorithm.importance_share=0.5",),
-        },
-    ),
-    "counting": Task(
-        config=CONFIGS / "shapes.yaml",
-        settings=("sampling.pairs_per_epoch=24", *QUIET),
-        methods=_methods(4),
-        rates=_MINIATURE_RATES,
-        epochs=30,
-        tuning_epochs=20,
-        evaluate_every=10,
+    "shapes": MINIATURE,
+    "counting": replace(
+        MINIATURE,
         score=lambda: counted,
         others={"shapes": lambda: shapes},
         held_out=several_objects,
-        held_out_seeds=4,
         file=RESULTS / "evidence" / "convergence_counting.json",
+        options={},
     ),
-    "grid": Task(
-        config=CONFIGS / "shapes.yaml",
-        settings=("sampling.pairs_per_epoch=24", *QUIET),
+    "grid": replace(
+        MINIATURE,
         methods=_grid(),
         rates=(2e-4,),
-        epochs=30,
-        tuning_epochs=20,
-        evaluate_every=10,
-        score=lambda: shapes,
-        others={"strict": lambda: shapes_strict},
-        held_out=lambda: captions("heldout", 64, 0),
-        held_out_seeds=4,
         file=RESULTS / "evidence" / "convergence_grid.json",
+        options={},
     ),
     "sd35m": Task(
         config=CONFIGS / "sd35m_fast.yaml",
