@@ -37,15 +37,20 @@ class Trial:
 
 
 def tuning(task: Task) -> Iterator[Trial]:
-    """Learning rates of every method, on one seed; shorter than a final trial, for the time it takes."""
-    for rate in task.rates:
+    """Learning rates of every method, on one seed; shorter than a final trial, for the time it takes.
+
+    A task with one rate has nothing to choose.
+    """
+    for rate in task.rates if len(task.rates) > 1 else ():
         for method, overrides in task.methods.items():
             changes = (*task.settings, f"run.epochs={task.tuning_epochs}", *overrides, f"optimizer.lr={rate}")
             yield Trial(f"tune-{method}-lr{rate:g}", "tune", method, TUNING_SEED, changes)
 
 
 def chosen_rate(task: Task, method: str, done: Mapping[str, Any]) -> float:
-    """The learning rate whose `tune` trial had the best training reward over its last epochs."""
+    """The learning rate whose `tune` trial had the best training reward over its last epochs; a task's only one."""
+    if len(task.rates) == 1:
+        return task.rates[0]
     reached = {rate: training_reward(done[f"tune-{method}-lr{rate:g}"]) for rate in task.rates}
     return max(reached, key=reached.__getitem__)
 
