@@ -138,6 +138,10 @@ MINIATURE = Task(
         "churn_0.3": ("sampling.churn.weight=0.3",),
         "antithetic": ("algorithm.branch_noise=antithetic",),
         "importance_half": ("algorithm.importance_share=0.5",),
+        "every_step": ("update.train_steps=8",),
+        "four_updates": ("update.optimizer_steps=4",),
+        "clip_0.3": ("update.clip_range=0.3",),
+        "published_update": ("update.train_steps=8", "update.optimizer_steps=4", "update.clip_range=0.03"),
     },
 )
 
