@@ -25,6 +25,8 @@ from benchmarks.evidence_axes import (
     paired_differences,
     reward_goal,
 )
+from benchmarks.evidence_grid import CELLS, effect_lines, grid_rows
+from benchmarks.evidence_grid import HEAD as GRID
 from benchmarks.evidence_tasks import TASKS, Task
 from benchmarks.evidence_trials import training_reward
 
@@ -53,6 +55,9 @@ COUNTING = """## A second task: counting
 
 The same miniature on the captions with several objects, rewarded by another program: as many separate coloured spots as
 the caption has objects. It looks at neither colour nor shape, and has quirks of its own (spots that touch are one).
+"""
+
+EFFECTS = """What one choice does, over both ways to make the other two; median, least and largest of the seeds:
 """
 
 METHOD = """## How it was measured
@@ -104,7 +109,7 @@ batch sizes. Guidance is 1 throughout, which is none of the settings Flow-GRPO w
 def main() -> None:
     """Writes the page and its pictures."""
     variance = _read(RESULTS / "evidence" / "variance.json")
-    trials, counting = (_read(TASKS[name].file).get("trials", {}) for name in ("shapes", "counting"))
+    trials, counting, grid = (_read(TASKS[name].file).get("trials", {}) for name in ("shapes", "counting", "grid"))
     finals, changed = (_of_stage(trials, stage) for stage in ("final", "option"))
     parts = [
         HEAD,
@@ -113,12 +118,14 @@ def main() -> None:
         draw(finals, changed),
         option_table(finals, changed),
         second_task(_of_stage(counting, "final")),
+        grid_table(_by_method(grid, "final")),
         variance_table(variance),
         METHOD,
-        budget([*trials.values(), *counting.values()]),
+        budget([*trials.values(), *counting.values(), *grid.values()]),
         READY,
         trial_list("Every trial, shapes", trials),
         trial_list("Every trial, counting", counting),
+        trial_list("Every trial, grid", grid),
         NOT_MEASURED,
     ]
     PAGE.write_text("\n".join(part for part in parts if part))
@@ -232,6 +239,19 @@ def second_task(finals: Finals) -> str:
     return f"{COUNTING}\n{table.split(chr(10), 2)[2]}" if table else ""
 
 
+def grid_table(finals: Finals) -> str:
+    """FDFO's three choices, each made both ways."""
+    if not finals:
+        return ""
+    names = [
+        "states", "direction", "pairing", "seeds", "held-out reward at the end", "every fact right", "evaluations",
+    ]  # fmt: skip
+    table = _table(names, grid_rows(finals))
+    if len(finals) < len(CELLS):
+        return "\n".join([GRID, table, "", "The other cells have not run.\n"])
+    return "\n".join([GRID, table, "", EFFECTS, effect_lines(finals), ""])
+
+
 def option_table(finals: Finals, changed: Finals) -> str:
     """What each switch of FDFO changes, against FDFO of the same seeds."""
     if not changed or "fdfo" not in finals:
@@ -282,13 +302,18 @@ def trial_list(title: str, trials: Mapping[str, Record]) -> str:
     return "\n".join([f"## {title}\n", _table(names, rows), ""])
 
 
-def _of_stage(trials: Mapping[str, Record], stage: str) -> Finals:
-    """Finished runs of a stage by method or option, in the order in which they are declared."""
+def _by_method(trials: Mapping[str, Record], stage: str) -> Finals:
+    """Finished runs of a stage by method, option or cell."""
     found = defaultdict(list)
     for record in trials.values():
         if record["stage"] == stage:
             found[record["method"]].append(record)
-    task = TASKS["shapes"]
+    return found
+
+
+def _of_stage(trials: Mapping[str, Record], stage: str) -> Finals:
+    """Finished runs of a stage by method or option, in the order in which they are declared."""
+    found, task = _by_method(trials, stage), TASKS["shapes"]
     order = [*task.methods, *(f"fdfo+{option}" for option in task.options)]
     return {method: found[method] for method in order if method in found}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.evidence_grid import CELLS, cell_name
 from fdfo_engine.rewards import build
 from fdfo_engine.rewards.shapes import shapes, shapes_strict
 from fdfo_engine.rollout.prompt_sets import starter_file
@@ -105,12 +105,11 @@ def _methods(pairs_per_prompt: int) -> dict[str, tuple[str, ...]]:
 
 def _grid() -> dict[str, tuple[str, ...]]:
     """FDFO's three choices, each made as FDFO does or otherwise."""
-    cells = itertools.product(("own", "renoised"), ("pair", "image"), ("one_noise", "two_noises"))
     return {
-        f"{states}, {direction}, {pairing}": (
+        cell_name((states, direction, pairing)): (
             f"algorithm={{name: ablation, states: {states}, direction: {direction}, pairing: {pairing}}}",
         )
-        for states, direction, pairing in cells
+        for states, direction, pairing in CELLS
     }
 
 
