@@ -80,8 +80,11 @@ def measure(
     bench = {c.name: (c.rollout_step(rollout_batch), c.training_step(train_batch)) for c in found}
     memory = {c.name: c.memory(*bench[c.name], train_batch) for c in found}
     barrier("the measurement")
-    rollout = interleaved({n: steps[0] for n, steps in bench.items()}, device, seconds=arguments.seconds)
-    training = interleaved({n: steps[1] for n, steps in bench.items()}, device, seconds=arguments.seconds)
+    taken = {}
+    for kind, what in enumerate(("rollout", "training")):
+        say(f"{name}: timing {what} steps of {', '.join(bench)} in turn, {arguments.seconds * len(bench):g} s or more")
+        taken[what] = interleaved({n: steps[kind] for n, steps in bench.items()}, device, seconds=arguments.seconds)
+    rollout, training = taken["rollout"], taken["training"]
     say(f"\n{name}: rollout batch {rollout_batch}, micro-batch {train_batch}, {peak / 1e12:.3g} TFLOP/s matmul")
     say(f"{'':3}{'images/s':>10}{'samples/s':>11}{'MFU fwd':>9}{'MFU train':>11}{'peak GiB':>10}{'epoch s':>9}")
     rows = []
@@ -115,6 +118,7 @@ def rates(
 
 def candidates(architecture: Architecture, device: torch.device, wanted: str) -> list[Candidate]:
     """Those of `wanted` (letters) that can run here, each held against R in float32; says which cannot, and why."""
+    say("random weights, and R in float32, which the others are held against")
     network = architecture.network(device)
     reference = Candidate("reference", architecture, network, device, torch.float32)
     exact = reference.answers()
@@ -126,10 +130,12 @@ def candidates(architecture: Architecture, device: torch.device, wanted: str) ->
         if why_not:
             say(f"{letter} is left out: {why_not}")
             continue
+        say(f"{letter}: {MAKING[letter]}")
         made.append(MAKERS[letter](letter, architecture, sharing(network), device, dtype))
     del network, reference
     bound = FLOAT32_LIMIT
     for c in made:
+        say(f"{c.name}: held against R" + (", for which its blocks compile: minutes" if c.name == "C" else ""))
         c.hold_against(exact, bound)
         if c.name == "R" and dtype != torch.float32:
             bound = TIMES_AS_FAR_AS_R * max(c.errors.values())
@@ -296,6 +302,14 @@ class _Graphed(Candidate):
 
 
 MAKERS = {"R": plain, "E": native, "C": compiled, "F": fused, "T": tuned, "G": graphed}
+MAKING = {
+    "R": "diffusers' own blocks",
+    "E": "the same in the model's dtype",
+    "C": "the same through torch.compile",
+    "F": "the engine's blocks",
+    "T": "the engine's blocks, each op's fastest backend measured first",
+    "G": "the same as CUDA graphs",
+}
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -7,7 +7,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny_sd3 import tiny_config
 
 from fdfo_engine import Engine
-from fdfo_engine.models.quantized import NF4_BYTES
+from fdfo_engine.models.quantized import NF4_BYTES, rounding_error
 from fdfo_engine.models.registry import load_model
 from fdfo_engine.planning.footprint import blank_footprint
 
@@ -43,6 +43,16 @@ def test_it_computes_with_the_weights_as_bitsandbytes_unpacks_them(tiny_sd3, tmp
         exact = whole.velocity(whole.network, latents, timesteps, conditioning)
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
     assert (found - exact).norm() > 1e-3 * exact.norm(), "four bits are not exact"
+
+
+def test_what_four_bits_cost_is_told(tiny_sd3, tmp_path, capsys):
+    weights = [torch.randn(256, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    # 16 levels at the normal distribution's quantiles, scaled to the largest of each 64: about a tenth is lost
+    assert rounding_error(weights) == pytest.approx(0.092, abs=0.01)
+    level = torch.tensor([-1.0, 0.0, 1.0, 1.0]).repeat(64)
+    assert rounding_error([level]) < 1e-3, "values that are levels lose nothing but their scale's rounding"
+    load_model(packed_config(tiny_sd3, tmp_path), torch.device("cpu"))
+    assert "layers in four bits, their weights off by" in capsys.readouterr().out
 
 
 def test_it_trains_resumes_and_exports(tiny_sd3, tmp_path):
