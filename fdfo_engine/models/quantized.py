@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def rounding_error(weights: Sequence[Tensor]) -> float:
         packed, state = functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
         lost += float((functional.dequantize_4bit(packed, state).view(-1) - values).double().square().sum())
         kept += float(values.double().square().sum())
-    return (lost / kept) ** 0.5
+    return math.sqrt(lost / kept)
 
 
 def compute_alike(network: nn.Module) -> None:
