@@ -113,6 +113,9 @@ def _grid() -> dict[str, tuple[str, ...]]:
     }
 
 
+PUBLISHED_UPDATE = ("update.train_steps=8", "update.optimizer_steps=4", "update.clip_range=0.03")
+"""Every step, four optimizer steps an epoch, and its clip range, as FDFO was published with."""
+
 MINIATURE = Task(
     config=CONFIGS / "shapes.yaml",
     settings=("sampling.pairs_per_epoch=24", *QUIET),
@@ -140,7 +143,9 @@ MINIATURE = Task(
         "every_step": ("update.train_steps=8",),
         "four_updates": ("update.optimizer_steps=4",),
         "clip_0.3": ("update.clip_range=0.3",),
-        "published_update": ("update.train_steps=8", "update.optimizer_steps=4", "update.clip_range=0.03"),
+        "published_update": PUBLISHED_UPDATE,
+        "published_update_lr6e-05": (*PUBLISHED_UPDATE, "optimizer.lr=6e-5"),
+        "keep_half_every_step": ("algorithm.keep_share=0.5", "update.train_steps=8"),
     },
 )
 

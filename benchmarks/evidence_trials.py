@@ -70,10 +70,10 @@ def final(task: Task, seeds: Sequence[int], done: Mapping[str, Any]) -> Iterator
 
 
 def options(task: Task, seeds: Sequence[int], done: Mapping[str, Any]) -> Iterator[Trial]:
-    """FDFO with one switch changed, at the rate of FDFO."""
+    """FDFO with one switch changed, at the rate of FDFO unless the option has its own."""
     for seed in seeds:
         for option, overrides in task.options.items():
-            changes = _whole(task, (*overrides, f"optimizer.lr={chosen_rate(task, 'fdfo', done)}"))
+            changes = _whole(task, (f"optimizer.lr={chosen_rate(task, 'fdfo', done)}", *overrides))
             yield Trial(f"option-{option}-seed{seed}", "option", f"fdfo+{option}", seed, changes)
 
 

@@ -55,8 +55,12 @@ def test_every_method_is_tuned_with_as_many_trials_and_the_best_is_taken(tmp_pat
     assert all(chosen_rate(task, method, done) == task.rates[-1] for method in task.methods)
     trials = [*final(task, [0, 1], done), *options(task, [0], done)]
     assert len({trial.name for trial in trials}) == len(trials)
-    configs = [trial.config(task, str(tmp_path / trial.name)) for trial in trials]
-    assert all(config.optimizer.lr == task.rates[-1] and config.run.epochs == task.epochs for config in configs)
+    configs = {trial.name: trial.config(task, str(tmp_path / trial.name)) for trial in trials}
+    own_rate = {f"option-{name}-seed0": 6e-5 for name in task.options if name.endswith("lr6e-05")}
+    assert {name: config.optimizer.lr for name, config in configs.items()} == {
+        name: own_rate.get(name, task.rates[-1]) for name in configs
+    }
+    assert all(config.run.epochs == task.epochs for config in configs.values())
 
 
 def test_counting_looks_at_spots_alone():
