@@ -89,7 +89,7 @@ class Engine(Closable):
             torch.use_deterministic_algorithms(True)
         self.config = config
         self.progress = Progress(on_event)
-        self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = setup_distributed("cuda" if torch.cuda.is_available() else "cpu", timeout_s=config.comm.timeout_s)
         all_agree_hash(dump_config(config), "the settings")
         self.backend = pair_backend(config, self.device)
         self.base = base_of_run(config)

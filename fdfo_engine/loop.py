@@ -35,6 +35,7 @@ from fdfo_engine.runtime.run_folder import METRICS_NAME, RunFolder, checkpoint_s
 from fdfo_engine.runtime.run_pictures import IMAGES_NAME, pairs_grid
 from fdfo_engine.runtime.stop import Stopping, StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
+from fdfo_engine.runtime.watch import COLLECTIVE_TIMEOUTS, Watch
 from fdfo_engine.training.evaluating import Evaluations, finished_epoch
 from fdfo_engine.training.preflight import require_packages
 from fdfo_engine.training.scoring import Scored, ScoredPairs
@@ -75,7 +76,8 @@ def run(
         Stopped: a signal asked for it; the run is resumable.
     """
     config = with_own_rewards(config, rewards)
-    setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
+    patience_s = COLLECTIVE_TIMEOUTS * config.comm.timeout_s
+    setup_distributed("cuda" if torch.cuda.is_available() else "cpu", timeout_s=patience_s)
     plan = BatchPlan.from_config(config, world_size())
     prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
     all_agree_hash(prompts.sha256, "the prompt list")
@@ -95,6 +97,7 @@ def run(
         with (
             StopRequest(leaves_at_once=True) as request,
             RunEvents(config, folder, request, on_event) as told,
+            Watch(config.run.dir, config.comm.timeout_s, told.tell_end),
             lost_ranks_named(),
         ):
             together(lambda: None if folder is None else folder.require_prompts(prompts.sha256, allow_prompt_change))

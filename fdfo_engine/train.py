@@ -18,7 +18,7 @@ starters()  # remembered before anything heavy is imported: a launcher that dies
 from fdfo_engine.config import BatchPlan, Config, describe_keys, dump_config, load_config
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import report_and_exit_code
-from fdfo_engine.runtime.process import end_process
+from fdfo_engine.runtime.process import claim_process, end_process
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,4 +108,5 @@ def _leave_group() -> None:
 
 
 if __name__ == "__main__":
+    claim_process()
     end_process(main())

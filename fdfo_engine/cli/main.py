@@ -31,7 +31,7 @@ from fdfo_engine.cli import (
     tune,
 )
 from fdfo_engine.runtime.errors import UsageError, report_and_exit_code
-from fdfo_engine.runtime.process import end_process
+from fdfo_engine.runtime.process import claim_process, end_process
 
 Verb = Callable[[argparse.Namespace], int]
 _VERBS = (
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 def command() -> NoReturn:
     """The `fdfo` command: `main` for a process of its own."""
+    claim_process()
     end_process(main())
 
 

@@ -10,7 +10,7 @@ from fdfo_engine.config.yaml_source import CoreDumper
 RESUMABLE_KEYS = (
     "run.epochs", "run.dir", "log", "checkpoint", "evaluation.guard", "model.prompt_cache", "model.prompt_cache_gib",
     "model.few_steps", "prompts.allow_download", "sampling.overlap_scoring", "update.max_bad_pairs", "labels",
-    "kernels.tune",
+    "kernels.tune", "comm",
 )  # fmt: skip
 """Keys and whole sections that may differ when a run is resumed: none of them changes what a past epoch computed.
 

@@ -333,6 +333,14 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; two, so that a damaged one has a predecessor."""
 
 
+class CommConfig(Section):
+    """What the ranks of a run expect of each other."""
+
+    timeout_s: float = Field(default=600.0, ge=5)
+    """How long a rank may give no sign, or a part of its work may take, before it is named with its stacks and the run
+    ends: a solver step, a micro-batch, a reward's scores of a batch. What has a limit of its own is held to that."""
+
+
 class LogConfig(Section):
     """Where numbers and images go, besides the run folder's own files."""
 
@@ -375,6 +383,7 @@ class Config(Section):
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    comm: CommConfig = CommConfig()
     log: LogConfig = LogConfig()
     kernels: KernelsConfig = KernelsConfig()
     labels: LabelsConfig = LabelsConfig()

@@ -3,6 +3,7 @@
 from torch import Tensor, cat
 
 from fdfo_engine.models.flow_model import Conditioning, FlowModel, Network
+from fdfo_engine.runtime import pulse
 
 
 def predict(
@@ -19,6 +20,7 @@ def predict(
     Both come from one batch, the unconditional half first, as diffusers' pipelines do it. A family with a guidance
     rule of its own has applied it: then the first is guided, and there is no second.
     """
+    pulse.got_on()
     if negative is None:
         return model.velocity(network, latents, timesteps, conditioning), None
     both = model.velocity(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.rewards.weighted import WeightedRewards
+from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.console import equal_warnings_counted, warn
 from fdfo_engine.runtime.distributed import use_device
 from fdfo_engine.runtime.errors import Stopped
@@ -130,7 +131,8 @@ class BackgroundScorer:
         try:
             if self._has_failed:  # an outage would be waited out once for every block
                 raise RuntimeError("an earlier block failed")
-            return self._rewards(prompts, images)
+            with pulse.work("a thread that scores"):
+                return self._rewards(prompts, images)
         except BaseException:
             self._has_failed = True
             raise

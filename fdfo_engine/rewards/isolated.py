@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward
+from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.distributed import use_device
 from fdfo_engine.runtime.failures import FailedElsewhereError, Failure
 from fdfo_engine.runtime.own_code import more_folders, search_in
@@ -113,6 +114,7 @@ class IsolatedReward(Reward):
 
     def _answer(self, seconds: float, late: str) -> dict[str, Any]:
         assert self._pipe is not None
+        pulse.got_on(2 * seconds)
         if not self._pipe.poll(seconds):
             self._ended()
             raise TimeoutError(f"{late}; its process was killed")

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
 
 from fdfo_engine.config.section import Section, refuse
+from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.console import visible, warn
 from fdfo_engine.runtime.errors import RewardError
 
@@ -184,6 +185,7 @@ class JsonServer:
                 raise
 
     def _once(self, method: str, path: str, payload: Any, timeout_s: float) -> Any:
+        pulse.got_on(timeout_s + self.options.give_up_after_s)
         deadline = time.monotonic() + timeout_s
         body = None if payload is None else json.dumps(payload, allow_nan=False).encode()
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdfo_engine.config.section import Section
 from fdfo_engine.rewards.reward import Reward
+from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, RewardError
 from fdfo_engine.runtime.hub import ask_hub, hub_errors, hub_reason, quiet_hub
@@ -143,6 +144,10 @@ def device_of(options: ModelOptions) -> torch.device:
     return device
 
 
+LOADING_S = 3600.0
+"""How long weights may take to be fetched and read, of which no parts are told."""
+
+
 def loaded(what: str, source: Source, read: FromPretrained[T]) -> T:
     """What `read` finds on this machine, or else on the hub; a reward that cannot load will not score later either.
 
@@ -150,6 +155,7 @@ def loaded(what: str, source: Source, read: FromPretrained[T]) -> T:
         RewardError: no such model, or one of another kind.
         EnvironmentProblem: it needs a package that is not installed, or a download that was not allowed.
     """
+    pulse.got_on(LOADING_S)
     try:
         return _read(what, source, read)
     except ImportError as error:

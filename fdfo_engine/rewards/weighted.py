@@ -18,6 +18,7 @@ from fdfo_engine.rewards.isolated import IsolatedReward
 from fdfo_engine.rewards.manners import left_as_it_was
 from fdfo_engine.rewards.registry import build
 from fdfo_engine.rewards.reward import Reward, as_reward
+from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.console import complain, equal_warnings_counted, visible, warn
 from fdfo_engine.runtime.distributed import all_gather_rows
 from fdfo_engine.runtime.errors import FdfoError, RewardError
@@ -181,6 +182,7 @@ class WeightedRewards:
 
     def _score(self, name: str, reward: Reward, prompts: Sequence[str], images: Tensor) -> Tensor:
         for attempt in (1, 2):
+            pulse.got_on()
             call = functools.partial(reward, list(prompts), images.clone())  # it may write into its own ones
             try:
                 with torch.no_grad():

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from fdfo_engine.runtime import peers
+from fdfo_engine.runtime import peers, pulse
 from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.errors import (
     DistributedError,
@@ -121,6 +121,7 @@ def any_rank(flag: bool, what: str = "a flag") -> bool:
 
 def max_over_ranks(value: int, what: str = "a maximum") -> int:
     """Largest `value` over the ranks; collective."""
+    pulse.got_on()
     if _alone():
         return value
     tensor = torch.tensor(value, dtype=torch.int64, device=_group_device())
@@ -159,7 +160,7 @@ def together_patiently(action: Callable[[], T], look: Callable[[], None] = lambd
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     pool = ThreadPoolExecutor(1, "patient", use_device, (device,))
-    future = pool.submit(action)
+    future = pool.submit(_watched(action))
     pool.shutdown(wait=False)
     try:
         while any_rank(bool(wait([future], timeout=_PATIENCE_S).not_done), "work that takes long"):
@@ -168,6 +169,14 @@ def together_patiently(action: Callable[[], T], look: Callable[[], None] = lambd
         wait([future], timeout=_LAST_WAIT_S)
         raise
     return together(future.result)
+
+
+def _watched(action: Callable[[], T]) -> Callable[[], T]:
+    def watched() -> T:
+        with pulse.work("a thread that scores"):
+            return action()
+
+    return watched
 
 
 def use_device(index: int | None) -> None:
@@ -359,10 +368,12 @@ def _differing_lines(ours: str, theirs: str) -> list[str]:
 
 @contextmanager
 def _readable_failure(what: str) -> Iterator[None]:
+    pulse.got_on()
     try:
         yield
     except RuntimeError as error:
         raise _lost_ranks(what, error) from error
+    pulse.got_on()
 
 
 @contextmanager
@@ -377,9 +388,10 @@ def lost_ranks_named() -> Iterator[None]:
 
 
 def _lost_ranks(what: str, error: RuntimeError) -> DistributedError:
-    gone = peers.gone_ranks()
-    who = f"; gone: {', '.join(gone)}" if gone else ""
-    return DistributedError(f"rank {rank()} lost the other ranks in {what}: {_first_line(error)}{who}")
+    gone = [] if peers.verdict() else peers.gone_ranks()
+    who = f"; gone: {'; '.join(gone)}" if gone else ""
+    why = peers.verdict() or f"{_first_line(error)}{who}"
+    return DistributedError(f"rank {rank()} lost the other ranks in {what}: {why}")
 
 
 def _first_line(error: BaseException) -> str:

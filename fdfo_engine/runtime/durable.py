@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 
 _CHUNK_BYTES = 1 << 22
@@ -151,6 +152,7 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            pulse.got_on()
     return digest.hexdigest()
 
 

@@ -139,7 +139,7 @@ def report_and_exit_code(error: BaseException) -> int:
     but for what can meet one rank alone: a bug, memory, and the loss of another rank, which may be rank 0.
     """
     code, lines = exit_code(error), []
-    everywhere = code == 1 or _is_out_of_memory(error) or is_peer_loss(error.__cause__ or error)
+    everywhere = code in (1, DistributedError.exit_code) or _is_out_of_memory(error)
     if code == 1 or os.environ.get("FDFO_DEBUG") == "1":
         lines.append("".join(traceback.format_exception(error)).rstrip())
     label = "stopped" if code == Stopped.exit_code else "error"

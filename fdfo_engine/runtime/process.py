@@ -6,6 +6,19 @@ import os
 import sys
 from typing import NoReturn
 
+_is_ours = False
+
+
+def claim_process() -> None:
+    """Says that this process runs nothing but our command: it may be ended from any thread."""
+    global _is_ours
+    _is_ours = True
+
+
+def is_ours() -> bool:
+    """Whether `claim_process` was called; else somebody's own program is around us."""
+    return _is_ours
+
 
 def end_process(status: int) -> NoReturn:
     """Ends this process with `status`; exit functions run and output is flushed, but the interpreter is not finalised.

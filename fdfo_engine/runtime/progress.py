@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fdfo_engine.runtime import events
+from fdfo_engine.runtime import events, pulse
 from fdfo_engine.runtime.distributed import is_main, on_main, together
 from fdfo_engine.runtime.errors import Cancelled
 
@@ -65,6 +65,8 @@ class Progress:
             return
         self._cancelled = None
         self._open = phase = Phase(self, name, total, unit)
+        if name != "loading":  # which has no parts to tell
+            pulse.enter_phase(phase.place)
         try:
             yield phase
             together(phase.finish)
@@ -99,6 +101,10 @@ class Phase:
         doing = _DOING.get(self.name, f"in {self.name}")
         return f"{doing}, at {self._done} of {self.total or '?'} {self._unit}"
 
+    def place(self) -> str:
+        """The phase and how far it is, for whoever tells of this rank."""
+        return f"{self.name}, at {self._done} of {self.total or '?'} {self._unit}"
+
     @property
     def eta_s(self) -> float | None:
         """Seconds left at the speed so far, where that is known; from any thread."""
@@ -127,6 +133,7 @@ class Phase:
         Raises:
             Cancelled: the phase ended, and what the thread does is of no use.
         """
+        pulse.got_on()
         with self._lock:
             self._counted += number
         if self._is_over:
@@ -138,6 +145,7 @@ class Phase:
         Raises:
             Cancelled, or what the listener raises.
         """
+        pulse.got_on()
         self._done += number
         if self._is_news():
             self._tell()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -11,13 +12,21 @@ from fdfo_engine.config import Config
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.console import say, warn, warnings_heard
 from fdfo_engine.runtime.distributed import on_main
-from fdfo_engine.runtime.errors import CheckpointError, GuardStop, Stopped, error_message, exit_code
+from fdfo_engine.runtime.errors import (
+    CheckpointError,
+    DistributedError,
+    GuardStop,
+    Stopped,
+    error_message,
+    exit_code,
+)
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.posting import KubeflowStatus, Webhook, is_kubeflow
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.run_log import RunLog
 from fdfo_engine.runtime.run_pictures import RunPictures
 from fdfo_engine.runtime.stop import StopRequest
+from fdfo_engine.runtime.survivor import speak_for_rank_0
 from fdfo_engine.runtime.terminal import Terminal, duration
 from fdfo_engine.runtime.ticker import Ticker
 
@@ -73,6 +82,15 @@ class RunEvents:
                 warn(f"the end of the run is not in its files: {refused}")
             self._around.close()
             self._terminal.close()
+        elif isinstance(error, DistributedError):
+            self.tell_end(error)
+
+    def tell_end(self, error: DistributedError) -> None:
+        """As on exit, from the watchdog's thread; where rank 0, which else tells it, is gone, on any rank."""
+        if self._folder is not None:
+            self._tell_the_end(error)
+        else:
+            speak_for_rank_0(Path(self._config.run.dir), error)
 
     def _opened_posts(self) -> list[events.Listener]:
         posts: list[Webhook | KubeflowStatus] = []

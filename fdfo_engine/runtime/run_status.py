@@ -40,6 +40,16 @@ class RunStatus:
         }  # fmt: skip
         self._written = float("-inf")
 
+    @classmethod
+    def taken_over(cls, folder: Path) -> RunStatus | None:
+        """Goes on with what another process wrote, which is gone; None where it wrote how the run ended, or nothing."""
+        stored = read_status(folder)
+        if stored is None or stored["exit_code"] is not None:
+            return None
+        status = cls(folder)
+        status._fields |= {name: value for name, value in stored.items() if name in status._fields}
+        return status
+
     def update(self, state: events.RunState | None = None, **fields: Any) -> None:
         """Writes the status with `state` and `fields` changed: `exit_code`, `message`, `epoch`, `epochs`, ...
 
@@ -51,6 +61,10 @@ class RunStatus:
             record = self._fields | {"heartbeat": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
             self._written = time.monotonic()  # where that fails it is not tried again at once
             replace_file(self.path, json.dumps(plain_json(record), indent=1).encode())
+
+    def field(self, name: str) -> Any:
+        """What was last written under `name`."""
+        return self._fields[name]
 
     def beat(self) -> None:
         """Renews the heartbeat if it is older than three seconds; from any thread."""

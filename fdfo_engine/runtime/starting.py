@@ -107,6 +107,12 @@ def has_ended(pid: int) -> bool:
     return stat is None or stat[0] in ("Z", "X")
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether process `pid` of this host does not run since it was stopped, by SIGSTOP or a debugger."""
+    stat = _stat(pid)
+    return stat is not None and stat[0] in ("T", "t")
+
+
 def _process(pid: int) -> Process | None:
     """The process `pid`; None if there is none, or it is the first one, with which everything ends."""
     stat = _stat(pid)

@@ -24,16 +24,19 @@ from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
     broadcast_text,
+    lost_ranks_named,
     on_main,
     setup_distributed,
     together,
     world_size,
 )
 from fdfo_engine.runtime.durable import replace_file
-from fdfo_engine.runtime.errors import Stopped, UsageError, error_message, exit_code
+from fdfo_engine.runtime.errors import DistributedError, Stopped, UsageError, error_message, exit_code
 from fdfo_engine.runtime.events import RunState, State
 from fdfo_engine.runtime.run_folder import RunFolder
 from fdfo_engine.runtime.stop import StopRequest
+from fdfo_engine.runtime.survivor import speak_for_rank_0
+from fdfo_engine.runtime.watch import COLLECTIVE_TIMEOUTS, Watch
 from fdfo_engine.serve.access import TOKEN_NAME, token_of
 from fdfo_engine.serve.address import ADDRESS_NAME, Address
 from fdfo_engine.serve.app import application
@@ -82,7 +85,8 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_h
         FdfoError, ConfigError: as `loop.run`.
     """
     door.check()
-    setup_distributed("cuda" if torch.cuda.is_available() else "cpu")
+    patience_s = COLLECTIVE_TIMEOUTS * config.comm.timeout_s
+    setup_distributed("cuda" if torch.cuda.is_available() else "cpu", timeout_s=patience_s)
     BatchPlan.from_config(config, world_size())
     prompts = load_prompts(config.prompts, config.run.seed, pairs_per_prompt=config.sampling.pairs_per_prompt)
     all_agree_hash(prompts.sha256, "the prompt list")
@@ -97,6 +101,8 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_h
             stop or StopRequest() as stop,
             Talk(config, folder, bell) as talk,
             nullcontext() if folder is None else _opened(config, folder, talk, bell, door) as backend,
+            Watch(config.run.dir, config.comm.timeout_s, partial(_tell_end, config, folder)),
+            lost_ranks_named(),
         ):
             engine = Engine(config, on_event=talk.relay)
             token = broadcast_text("" if backend is None else backend.token)
@@ -105,13 +111,20 @@ def serve(config: Config, door: Door, stop: StopRequest | None = None, *, base_h
             talk.tell(State(epoch=0, state="running", epochs=config.run.epochs))
             Worker(engine, commands, training, talk, backend, stop).serve()
     except BaseException as error:
-        if folder is not None:
-            state: RunState = "stopped" if isinstance(error, Stopped) else "failed"
-            folder.status.update(state, exit_code=exit_code(error), message=error_message(error))
+        _tell_end(config, folder, error)
         raise
     finally:
         if folder is not None:
             folder.close()
+
+
+def _tell_end(config: Config, folder: RunFolder | None, error: BaseException) -> None:
+    """Where rank 0, which tells it, is gone, on any rank."""
+    if folder is not None:
+        state: RunState = "stopped" if isinstance(error, Stopped) else "failed"
+        folder.status.update(state, exit_code=exit_code(error), message=error_message(error))
+    elif isinstance(error, DistributedError):
+        speak_for_rank_0(Path(config.run.dir), error)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ waits. OTHER_BASE: where rank 1 finds the base model. Exits as `train.py` does.
 import os
 import sys
 import time
-from functools import partial
 
 from fdfo_engine import loop
 from fdfo_engine.config import load_config
@@ -62,7 +61,8 @@ def main(config):
         other = {"id": os.environ["OTHER_BASE"]}
         registry.find_base = lambda settings, kind: find(settings.model_copy(update=other), kind)
     background.MAX_BLOCKS_WAITING = 1
-    loop.setup_distributed = partial(loop.setup_distributed, timeout_s=COLLECTIVE_S)
+    setup = loop.setup_distributed
+    loop.setup_distributed = lambda device, **_: setup(device, timeout_s=COLLECTIVE_S)
     try:
         loop.run(load_config(config))
     except Exception as error:  # noqa: BLE001 - the top, as in train.py

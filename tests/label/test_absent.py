@@ -11,13 +11,14 @@ from engine.launching import environment
 from serve.serving import settings, waited_for
 
 _RANK = """
-import functools, sys
+import sys
 from fdfo_engine import load_config
 from fdfo_engine.runtime.errors import report_and_exit_code
 from fdfo_engine.runtime.process import end_process
 from fdfo_engine.serve import server
 
-server.setup_distributed = functools.partial(server.setup_distributed, timeout_s=5.0)
+setup = server.setup_distributed
+server.setup_distributed = lambda device, **_: setup(device, timeout_s=5.0)
 try:
     server.serve(load_config("shapes", sys.argv[1:]), server.Door(port=0))
 except BaseException as error:

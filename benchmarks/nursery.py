@@ -1,0 +1,124 @@
+"""Ranks of a training run, forked off a process that has imported everything: a start takes a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serve_kills import free_port, is_alive
+
+
+class Nursery:
+    """A context manager that starts ranks as `fdfo_engine/train.py` would."""
+
+    def __enter__(self) -> Nursery:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        while self._process.stdout.readline() != "ready\n":  # libraries print, too
+            assert self._process.poll() is None
+        return self
+
+    def start(self, folder: Path, config: Path | str, *overrides: str, ranks: int = 1, **variables: str) -> Ranks:
+        """Starts every rank of a run; their output goes to `folder/log`."""
+        folder.mkdir(exist_ok=True)
+        port = str(free_port())
+        each = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": port, **variables}
+            for rank in range(ranks)
+        ]
+        job = {"words": [str(config), *overrides], "log": str(folder / "log"), "ranks": each}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return Ranks(json.loads(self._process.stdout.readline()), folder)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Ranks:
+    """The processes of one run.
+
+    Attributes:
+        pids: by rank.
+        folder: where `log` is.
+    """
+
+    def __init__(self, pids: Sequence[int], folder: Path) -> None:
+        self.pids, self.folder = list(pids), folder
+
+    def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to one rank."""
+        os.kill(self.pids[rank], number)
+
+    def wait(self, timeout_s: float) -> list[int | None]:
+        """The exit code of each, None of one that was killed; those that are left after that time are killed."""
+        deadline = time.monotonic() + timeout_s
+        while any(map(is_alive, self.pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.end()
+        return [self._code(rank) for rank in range(len(self.pids))]
+
+    def end(self) -> None:
+        """Kills whoever is left."""
+        for pid in self.pids:
+            while is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+                time.sleep(0.02)
+
+    def log(self) -> str:
+        """What they printed."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def _code(self, rank: int) -> int | None:
+        file = self.folder / f"log.{rank}.{self.pids[rank]}"
+        return int(file.read_text()) if file.is_file() else None
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    """status.json of a run; empty before there is one."""
+    file = run_dir / "status.json"
+    status: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return status
+
+
+_NURSERY = """
+import json, os, sys, signal
+import torch, deepspeed, diffusers, transformers
+torch.set_num_threads(1)
+from fdfo_engine import train
+from fdfo_engine.runtime import process
+from fdfo_engine.runtime.errors import report_and_exit_code
+from fdfo_engine.loop import run
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", flush=True)
+for line in sys.stdin:
+    job, pids = json.loads(line), []
+    for environment in job["ranks"]:
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= environment
+            out = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1), os.dup2(out, 2)
+            leave, note = os._exit, f"{job['log']}.{environment['RANK']}.{os.getpid()}"
+            def noted(code):
+                open(note, "w").write(str(code))
+                leave(code)
+            os._exit = noted
+            process.claim_process()
+            process.end_process(train.main(["--config", *job["words"]]))
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+"""
