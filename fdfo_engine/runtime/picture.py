@@ -69,12 +69,17 @@ def draw_grid(images: Tensor, captions: Sequence[str], columns: int, framed: Col
 
 
 def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes `picture` to `path`, with its folders; `texts` by their keywords are kept in the file."""
+    """Writes `picture` to `path`, with its folders; `texts` by their keywords are kept in the file.
+
+    Under its name once it is whole: a kill leaves no half picture that somebody is shown.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     chunks = PngInfo()
     for keyword, text in texts.items():
         chunks.add_text(keyword, text)
-    picture.save(path, format="PNG", pnginfo=chunks)
+    partial = path.with_name(f".{path.name}.partial")
+    picture.save(partial, format="PNG", pnginfo=chunks)
+    partial.replace(path)
 
 
 def save_film(frames: Sequence[Image.Image], path: Path, frame_ms: int) -> None:
