@@ -57,6 +57,17 @@ The same miniature on the captions with several objects, rewarded by another pro
 the caption has objects. It looks at neither colour nor shape, and has quirks of its own (spots that touch are one).
 """
 
+OPTIONS = """## What each option of FDFO changes
+
+Against FDFO of the same seeds: median, least and largest. `keep_*`: `algorithm.keep_share`, of the pairs by the
+difference of their rewards. `churn_*`: its weight. `stratified`: `update.subset`. `two_pairs_a_prompt`:
+`sampling.pairs_per_prompt`. `spread`: `algorithm.advantage_scale`. `antithetic`: `algorithm.branch_noise`.
+`importance_half`: `algorithm.importance_share`. `every_step` trains all 8 steps of an image instead of 4;
+`four_updates` has as many optimizer steps an epoch instead of 2; `clip_*`: `update.clip_range`, otherwise 0.1;
+`published_update` is all three as the paper has them (8 of 8 steps, 4 updates, clip range 0.03), at this learning rate
+and at 6e-05.
+"""
+
 EFFECTS = """What one choice does, over both ways to make the other two; median, least and largest of the seeds:
 """
 
@@ -78,6 +89,7 @@ of the batches; with ten batches they are rough.
 python -m benchmarks.variance                # agreement of batches; goes on where it was killed
 python -m benchmarks.convergence             # tuning, five seeds, options; trial by trial, goes on where it was killed
 python -m benchmarks.convergence --task counting --stage tune final
+python -m benchmarks.convergence --task grid --stage final
 python -m benchmarks.evidence_page           # this page
 ```
 """
@@ -100,9 +112,9 @@ training on PickScore at 40 steps (smoothed training reward, arXiv 2603.12893):
 NOT_MEASURED = """## Not measured
 
 SD3.5-Medium or any other real model; DreamSim or Vendi diversity; best-of-N branches of one noise and the true reward
-gradient (not built); a second task (`--task counting`) and the grid of states, direction and pairing (`--task grid`),
-which are built and were not run; the hinge on the velocity (here FDFO's velocities do not grow); KL terms; published
-batch sizes. Guidance is 1 throughout, which is none of the settings Flow-GRPO was published with.
+gradient (not built: rewards are black boxes here); the hinge on the velocity (here FDFO's velocities do not grow); KL
+terms; published batch sizes; the other methods with the options that are FDFO's (every step trained, more updates).
+Guidance is 1 throughout, which is none of the settings Flow-GRPO was published with.
 """
 
 
@@ -261,9 +273,25 @@ def option_table(finals: Finals, changed: Finals) -> str:
         [name.removeprefix("fdfo+"), str(len(records)), *(_effect(axis, records, finals["fdfo"]) for axis in shown)]
         for name, records in changed.items()
     ]
-    head = "## What each option of FDFO changes\n\nAgainst FDFO of the same seeds: median, least and largest.\n"
     names = ["option", "seeds", *(axis.name for axis in shown)]
-    return "\n".join([head, _table(names, rows), "", "![effect of the options](evidence_options.svg)\n"])
+    return "\n".join(
+        [OPTIONS, options_verdict(finals, changed), _table(names, rows), "", "![options](evidence_options.svg)\n"]
+    )
+
+
+def options_verdict(finals: Finals, changed: Finals) -> str:
+    """Which options raise or lower the final held-out reward beyond the spread of the seeds."""
+    reward = axes(finals)[0]
+    effects = {
+        name.removeprefix("fdfo+"): paired_differences(reward, records, finals["fdfo"])
+        for name, records in changed.items()
+    }
+    better = [name for name, values in effects.items() if is_beyond_spread(values) and values[0] > 0]
+    worse = [name for name, values in effects.items() if is_beyond_spread(values) and values[0] < 0]
+    return (
+        f"Held-out reward at the end, on at least three seeds that all agree: raised by {', '.join(better) or 'none'}; "
+        f"lowered by {', '.join(worse) or 'none'}.\n"
+    )
 
 
 def _effect(axis: Axis, records: Sequence[Record], fdfo: Sequence[Record]) -> str:
