@@ -121,6 +121,20 @@ def test_ranks_train_as_one_and_their_checkpoint_loads_on_one(tiny_sd3, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["flow_grpo", "awm", "nft"])
+def test_groups_that_two_ranks_share_train_as_one(tiny_sd3, tmp_path, algorithm):
+    """One group lies half on each rank, and its mean and the spread of all rewards are those of one rank."""
+    threads = torch.get_num_threads()
+    (tmp_path / "one").mkdir()
+    trace(tiny_sd3, tmp_path / "one", 1, algorithm=algorithm)
+    one = load_file(tmp_path / "one" / "trace.safetensors")
+    two = traced(
+        tiny_sd3, tmp_path / "two", 1, "lora", f"algorithm={algorithm}", by="deepspeed", ranks=2, threads=threads
+    )
+    assert_same_training(two, one)
+
+
+@pytest.mark.slow
 def test_the_shapes_run_is_the_same_on_two_ranks(tmp_path):
     """The bundled model and its config under the real launcher: latents to the bit, gradients and weights in bounds."""
     one = traced("shapes", tmp_path / "one", 1, "full", by="python", ranks=1)

@@ -1,6 +1,6 @@
 """Three epochs with replayed rewards on the ranks there are; rank 0 writes what happened.
 
-deepspeed --num_gpus 2 zero_worker.py PIPELINE OUT STAGE TRAIN [OFFLOADED ...], or by torchrun
+deepspeed --num_gpus 2 zero_worker.py PIPELINE OUT STAGE TRAIN [algorithm=NAME] [OFFLOADED ...], or by torchrun
 """
 
 import sys
@@ -31,7 +31,11 @@ REWARDS = (
 )
 
 
-def config_of(pipeline, out, stage, train="lora", **zero):
+GROUPS = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 + [PROMPTS[2]] * 2
+"""Of two ranks each has half of the middle one."""
+
+
+def config_of(pipeline, out, stage, train="lora", algorithm="fdfo", **zero):
     """Of a tiny pipeline's folder, or of the bundled `shapes`, as its own config trains it."""
     if str(pipeline) == "shapes":
         settings = {"run.dir": Path(out) / "run", "zero.stage": stage, "model.train": train, "update.ema": "null",
@@ -40,16 +44,18 @@ def config_of(pipeline, out, stage, train="lora", **zero):
     if stage == 3:  # DeepSpeed leaves small weights whole, and here all are small
         zero["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     # 5 does not divide a block's items: micro-batches end at the block's border, or ranks would differ by 4e-6
+    own_noise = {"schedule": "raw", "weight": 0.0025}  # its default: churn is FDFO's
+    groups = {} if algorithm == "fdfo" else {"pairs_per_prompt": 2, "churn": own_noise}
     return tiny_config(
         Path(pipeline), Path(out) / "run", zero={"stage": stage, **zero}, model={"train": train},
-        update={"micro_batch": 5}, sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1},
-        optimizer={"max_grad_norm": 0.05},
+        update={"micro_batch": 5}, sampling={"pairs_per_epoch": PAIRS, "block_pairs": 1, **groups},
+        optimizer={"max_grad_norm": 0.05}, algorithm={"name": algorithm},
     )  # fmt: skip
 
 
-def trace(pipeline, out, stage, train="lora", **zero):
+def trace(pipeline, out, stage, train="lora", algorithm="fdfo", **zero):
     """Latents of the first epoch, its first unclipped gradients, and the weights before and after three epochs."""
-    engine = Engine(config_of(pipeline, out, stage, train, **zero))
+    engine = Engine(config_of(pipeline, out, stage, train, algorithm, **zero))
     tensors = {f"start.{n}": w for n, w in engine.trainer.weights().items()}
     step = engine.trainer.step
 
@@ -60,7 +66,7 @@ def trace(pipeline, out, stage, train="lora", **zero):
 
     engine.trainer.step = watched
     for epoch, rewards in enumerate(REWARDS):
-        rollout = engine.rollout(PROMPTS)
+        rollout = engine.rollout(PROMPTS if algorithm == "fdfo" else GROUPS)
         if epoch == 0:
             rows, T = torch.arange(len(rollout.prompts)), rollout.steps
             for k in (0, T // 2, T):
@@ -78,9 +84,10 @@ def trace(pipeline, out, stage, train="lora", **zero):
 
 
 if __name__ == "__main__":
-    pipeline, out, stage, train, *offloaded = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    pipeline, out, stage, train, *more = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    options = dict(word.split("=") if "=" in word else (word, True) for word in more)
     try:
-        trace(pipeline, out, int(stage), train, **dict.fromkeys(offloaded, True))
+        trace(pipeline, out, int(stage), train, **options)
     finally:
         close_distributed()  # an error must end in its own traceback, not in gloo's abort
     end_process(0)
