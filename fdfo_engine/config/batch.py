@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from fdfo_engine.config.cross_checks import trained_steps
@@ -49,7 +48,7 @@ class BatchPlan:
         sampling, update = config.sampling, config.update
         pairs, is_auto = sampling.pairs_per_epoch, sampling.block_pairs == "auto"
         block = auto_block_pairs(pairs) if sampling.block_pairs == "auto" else sampling.block_pairs
-        num_blocks = math.ceil(pairs / block)
+        num_blocks = -(-pairs // block)
         if num_blocks < world_size:
             raise ConfigError([_too_few_blocks(pairs, block, world_size, is_auto=is_auto)])
         trained = trained_steps(config)
@@ -99,7 +98,7 @@ class BatchPlan:
                 f"{' or '.join(map(str, shares))} a rank on {counted(self.world_size, 'rank')}",
                 f"optimizer steps: {self.optimizer_steps} of {items} items "
                 f"= 2 * {self.pairs_per_epoch} pairs * {self.trained_steps} trained steps / {self.optimizer_steps}",
-                f"micro-batches: {micro} items, about {math.ceil(items / self.world_size / micro)} a rank and step",
+                f"micro-batches: {micro} items, about {-(-items // (self.world_size * micro))} a rank and step",
                 f"model evaluations an epoch: {self.sampling_evaluations} sampling + "
                 f"{self.training_evaluations} training = {self.evaluations_per_epoch}",
             ]
@@ -115,13 +114,13 @@ def _too_few_blocks(pairs: int, block: int, ranks: int, *, is_auto: bool) -> str
     chosen = "auto = " if is_auto else ""
     equation = (
         f"sampling.pairs_per_epoch = {pairs} in blocks of sampling.block_pairs = {chosen}{block} makes "
-        f"ceil({pairs} / {block}) = {counted(math.ceil(pairs / block), 'block')} for {ranks} ranks; each needs one"
+        f"ceil({pairs} / {block}) = {counted(-(-pairs // block), 'block')} for {ranks} ranks; each needs one"
     )
     fixes = []
     if pairs >= ranks:
-        fixes.append(f"sampling.block_pairs = {math.ceil(pairs / (ranks - 1)) - 1} or less")
+        fixes.append(f"sampling.block_pairs = {-(-pairs // (ranks - 1)) - 1} or less")
     fixes.append(f"sampling.pairs_per_epoch = {_nearest_pairs(pairs, block, ranks, is_auto=is_auto)}")
-    return f"{equation}. Nearest that work: {', or '.join(fixes)}, or at most {math.ceil(pairs / block)} ranks"
+    return f"{equation}. Nearest that work: {', or '.join(fixes)}, or at most {-(-pairs // block)} ranks"
 
 
 def _nearest_pairs(pairs: int, block: int, ranks: int, *, is_auto: bool) -> int:

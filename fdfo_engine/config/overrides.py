@@ -1,6 +1,7 @@
 """`section.key=value` from the command line, laid over the values of a file."""
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,9 @@ from fdfo_engine.config.problems import ConfigError
 from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_key, redacted
 from fdfo_engine.config.variants import VARIANTS
 from fdfo_engine.config.yaml_source import Path, read_yaml
+
+_PART = re.compile(r"[\w-]+")
+"""Of a dotted key."""
 
 
 @dataclass
@@ -53,7 +57,7 @@ def _parse(text: str) -> tuple[list[str], Any]:
         raise ConfigError(
             [f"override {shown}: no such option; a setting is given without dashes, as section.key=value"]
         )
-    if not equals or not all(key.strip().split(".")):
+    if not equals or not all(map(_PART.fullmatch, key.strip().split("."))):
         raise ConfigError([f"override {shown}: takes section.key=value"])
     parts, _ = _given(key, None)
     document = read_yaml(value, f"override {key}")
@@ -65,7 +69,7 @@ def _parse(text: str) -> tuple[list[str], Any]:
 def _given(key: object, value: Any) -> tuple[list[str], Any]:
     """The parts of a dotted key, and its value with paths as text and tuples as lists, as YAML would have them."""
     parts = str(key).strip().split(".")
-    if not isinstance(key, str) or not all(parts):
+    if not isinstance(key, str) or not all(map(_PART.fullmatch, parts)):
         raise ConfigError([f"override {key!r}: takes section.key as its name"])
     if is_secret_key(parts[-1]):
         raise ConfigError([f"override {key}: {SECRET_ADVICE}"])

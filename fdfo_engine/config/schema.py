@@ -23,7 +23,7 @@ from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
 from fdfo_engine.config.labels import LabelsConfig
 from fdfo_engine.config.model import KernelsConfig, LoraConfig, ModelConfig
-from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secret_keys
+from fdfo_engine.config.secret_keys import SECRET_ADVICE, secret_keys
 from fdfo_engine.config.section import Auto, Name, Section, frozen_list, no_number, refuse
 
 AUTO_MICRO_BATCH = 24
@@ -127,12 +127,6 @@ class RewardConfig(Section):
     kill_after_s: Annotated[float, Field(gt=0)] | None = None
     """Runs the reward in a process of its own, which is killed when it takes longer than this for a batch, seconds; the
     batch is tried once more, then its pairs have no opinion. Null lets a reward take as long as it takes."""
-
-    @field_validator("name")
-    @classmethod
-    def _holds_no_password(cls, name: str) -> str:
-        refuse([("", SECRET_ADVICE)] if is_secret_value(name) else [])
-        return name
 
     @field_validator("weight")
     @classmethod

@@ -11,14 +11,16 @@ _SECRET_KEY = re.compile(
     r"|^key$|^((api|auth|access|bearer|refresh|hf|hub)_?)?token$",
 )
 _TOKEN = (
-    r"(?:sk|pk|rk|hf|gh[opsur]|gho|github_pat|glpat|xox[abeprs])[-_]\w[\w-]{5,}"
+    r"(?:[spr]k[-_](?=[\w-]*\d)\w[\w-]{5,}|(?:hf|gh[opsur])_(?=[a-z]*\d)[a-z0-9]{8,}"
+    r"|(?:github_pat_|glpat-|xox[abeprs]-)[\w-]{8,}"
     r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+"
+    r"|Bearer\s+(?=\S*\d)\S{12,})"
 )
 """Keys as OpenAI, Stripe, Hugging Face, GitHub, GitLab, Slack, AWS and Google make them, and JSON web tokens."""
 
-_PASSWORD = r"://[^/\s]*:[^/\s]*@"
-_SECRET_VALUE = re.compile(rf"^[=\s]*(?:{_TOKEN})|^[=\s]*Bearer\s|^[=\s]*[a-z][a-z0-9+.-]*{_PASSWORD}", re.IGNORECASE)
-_SHOWN_SECRET = re.compile(rf"\S*?\b(?:{_TOKEN})\S*|{_PASSWORD}", re.IGNORECASE)
+_PASSWORD = r"(?:https?://[^/\s]*@|[a-z][a-z0-9+.-]*://[^/\s]*:[^/\s]*@)"
+_SECRET_VALUE = re.compile(rf"(?:^|[\s\"'`=(\[{{,])(?:{_TOKEN}|{_PASSWORD})|^[=\s]*Bearer\s", re.IGNORECASE)
+_SHOWN_SECRET = re.compile(rf"\S*?\b{_TOKEN}\S*|\S*://\S*@", re.IGNORECASE)
 _QUERY_KEY = re.compile(r"[?&]([\w-]+)=")
 
 
@@ -41,7 +43,7 @@ def secret_keys(tree: Any, prefix: str = "") -> Iterator[str]:
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for key, value in items:
         name = f"{prefix}.{key}" if prefix else str(key)
-        if is_secret_key(str(key)) or is_secret_value(value):
+        if is_secret_key(str(key)) or is_secret_value(key) or is_secret_value(value):
             yield name
         else:
             yield from secret_keys(value, name)
@@ -52,4 +54,12 @@ def redacted(line: str) -> str:
     for match in re.finditer(r"""["']?([\w-]+)["']?\s*[:=\s]""", line):
         if is_secret_key(match.group(1)):
             return line[: match.end()] + " ***"
-    return _SHOWN_SECRET.sub("***", line)
+    return without_secrets(line)
+
+
+def without_secrets(text: str) -> str:
+    """A text, fit to be shown: words that have the form of a secret are left out."""
+    for match in _QUERY_KEY.finditer(text):
+        if is_secret_key(match.group(1)):
+            return without_secrets(text[: match.start()]) + "***"
+    return _SHOWN_SECRET.sub("***", text)

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
+
+from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value
 
 
 def frozen_list(value: object) -> object:
@@ -40,3 +42,16 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         hide_input_in_errors=True,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: object) -> object:
+        refuse([("", "takes a whole number of at most 30 digits")] if isinstance(value, int) and abs(value) >= 10**30 else [])
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _is_no_secret(cls, value: object) -> object:
+        texts = value if isinstance(value, tuple) else (value,)
+        refuse([("", SECRET_ADVICE)] if any(map(is_secret_value, texts)) else [])
+        return value

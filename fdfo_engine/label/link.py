@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.serve.access import TOKEN_NAME
 from fdfo_engine.serve.address import ADDRESS_NAME
 from fdfo_engine.serve.problems import Problem
@@ -64,7 +64,7 @@ class EngineLink:
     ) -> httpx.Response:
         bearer = {"Authorization": f"Bearer {self.token}"}
         try:
-            url = json.loads((self.folder / ADDRESS_NAME).read_text())["url"]
+            url = json_object((self.folder / ADDRESS_NAME).read_bytes())["url"]
             response = await self._http.request(method, url + path, headers={**bearer, **(headers or {})}, **options)
         except (OSError, ValueError, KeyError, httpx.TransportError) as error:
             raise _away() from error

@@ -22,6 +22,7 @@ from fdfo_engine.label.page import Page
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.runtime.run_lock import LOCK_NAME, is_alive
 from fdfo_engine.serve.access import TOKEN_NAME
 from fdfo_engine.serve.address import Address
@@ -121,11 +122,11 @@ def _token(folder: Path) -> str:
 def _wait_for_predecessor(folder: Path) -> None:
     """An engine whose page was killed ends by itself, between two parts of its work; one that stays will be refused."""
     try:
-        holder = json.loads((folder / LOCK_NAME).read_bytes())["pid"]
-    except (OSError, ValueError, KeyError, TypeError):
+        holder = int(json_object((folder / LOCK_NAME).read_bytes())["pid"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return
     deadline = time.monotonic() + _PREDECESSOR_TIMEOUT_S
-    while is_alive(int(holder)) and time.monotonic() < deadline:
+    while is_alive(holder) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 

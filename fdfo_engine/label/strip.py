@@ -8,6 +8,7 @@ from typing import Any
 
 from fdfo_engine.label.link import EngineLink
 from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.json_text import json_object
 
 STRIP_NAME = "label_strip.json"
 _GENERATION_WAIT_S = 620.0
@@ -22,10 +23,10 @@ class Strip:
         self.epochs: dict[int, list[dict[str, str]]] = {}
         if self._path.is_file():
             try:
-                kept = json.loads(self._path.read_text())
-                self.epochs = {int(epoch): images for epoch, images in kept.items()}
-            except (ValueError, AttributeError):
-                logging.getLogger(__name__).warning("%s: is no JSON; the images of earlier rounds are lost", self._path)
+                kept = json_object(self._path.read_bytes())
+                self.epochs = {int(epoch): _images(images) for epoch, images in kept.items()}
+            except ValueError as error:
+                logging.getLogger(__name__).warning("%s: %s; the images of earlier rounds are lost", self._path, error)
 
     def lacks(self, epoch: int) -> bool:
         """Whether nothing was drawn at `epoch`."""
@@ -51,6 +52,13 @@ class Strip:
     def view(self) -> list[dict[str, Any]]:
         """Oldest first."""
         return [{"epoch": epoch, "images": images} for epoch, images in sorted(self.epochs.items())]
+
+
+def _images(value: Any) -> list[dict[str, str]]:
+    try:
+        return [{"image": str(item["image"]), "prompt": str(item["prompt"])} for item in value]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"holds no list of images: {error!r}") from error
 
 
 def _id_of(answer: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ there is nothing that it could be improved towards.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from fdfo_engine.config import Config
 from fdfo_engine.models.base_files import INDEX_NAME
 from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.json_text import json_object
 
 SCHNELL_STEPS = 4
 LIGHTNING_STEPS = 8
@@ -103,7 +103,6 @@ def _own_name(path: str) -> str:
 def _read(file: Path) -> dict[str, Any]:
     """A config; empty where there is none, or none that can be read: loading says so."""
     try:
-        value = json.loads(file.read_bytes())
+        return json_object(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}

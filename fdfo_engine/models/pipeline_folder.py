@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fdfo_engine.runtime.errors import EnvironmentProblem
+from fdfo_engine.runtime.json_text import json_object
 
 GGUF = ".gguf"
 _WEIGHT_SUFFIXES = (".safetensors", ".sft", GGUF, ".ckpt", ".pt", ".pth", ".bin")
@@ -145,8 +145,8 @@ def require_variant(model_id: str, variant: str | None) -> None:
 
 def _class_name(file: Path) -> str:
     try:
-        return str(json.loads(file.read_text()).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError):
+        return str(json_object(file.read_bytes()).get("_class_name", ""))
+    except (OSError, ValueError):
         return ""
 
 

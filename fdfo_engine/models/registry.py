@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fdfo_engine.models.known import known_configs
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import all_agree_hash, together_patiently
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
+from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.runtime.own_code import own_callable
 
 FAMILIES = {
@@ -150,8 +150,8 @@ def _family_of(model_id: str, revision: str | None, wanted: str) -> str:
     """The family of a pipeline's class; `wanted`, unless it is auto, where its class is of no other family."""
     file = model_index(model_id, revision)
     try:
-        name = json.loads(file.read_text()).get("_class_name", "")
-    except (ValueError, AttributeError) as error:
+        name = str(json_object(file.read_bytes()).get("_class_name", ""))
+    except ValueError as error:
         raise EnvironmentProblem(
             f"model.id = {model_id!r}: {file} is no list of a pipeline's parts: {error}"
         ) from error

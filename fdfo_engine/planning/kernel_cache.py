@@ -17,6 +17,7 @@ from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.environment import describe_environment, user_cache
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.interleaved import Spread
+from fdfo_engine.runtime.json_text import json_object
 
 _VERSIONS = ("fdfo-engine", "torch", "triton", "xformers")
 
@@ -82,7 +83,7 @@ class KernelCache:
 
     def _content(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(self.file.read_bytes())["seconds"]
+            found: dict[str, Any] = json_object(self.file.read_bytes())["seconds"]
             for parts in found.values():
                 _ = [_timed(timed) for timed in parts.values()]
         except FileNotFoundError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,9 @@ from PIL import Image
 
 from fdfo_engine.choices import Choice
 from fdfo_engine.report.people import choices_of
-from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.report.records import EpochLine, EvaluationLine, Listing, Machine, Record, has_form
+from fdfo_engine.runtime.errors import CheckpointError, UsageError
+from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.runtime.run_folder import (
     ENVIRONMENT_NAME,
     EVALUATIONS_NAME,
@@ -64,16 +65,16 @@ def read_run(path: Path) -> RunData:
     Raises:
         UsageError: `path` is no run folder.
     """
-    data = RunData(path, config_text=stored_config(path))
-    data.metrics = _records(path / METRICS_NAME)
-    data.evaluations = [r for r in _records(path / EVALUATIONS_NAME) if isinstance(r.get("metrics"), dict)]
+    data = RunData(path, config_text=_config_text(path))
+    data.metrics = _records(path / METRICS_NAME, EpochLine)
+    data.evaluations = _records(path / EVALUATIONS_NAME, EvaluationLine)
     data.status = _status(path)
     if data.config_text is None and data.status is None and not data.metrics:
         raise UsageError(
             f"{path}: no run folder; it has no config.yaml, status.json or metrics.jsonl{runs_beside(path)}"
         )
     data.settings = _settings(data.config_text)
-    data.environment = _json_object(path / ENVIRONMENT_NAME)
+    data.environment = _json_record(path / ENVIRONMENT_NAME, Machine)
     galleries = [_gallery(file) for file in _gallery_files(path)]
     data.galleries = [gallery for gallery in galleries if gallery is not None]
     data.pairs = _last_sheet(path / IMAGES_NAME)
@@ -98,8 +99,15 @@ def _missing(data: RunData) -> list[str]:
     return notes + ([f"{unreadable} evaluation pictures cannot be read."] if unreadable else [])
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [record for record in read_log(path) if isinstance(record.get("epoch"), int)]
+def _config_text(path: Path) -> str | None:
+    try:
+        return stored_config(path)
+    except CheckpointError:
+        return None
+
+
+def _records(path: Path, form: type[Record]) -> list[dict[str, Any]]:
+    return [record for record in read_log(path) if has_form(form, record)]
 
 
 def _status(path: Path) -> dict[str, Any] | None:
@@ -112,17 +120,17 @@ def _status(path: Path) -> dict[str, Any] | None:
 def _settings(text: str | None) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(text or "")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # no YAML; a number or date that is none; too deep a nesting
         return {}
     return settings if isinstance(settings, dict) else {}
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
+def _json_record(path: Path, form: type[Record]) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_bytes())
+        value = json_object(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if has_form(form, value) else None
 
 
 def _gallery_files(path: Path) -> list[Path]:
@@ -132,15 +140,15 @@ def _gallery_files(path: Path) -> list[Path]:
 
 
 def _gallery(file: Path) -> Gallery | None:
-    listing = _json_object(file)
-    if listing is None or not isinstance(listing.get("items"), list):
+    listing = _json_record(file, Listing)
+    if listing is None:
         return None
     items = []
     for item in listing["items"]:
-        name = str(item.get("file"))
+        name = item["file"]
         uri = embedded(file.parent / name, _MAX_SIDE) if _PICTURE_NAME.fullmatch(name) else None
-        items.append({"picture": uri, "prompt": str(item.get("prompt")), "scores": item.get("scores") or {}})
-    return Gallery(int(listing.get("epoch", 0)), items)
+        items.append({"picture": uri, "prompt": item["prompt"], "scores": item.get("scores", {})})
+    return Gallery(listing["epoch"], items)
 
 
 def _last_sheet(folder: Path) -> tuple[str, str] | None:

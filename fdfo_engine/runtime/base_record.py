@@ -11,6 +11,7 @@ from typing import Any
 
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.json_text import json_object
 
 BASE_NAME = "base.json"
 _SHOWN = 5
@@ -117,7 +118,7 @@ def recorded_base(folder: Path | str) -> BaseRecord | None:
     if not file.is_file():
         return None
     try:
-        value = json.loads(file.read_bytes())
+        value = json_object(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{file}: is no record of a base model: {error}") from error
     return BaseRecord.from_json(value, file)

@@ -21,6 +21,7 @@ from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.durable import replace_file, sha256_of
 from fdfo_engine.runtime.environment import user_cache
 from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.json_text import json_object
 
 REMEMBERED_FROM_BYTES = 1 << 20
 """Smaller files are read at each start: nothing about them is taken on trust."""
@@ -111,9 +112,9 @@ def _entry_file(file: Path) -> Path:
 def _read_entry(file: Path) -> dict[str, Any] | None:
     """What is remembered of `file`; None for nothing, or for an entry that is not as it was written."""
     try:
-        entry = json.loads(_entry_file(file).read_bytes())
+        entry = json_object(_entry_file(file).read_bytes())
         check = entry.pop("check")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError):
         return None
     return entry if check == _check(entry) else None
 

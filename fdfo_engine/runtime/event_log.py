@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fdfo_engine.runtime.durable import append_whole, replace_file, storage_error
 from fdfo_engine.runtime.events import Event, parse_event
+from fdfo_engine.runtime.json_text import json_object
 
 EVENTS_NAME = "events.jsonl"
 _PASSING = ("phase", "pair")
@@ -96,7 +96,7 @@ def _belongs(line: bytes, number: int, epoch: int) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        record = json.loads(line)
+        record = json_object(line)
         return bool(record["seq"] == number and record["data"]["epoch"] <= epoch)
     except (ValueError, TypeError, KeyError):
         return False

@@ -9,6 +9,7 @@ from typing import Any
 
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.json_text import json_object
 
 KERNELS_NAME = "kernels.json"
 Backends = dict[str, str]
@@ -25,7 +26,7 @@ def recorded_kernels(folder: Path | str) -> Backends | None:
     if not file.is_file():
         return None
     try:
-        found = backends_of(json.loads(file.read_bytes()))
+        found = backends_of(json_object(file.read_bytes()))
     except ValueError as error:
         raise CheckpointError(f"{file}: is no record of backends: {error}") from error
     if found is None:

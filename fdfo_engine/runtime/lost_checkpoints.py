@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.event_log import EVENTS_NAME
+from fdfo_engine.runtime.json_text import json_object
 
 
 def refuse_lost_checkpoints(path: Path, store: CheckpointStore) -> None:
@@ -45,7 +45,7 @@ def last_saved(path: Path) -> str | None:
 
 def _checkpoint_of(line: bytes) -> str | None:
     try:
-        event = json.loads(line)
+        event = json_object(line)
         name = event["data"]["name"] if event["type"] == "checkpoint" else None
     except (ValueError, TypeError, KeyError):
         return None

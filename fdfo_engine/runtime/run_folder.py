@@ -19,6 +19,7 @@ from fdfo_engine.runtime.durable import replace_file, require_room, storage_erro
 from fdfo_engine.runtime.environment import describe_environment
 from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
 from fdfo_engine.runtime.event_log import truncate_events
+from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.runtime.lost_checkpoints import refuse_lost_checkpoints
 from fdfo_engine.runtime.run_lock import RunLock
 from fdfo_engine.runtime.run_status import RunStatus
@@ -33,6 +34,7 @@ BASE_LOCATION = ("model.id", "model.revision", "model.variant")
 
 _CHECKPOINTS_NAME = "checkpoints"
 _RUNS_SHOWN = 12
+_RESTORE = "restore it or choose another folder"
 _TRACES = (METRICS_NAME, _CHECKPOINTS_NAME)
 
 
@@ -107,10 +109,10 @@ class RunFolder:
         file = self.path / PROMPTS_NAME
         if not file.is_file():
             replace_file(file, sha256.encode())
-        elif file.read_text() != sha256 and may_change:
+        elif file.read_bytes() != sha256.encode() and may_change:
             warn(f"{self.path}: goes on with other prompts than it began with")
             replace_file(file, sha256.encode())
-        elif file.read_text() != sha256:
+        elif file.read_bytes() != sha256.encode():
             raise PromptError(
                 f"prompts.source: not the prompts that the run in {self.path} began with; restore them, choose "
                 "another run.dir, or pass --allow-prompt-change"
@@ -138,9 +140,16 @@ class RunFolder:
 
 
 def stored_config(path: Path | str) -> str | None:
-    """The resolved settings of the run in `path` as YAML text, or None if there is no run."""
+    """The resolved settings of the run in `path` as YAML text, or None if there is no run.
+
+    Raises:
+        CheckpointError: they are no text.
+    """
     file = Path(path) / CONFIG_NAME
-    return file.read_text() if file.is_file() else None
+    try:
+        return file.read_bytes().decode() if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: damaged: {error}; {_RESTORE}") from error
 
 
 def checkpoint_store(path: Path | str, keep: int = 2, pinned: str | None = None) -> CheckpointStore:
@@ -213,7 +222,7 @@ def _changes(path: Path, stored: str, given: str) -> dict[str, str]:
         return differing_settings(stored, given)
     except yaml.YAMLError as error:
         what = str(error).replace("\n", " ")
-        raise CheckpointError(f"{path / CONFIG_NAME}: damaged: {what}; restore it or choose another folder") from error
+        raise CheckpointError(f"{path / CONFIG_NAME}: damaged: {what}; {_RESTORE}") from error
 
 
 def _refuse_other_settings(path: Path, changes: dict[str, str], allowed: tuple[str, ...]) -> None:
@@ -315,10 +324,9 @@ def _belongs(line: bytes, epoch: int, path: Path) -> bool:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        return json_object(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 def _make(path: Path) -> None:

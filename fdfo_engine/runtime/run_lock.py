@@ -14,6 +14,7 @@ from typing import Any
 from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import storage_error
 from fdfo_engine.runtime.errors import UsageError
+from fdfo_engine.runtime.json_text import json_object
 
 LOCK_NAME = "run.lock"
 
@@ -66,7 +67,7 @@ class RunLock:
                 f"{self.path.parent} was in use by {_shown(holder)}, which cannot be checked from here; "
                 f"if that run is over, delete {self.path}"
             )
-        if holder and free is None and is_alive(int(holder.get("pid", 0))):
+        if holder and free is None and is_alive(holder["pid"]):
             raise UsageError(f"{self.path.parent} is in use by {_shown(holder)}")
 
 
@@ -92,10 +93,11 @@ def _try_flock(descriptor: int) -> bool | None:
 
 def _holder(descriptor: int) -> dict[str, Any] | None:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0) or b"null")
+        holder = json_object(os.pread(descriptor, 4096, 0))
     except ValueError:
         return None
-    return holder if isinstance(holder, dict) else None
+    pid = holder.get("pid")
+    return holder if type(pid) is int and 0 <= pid < 1 << 31 else None
 
 
 def _write_holder(descriptor: int) -> None:

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.durable import plain_json, replace_file
 from fdfo_engine.runtime.errors import CheckpointError
+from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.runtime.run_lock import is_alive
 
 STATUS_NAME = "status.json"
@@ -127,12 +130,28 @@ def read_status(folder: Path | str) -> dict[str, Any] | None:
     """`status.json` of a run folder, or None without one.
 
     A run that says it is starting or running, but whose process is gone from this host, has the state `died`.
+
+    Raises:
+        ValueError: it is damaged.
     """
     path = Path(folder) / STATUS_NAME
     if not path.is_file():
         return None
-    status: dict[str, Any] = json.loads(path.read_text())
-    unfinished = status.get("state") in ("starting", "running", "paused")
-    if unfinished and status.get("host") == socket.gethostname() and not is_alive(int(status.get("pid", 0))):
+    status = json_object(path.read_bytes())
+    read = _Read.model_validate(status)
+    unfinished = read.state in ("starting", "running", "paused")
+    if unfinished and read.host == socket.gethostname() and not is_alive(read.pid):
         status["state"] = "died"
     return status
+
+
+class _Read(BaseModel):
+    """What readers of a status rely on."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    state: str = ""
+    host: str = ""
+    pid: int = Field(default=0, ge=0, lt=1 << 31)
+    exit_code: int | None = None
+    heartbeat: float = Field(default=0.0, ge=0)
