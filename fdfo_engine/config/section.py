@@ -46,7 +46,11 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _fits(cls, value: object) -> object:
-        refuse([("", "takes a whole number of at most 30 digits")] if isinstance(value, int) and abs(value) >= 10**30 else [])
+        refuse(
+            [("", "takes a whole number of at most 30 digits")]
+            if isinstance(value, int) and abs(value) >= 10**30
+            else []
+        )
         return value
 
     @field_validator("*")
