@@ -54,8 +54,8 @@ def main() -> None:
     finals, changed = (_of_stage(trials, stage) for stage in ("final", "option"))
     parts = [
         HEAD,
-        state(finals, variance),
         summary_table(finals, TASKS["shapes"]),
+        state(finals, variance),
         draw(finals, changed),
         option_table(finals, changed),
         published_line(finals, changed),
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def state(finals: Finals, variance: Record) -> str:
-    """What there is to judge by, said first."""
+    """What there is to judge by, and what it says."""
     seeds = {method: len(finals.get(method, [])) for method in TASKS["shapes"].methods}
     counted = ", ".join(f"{method} {count}" for method, count in seeds.items())
     lines = [f"Finished runs at frozen settings, of {WANTED_SEEDS} wanted a method: {counted}."]
