@@ -178,3 +178,11 @@ def test_velocities_move_toward_the_better_image_and_away_from_the_worse(engine)
     wins = torch.where(branch == 0, 1, -1) * (REWARDS[rows, 0] - REWARDS[rows, 1]).sign()
     assert (toward * wins).sum() > 0
     assert (toward * wins > 0).sum() >= 6
+
+
+def test_an_applied_step_ends_the_count_of_dropped_ones(engine):
+    """Nine dropped, one applied, nine dropped: no ten in a row. A tenth is."""
+    for applied in [*[False] * 9, True, *[False] * 9, True, *[False] * 9]:
+        engine._updater._count_skipped(applied)
+    with pytest.raises(NumericsError, match="10 optimiser steps in a row"):
+        engine._updater._count_skipped(False)
