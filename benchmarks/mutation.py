@@ -3,8 +3,9 @@
     python -m benchmarks.mutation [--each 6] [--minutes 40] [--out FILE]
 
 A mutant is one operator, number or condition changed in a copy of the checkout. It is killed if a test fails or takes
-too long. Mutants are drawn by a seed, the same ones each time, and those that the results file has are not tried again:
-the command goes on where it ended. A survivor's `why` is written by hand into the file, and kept.
+too long; the same tests must pass on unchanged code first. Mutants are drawn by a seed, the same ones each time, and
+those that the results file has are not tried again: the command goes on where it ended. A survivor's `why` is written
+by hand into the file, and kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -28,7 +30,6 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
 from benchmarks import RESULTS, ROOT
-from fdfo_engine.bench.record import header, write
 
 SUBJECTS = {
     "update": {
@@ -103,13 +104,16 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     tried = json.loads(arguments.out.read_text())["mutants"] if arguments.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        copy = copied_checkout(Path(folder))
+        copy, passing = copied_checkout(Path(folder)), set()
         for mutant, tests in sample(arguments.each):
             if mutant.name in tried or time.monotonic() > end:
                 continue
+            if tests not in passing:
+                require_pass(copy, tests)
+                passing.add(tests)
             tried[mutant.name] = outcome(copy, mutant, tests)
             print(mutant.name, "killed" if tried[mutant.name]["killed"] else "SURVIVED", flush=True)
-            write(arguments.out, record(tried))
+            arguments.out.write_text(json.dumps(record(tried), indent=1) + "\n")
 
 
 def sample(each: int) -> list[tuple[Mutant, str]]:
@@ -150,19 +154,41 @@ def outcome(copy: Path, mutant: Mutant, tests: str) -> dict[str, Any]:
     return {"killed": killed, "by": told, "diff": diff, "tests": tests, "seconds": seconds}
 
 
+def require_pass(copy: Path, tests: str) -> None:
+    """The control: tests that fail on unchanged code would kill every mutant."""
+    fails, told = failed(copy, tests)
+    if fails:
+        raise SystemExit(f"{tests}: fails on unchanged code: {told}\n{(copy / 'output.txt').read_text()[-2000:]}")
+
+
 def failed(copy: Path, tests: str) -> tuple[bool, str]:
     """Whether a test fails, and which."""
-    words = [f"tests/{name}" for name in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *words]
-    variables = os.environ | {"PYTHONPATH": f"{copy}:{copy / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
+    output = copy / "output.txt"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest", "pydantic", "diffusers", "deepspeed"])
+    process = context.Process(target=run_tests, args=(copy, tests, output))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
         return True, f"no end within {TIMEOUT_S} s"
-    told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode != 0, told[0][:160] if told else ""
+    told = [line for line in output.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return process.exitcode != 0, told[0][:160] if told else ""
+
+
+def run_tests(copy: Path, tests: str, output: Path) -> None:
+    """In a process that was forked off after the heavy imports, and before any of ours."""
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(copy)
+    sys.path[:0] = [str(copy), str(copy / "tests")]
+    sys.dont_write_bytecode = True
+    import pytest
+
+    words = [str(copy / "tests" / name) for name in tests.split()]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *words]))
 
 
 def copied_checkout(folder: Path) -> Path:
@@ -177,6 +203,8 @@ def copied_checkout(folder: Path) -> Path:
 
 def record(tried: dict[str, Any]) -> dict[str, Any]:
     """Counts by subject, survivors, and every mutant that was tried."""
+    from fdfo_engine.bench.record import header  # not above: the tests' process must take ours from the copy
+
     subjects = {}
     for subject, modules in SUBJECTS.items():
         own = {name: of for name, of in tried.items() if name.split(":")[0] in modules}

@@ -86,14 +86,9 @@ def dry_run(config: Config, ranks: int) -> int:
     Returns the exit status: of the first thing that would stop the run, else 0.
     """
     say(dump_config(config) + "\n" + BatchPlan.from_config(config, ranks).describe())
-    say("\nlooking at prompts, rewards, model and disk; no weight is loaded")
-    from fdfo_engine.training.preflight import preflight
+    from fdfo_engine.training.preflight import look_at
 
-    status = 0
-    for finding in preflight(config):
-        say(finding.describe())
-        status = status or finding.exit_code
-    return status
+    return look_at(config)
 
 
 def _launched_ranks() -> int:

@@ -1,4 +1,4 @@
-"""`fdfo doctor`: whether this installation can train, one line a check, with the reason where it cannot."""
+"""`fdfo doctor`: whether this installation can train, and a run start, one line a check, with the reason if not."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fdfo_engine.cli.options import add_config, config_words
 from fdfo_engine.runtime.errors import EnvironmentProblem, error_message
+
+if TYPE_CHECKING:
+    from fdfo_engine.config import Config
 
 _NEEDED = ("torch", "diffusers", "transformers", "peft", "deepspeed", "safetensors")
 
@@ -36,25 +40,45 @@ def add_parser(verbs: Any) -> None:
     """Adds the verb."""
     parse = verbs.add_parser(
         "doctor",
-        help="check this installation",
-        description="Checks Python, libraries, devices, op backends, the bundled model and storage. Exit code 3 when "
-        "something that training needs is broken.",
+        help="check this installation, and whether a run could start",
+        description="Checks Python, libraries, devices, op backends, the bundled model and storage. With a config it "
+        "then looks at prompts, rewards, packages, model and disk of that run, as its start does; no weight is loaded. "
+        "Exit code 3 when something that training needs is broken, else that of the first thing that would stop the "
+        "run.",
     )
+    add_config(parse)
     parse.add_argument("--dir", type=Path, default=Path(), help="where runs will be written; default: here")
     parse.add_argument("--quick", action="store_true", help="leave out loading and sampling the bundled model")
     parse.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints each finding as it is made; returns 3 if a needed one is broken."""
+    """Prints each finding as it is made; returns 3 if a needed one is broken, else what would stop the config's run."""
     from fdfo_engine.runtime.console import say
 
+    config = _config(arguments) if arguments.config or arguments.overrides else None
     healthy = True
     for finding in findings(arguments.dir, quick=arguments.quick):
         say(finding.line())
         healthy &= not (finding.needed and finding.reason)
     say("ready to train" if healthy else "not ready: see the lines marked BROKEN")
-    return 0 if healthy else EnvironmentProblem.exit_code
+    stops = 0 if config is None else _look_at(config)
+    return stops if healthy else EnvironmentProblem.exit_code
+
+
+def _look_at(config: Config) -> int:
+    from fdfo_engine.training.preflight import look_at
+
+    return look_at(config)
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    from fdfo_engine.config import load_config
+    from fdfo_engine.runtime.own_code import search_in
+
+    file, settings = config_words(arguments)
+    search_in(Path(file).parent)
+    return load_config(file, settings)
 
 
 def findings(folder: Path, *, quick: bool = False) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from fdfo_engine.models.registry import require_model
 from fdfo_engine.report.model_card import UNKNOWN, base_licence
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.rollout.prompts import PromptList, describe_prompts, load_prompts
+from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.errors import EnvironmentProblem, FdfoError
 from fdfo_engine.runtime.hub import hub_errors, weight_files
 from fdfo_engine.runtime.run_log import tracker_library
@@ -67,6 +68,19 @@ def preflight(config: Config) -> Iterator[Finding]:
             if str(error) not in told:  # what several of them need is told once
                 yield Finding(subject, str(error), error.exit_code)
             told.add(str(error))
+
+
+def look_at(config: Config) -> int:
+    """Prints what is found of the run that `config` describes.
+
+    Returns the exit status: of the first thing that would stop the run, else 0.
+    """
+    say("\nlooking at prompts, rewards, model and disk; no weight is loaded")
+    status = 0
+    for finding in preflight(config):
+        say(finding.describe())
+        status = status or finding.exit_code
+    return status
 
 
 def require_packages(config: Config) -> None:

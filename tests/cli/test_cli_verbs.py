@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from fdfo_engine.cli import doctor
 from fdfo_engine.cli.main import main
 from fdfo_engine.cli.report import before_after
 from fdfo_engine.ops import backends, implementations
@@ -95,6 +96,27 @@ def test_doctor_gives_a_line_and_a_reason_for_each_check(tmp_path, capsys):
 def test_doctor_reports_a_broken_storage_with_code_3(tmp_path, capsys):
     assert main(["doctor", "--quick", "--dir", str(tmp_path / "absent")]) == 3
     assert "no such folder" in capsys.readouterr().out
+
+
+SUBJECTS = ("prompts", "evaluation", "rewards", "packages", "model", "disk")
+
+
+@needs_base
+def test_doctor_with_a_config_looks_at_what_its_run_would_start_with(tmp_path, capsys, monkeypatch):
+    words = ["doctor", "--quick", "--dir", str(tmp_path), "shapes", f"run.dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(doctor, "findings", lambda folder, quick: iter([doctor.Finding("the installation")]))
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert all(
+        f"ok      {subject}" in out for subject in ("prompts", "evaluation", "rewards", "packages", "model", "disk")
+    )
+    assert main([*words, "prompts.source=nowhere.txt"]) == 4
+    assert "problem prompts     prompts.source = 'nowhere.txt': no such file" in capsys.readouterr().out
+    assert main([*words, "rewards.0.name=nowhere"]) == 2
+    assert "problem rewards" in capsys.readouterr().out
+    assert main([*words, "run.epohcs=1"]) == 2
+    assert "did you mean run.epochs?" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_base
