@@ -76,6 +76,9 @@ OPERATORS = (
 )  # fmt: skip
 """Of cosmic-ray's; left out are those that mostly make what no interpreter takes, such as `<<` for `+`."""
 
+_AS_FORKED = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+"""Plugins of pytest were imported before it."""
+
 SEED = 19
 TIMEOUT_S = 300
 
@@ -188,7 +191,7 @@ def run_tests(copy: Path, tests: str, output: Path) -> None:
     import pytest
 
     words = [str(copy / "tests" / name) for name in tests.split()]
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *words]))
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *_AS_FORKED, *words]))
 
 
 def copied_checkout(folder: Path) -> Path:

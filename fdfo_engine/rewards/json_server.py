@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,6 +32,7 @@ _MAX_REPLY_BYTES = 4 << 20
 _TRIES = 3  # of one request that fails while the server answers others, or with an internal error
 _LONGEST_WAIT_S = 30.0
 _SHOWN_CHARACTERS = 200
+_MOST_DIGITS = 9  # of a pause in seconds: 30 years are as good as for ever
 _PASSING = {408, 425, 429, 502, 503, 504}
 
 
@@ -78,11 +80,15 @@ class BadReplyError(_ServerError):
 
 
 class NoOpinionError(BadReplyError):
-    """A reply of the right form that tells nothing about the image: asking again would bring the same."""
+    """A reply that would be the same again: it tells nothing about the image, or refuses the request (HTTP 4xx)."""
 
 
 class _AwayError(_ServerError):
-    """No answer, or one that says to come back later."""
+    """No answer, or one that says to come back later, after `retry_after_s` where it says so."""
+
+    def __init__(self, reason: str, shown: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(reason, shown)
+        self.retry_after_s = retry_after_s
 
 
 class _BrokenError(_ServerError):
@@ -110,7 +116,7 @@ class JsonServer:
         started = time.monotonic()
         retrying = Retrying(
             retry=retry_if_exception_type((_AwayError, _BrokenError)),
-            wait=wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT_S),
+            wait=_pause_s,
             stop=lambda state: self._has_waited_enough(state, started),
             before_sleep=self._tell_once,
             sleep=sleep_using_event(self._cancelled),
@@ -206,13 +212,15 @@ class JsonServer:
     def _judged(self, reply: urllib3.BaseHTTPResponse, content: bytes) -> Any:
         status, shown = reply.status, visible(content[:_SHOWN_CHARACTERS].decode("utf-8", "replace"))
         if status in _PASSING:
-            raise _AwayError(f"HTTP {status}", shown)
+            raise _AwayError(f"HTTP {status}", shown, _retry_after_s(reply.headers.get("Retry-After")))
         with self._lock:
             self._last_answer, self._is_away = time.monotonic(), False
         if status >= 500:
             raise _BrokenError(f"HTTP {status}", shown)
         if status in (401, 403):
             raise RewardError(f"{self.options.url}: HTTP {status}: {shown}\nput the key in env {KEY_VARIABLE}")
+        if 400 <= status < 500:
+            raise NoOpinionError(f"HTTP {status}", shown)
         if status != 200:
             raise BadReplyError(f"HTTP {status}", shown)
         kind = reply.headers.get("Content-Type", "")
@@ -258,6 +266,25 @@ def _twice(ask: Callable[[T], R], request: T, size: int, mended: list[tuple[BadR
         return error
     mended.append((first, size))
     return answer
+
+
+def _pause_s(state: RetryCallState) -> float:
+    """Random and growing, and at least what the server asked for."""
+    error = state.outcome.exception() if state.outcome else None
+    asked_for = error.retry_after_s if isinstance(error, _AwayError) else 0.0
+    return max(wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT_S)(state), asked_for)
+
+
+def _retry_after_s(header: str | None) -> float:
+    """The seconds of a Retry-After header, given as a number or as a date; 0 where it says nothing readable."""
+    text = (header or "").strip()
+    if text.isascii() and text.isdecimal():
+        return float(text[:_MOST_DIGITS])
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    return max(0.0, moment.timestamp() - time.time())
 
 
 def _headers() -> dict[str, str]:

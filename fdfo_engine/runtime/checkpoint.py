@@ -295,8 +295,7 @@ def _unreadable(folder: Path, error: OSError) -> _DamagedError:
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / _MANIFEST
-    if not path.is_file():
-        raise _DamagedError(f"{path} is missing")
+    _require_own_file(path)
     try:
         manifest = unsealed_json(path, _SEAL)
     except ValueError as error:
@@ -316,14 +315,20 @@ def _refuse_newer(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _verify_file(path: Path, size: int, digest: str) -> None:
-    if not path.is_file():
-        raise _DamagedError(f"{path} is missing")
+    _require_own_file(path)
     actual = path.stat().st_size
     if actual != size:
         raise _DamagedError(f"{path} has {actual} bytes, was written with {size}")
     found = sha256_of(path)
     if found != digest:
         raise _DamagedError(f"{path} has SHA-256 {found}, was written with {digest}")
+
+
+def _require_own_file(path: Path) -> None:
+    if path.is_symlink():
+        raise _DamagedError(f"{path} is a link, and was written as a file")
+    if not path.is_file():
+        raise _DamagedError(f"{path} is missing")
 
 
 def _require_plain_names(names: list[str]) -> None:

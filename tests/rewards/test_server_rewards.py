@@ -1,6 +1,7 @@
 """Rewards from servers: the protocol, and what every kind of bad server costs. Nothing is ever made up."""
 
 import base64
+import email.utils
 import gzip
 import io
 import json
@@ -18,7 +19,7 @@ from PIL import Image
 from rewards.server_clients import IMAGES, PROMPTS, brightness, completion, http, pixels_of, vlm_server
 
 import fdfo_engine.rewards
-from fdfo_engine.rewards import WeightedRewards, build
+from fdfo_engine.rewards import WeightedRewards, build, json_server
 from fdfo_engine.runtime.errors import RewardError, UsageError
 
 
@@ -181,6 +182,50 @@ def test_a_busy_server_is_waited_for(serve, brisk, status):
     server = serve(lambda p, request, n: (status, {}, b"later") if n < 4 else brightness(p, request, n))
     assert torch.isfinite(http(server.url)(PROMPTS[:2], IMAGES[:2])).all()
     assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 409, 413, 415, 422, 451])
+def test_a_request_that_is_refused_is_not_sent_again(serve, brisk, capsys, status):
+    server = serve(raw("not like this", status=status))
+    assert torch.isnan(http(server.url)(PROMPTS[:2], IMAGES[:2])).all()
+    assert len(server.requests) == 1
+    assert f"no opinion on 2 images: HTTP {status}: not like this" in capsys.readouterr().err
+
+
+def http_date(seconds_ahead):
+    return email.utils.formatdate(time.time() + seconds_ahead, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), (" 12 ", 12.0), ("0", 0.0), ("9" * 400, 999999999.0), ("", 0.0), ("-3", 0.0), ("soon", 0.0),
+     ("1.5", 0.0), ("٣", 0.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Mon, 99 Foo 9999", 0.0), (None, 0.0), ("1e3", 0.0)],
+)  # fmt: skip
+def test_a_pause_that_a_server_asks_for_is_read(header, seconds):
+    assert json_server._retry_after_s(header) == seconds
+
+
+def test_a_pause_until_a_date_is_read():
+    assert 25 <= json_server._retry_after_s(http_date(30)) <= 30
+
+
+def test_a_pause_that_a_server_asks_for_is_kept(serve, brisk, monkeypatch):
+    """The clock that sleeps is replaced: what is asked for is what is slept, at least."""
+    pauses = []
+    monkeypatch.setattr(json_server, "sleep_using_event", lambda event: pauses.append)
+    busy = [(429, {"Retry-After": "3"}, b"later"), (503, {"Retry-After": http_date(60)}, b"later"), (503, {}, b"later")]
+    server = serve(lambda p, request, n: busy[n - 1] if n <= 3 else brightness(p, request, n))
+    assert torch.isfinite(http(server.url, give_up_after_s=600.0)(PROMPTS[:2], IMAGES[:2])).all()
+    assert pauses[0] >= 3.0
+    assert pauses[1] >= 55.0
+    assert pauses[2] < 1.0
+
+
+def test_a_pause_beyond_the_runs_patience_is_not_waited_for(serve, brisk):
+    server = serve(raw("later", status=503, **{"Retry-After": "4000"}))
+    with pytest.raises(RewardError, match="HTTP 503"):
+        http(server.url, give_up_after_s=30.0)(PROMPTS[:1], IMAGES[:1])
+    assert len(server.requests) == 1
 
 
 def test_a_hung_server_stops_the_run(serve, brisk):

@@ -113,6 +113,18 @@ def test_truncated_file_falls_back(tmp_path, file, capsys):
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_a_link_in_place_of_a_file_is_noticed(tmp_path, file):
+    """Even to the same bytes: what it points at may change, or go with another checkpoint."""
+    store = saved(tmp_path / "run", 1, 2)
+    path = tmp_path / "run" / "epoch_000002" / file
+    path.rename(tmp_path / file)
+    path.symlink_to(tmp_path / file)
+    assert store.load().state["epoch"] == 1
+    with pytest.raises(CheckpointError, match=file):
+        store.load(strict=True)
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_flipped_bit_is_noticed(tmp_path, file):
     store = saved(tmp_path, 1, 2)
     path = tmp_path / "epoch_000002" / file
