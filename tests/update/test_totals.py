@@ -57,8 +57,19 @@ def test_optimiser_steps_are_applied_skipped_or_left_out():
     metrics = update_metrics(totals, Advantage(pairs, lost, tied, still), 4, 1.5)
     assert (metrics["optimizer_steps"], metrics["skipped_steps"], metrics["left_out_steps"]) == (2, 1, 1)
     assert metrics["grad_norm"] == 3.0
+    assert metrics["log_ratio_floor"] == 0.0
+    assert metrics["log_ratio_mean"] == metrics["log_ratio_largest"] == metrics["clip_fraction"] == 0.0
     assert metrics["loss"] == 0.5 / 4
     assert metrics["kl"] == 0.25 / 4
     assert metrics["advantage_abs_mean"] == 3 / 5
     assert (metrics["lost_pairs"], metrics["tied_pairs"], metrics["zero_direction_pairs"]) == (1, 1, 0)
     assert (metrics["trained_items"], metrics["seconds_update"]) == (1, 1.5)
+
+
+def test_the_floor_is_logged_as_measured_and_as_zero_where_nothing_was():
+    none = torch.zeros(1, dtype=torch.bool)
+    adv = Advantage(torch.zeros(1, 2), none, none, none)
+    measured = update_metrics(counted([0.25, -0.75]), adv, 1, 0.0)
+    assert measured["log_ratio_floor"] == 0.5
+    assert (measured["log_ratio_mean"], measured["log_ratio_largest"]) == (-0.25, 0.75)
+    assert update_metrics(counted(), adv, 1, 0.0)["log_ratio_floor"] == 0.0
