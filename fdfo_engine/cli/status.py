@@ -48,19 +48,23 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if status is None:
         raise UsageError(f"{arguments.run_dir}: no run folder; it has no status.json{runs_beside(arguments.run_dir)}")
-    for line in [json.dumps(status, indent=1)] if arguments.json else describe(arguments.run_dir, status):
+    newest = status.get("last_checkpoint") or next(reversed(store.names()), "none yet")
+    for line in [json.dumps(status, indent=1)] if arguments.json else describe(arguments.run_dir, status, newest):
         say(line)
     return 0
 
 
-def describe(run_dir: Path, status: dict[str, Any]) -> list[str]:
-    """The record in words, a line each; text from the run is shown with its control characters escaped."""
+def describe(run_dir: Path, status: dict[str, Any], newest: str) -> list[str]:
+    """The record in words, a line each; text from the run is shown with its control characters escaped.
+
+    `newest`: the newest checkpoint.
+    """
     state, code = str(status.get("state", "unknown")), status.get("exit_code")
     age = time.time() - float(status.get("heartbeat") or 0)
     lines = [
         f"{run_dir}: {state}{_phase(status)}" + (f" (exit code {code})" if code else ""),
-        f"  epoch       {status.get('epoch')} of {status.get('epochs') or '?'}",
-        f"  checkpoint  {status.get('last_checkpoint') or 'none by this process'}",
+        f"  epoch       {status.get('epoch')} of {status.get('epochs') or '?'}{_reward(status)}",
+        f"  checkpoint  {newest}",
         f"  heartbeat   {age:.0f} s ago, process {status.get('pid')} on {status.get('host')}",
     ]
     lines += [f"  message     {part}" for part in str(status.get("message") or "").splitlines()]
@@ -70,5 +74,18 @@ def describe(run_dir: Path, status: dict[str, Any]) -> list[str]:
 
 
 def _phase(status: dict[str, Any]) -> str:
-    going = status.get("state") in ("starting", "running")
-    return f", in {status['phase']}" if status.get("phase") and going else ""
+    """What is being done, how far it is and how long it still takes, where the record says so."""
+    phase, total, left_s = (status.get(name) for name in ("phase", "total", "eta_s"))
+    if not phase or status.get("state") not in ("starting", "running"):
+        return ""
+    from fdfo_engine.runtime.terminal import duration
+
+    words = f", in {phase}"
+    if total:
+        words += f", {status.get('done') or 0} of {total} {status.get('unit') or ''}"
+    return words + (f", left {duration(left_s)}" if left_s is not None else "")
+
+
+def _reward(status: dict[str, Any]) -> str:
+    mean = status.get("reward_mean")
+    return "" if mean is None else f", reward {mean:.4f}"

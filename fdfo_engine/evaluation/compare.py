@@ -59,6 +59,10 @@ class Measured:
         """Float64 `[P]`: mean over the images of a prompt; NaN where one of them has no opinion."""
         return self.scores[metric].double().mean(1)
 
+    def of_previews(self, metric: str) -> Tensor:
+        """Float64 `[P]`: of the first image of each prompt."""
+        return self.scores[metric].double()[:, 0]
+
 
 @equal_warnings_counted()
 def measure_weights(engine: Engine, request: Request, measures: Measures, *, name: str, weights: Weights) -> Measured:
@@ -107,9 +111,10 @@ def summarize(
     `summary`: by set and metric the mean over prompts with its t interval. `differences`: the paired difference prompt
     by prompt with its t and bootstrap intervals, and the share of prompts that rose. `health_findings`: sentences on
     health measures that left the band of `guard`; `health_drift`: how far each moved, in standard deviations of the
-    first set's images.
+    first set's images. `scores`: of each prompt the mean over its images. `picture_scores`: by set and reward the score
+    of each prompt's first image, the one that is shown.
     """
-    base = sets[0]
+    base, rewards = sets[0], [metric for metric, kind in kinds.items() if kind == "reward"]
     return {
         "schema_version": SCHEMA_VERSION,
         "request": asdict(request) | {"prompts": len(request.prompts)},
@@ -129,6 +134,7 @@ def summarize(
         "health_drift": {s.name: _drifts(_health(s, kinds), _health(base, kinds)) for s in sets[1:]},
         "prompts": list(request.prompts),
         "scores": {s.name: {metric: s.by_prompt(metric).tolist() for metric in kinds} for s in sets},
+        "picture_scores": {s.name: {metric: s.of_previews(metric).tolist() for metric in rewards} for s in sets},
     }
 
 

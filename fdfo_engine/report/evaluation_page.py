@@ -96,7 +96,6 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "findings": [(n, s) for n, sentences in result["health_findings"].items() for s in sentences],
         "compares": len(names) > 1,
         "verdict": _verdict(result),
-        "images": result["request"]["images_per_prompt"],
         "farthest": _farthest(result),
         "trade_offs": _trade_offs(result),
         "curves": _curves(result),
@@ -233,11 +232,18 @@ def _cards(folder: Path, result: Mapping[str, Any], indices: Sequence[int]) -> l
     for index in indices:
         views = []
         for name in (s["name"] for s in result["sets"]):
-            scores = [(r, _score(result["scores"][name][r][index])) for r in rewards]
+            scores = [(reward, _picture_score(result, name, reward, index)) for reward in rewards]
             picture = embedded(folder / PICTURES_NAME / name / f"{index:05d}.png", _MAX_SIDE)
             views.append({"name": name, "picture": picture, "scores": scores})
         cards.append({"prompt": result["prompts"][index], "views": views})
     return cards
+
+
+def _picture_score(result: Mapping[str, Any], name: str, reward: str, index: int) -> str:
+    """The score of the picture that is shown; beside it the mean over the prompt's images, where there are several."""
+    own, mean = (_score(result[scores][name][reward][index]) for scores in ("picture_scores", "scores"))
+    images = result["request"]["images_per_prompt"]
+    return f"{own} (mean of {images}: {mean})" if images > 1 else own
 
 
 def _score(value: Any) -> str:

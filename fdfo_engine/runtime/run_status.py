@@ -155,3 +155,9 @@ class _Read(BaseModel):
     pid: int = Field(default=0, ge=0, lt=1 << 31)
     exit_code: int | None = None
     heartbeat: float = Field(default=0.0, ge=0)
+    phase: str | None = None
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
+    eta_s: float | None = None
+    reward_mean: float | None = None

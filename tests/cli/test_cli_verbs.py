@@ -28,6 +28,37 @@ def test_status_in_words_and_as_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["epoch"] == 3
 
 
+def test_status_says_how_far_what_goes_on_is(tmp_path, capsys):
+    status = RunStatus(tmp_path)
+    status.update("running", epoch=3, epochs=9)
+    assert main(["status", str(tmp_path)]) == 0
+    assert f"{tmp_path}: running\n" in capsys.readouterr().out
+    status.update(phase="rollout", done=24, total=96, unit="images", eta_s=192.4, reward_mean=0.25)
+    assert main(["status", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: running, in rollout, 24 of 96 images, left 3m 12s\n" in text
+    assert "3 of 9, reward 0.2500\n" in text
+    status.update("finished", exit_code=0)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "24 of 96" not in capsys.readouterr().out
+
+
+def test_status_names_a_checkpoint_of_an_earlier_process(tmp_path, capsys):
+    RunStatus(tmp_path).update("finished", exit_code=0, epoch=4, epochs=4)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "checkpoint  none yet\n" in capsys.readouterr().out
+    (tmp_path / "checkpoints/epoch_000004").mkdir(parents=True)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "checkpoint  epoch_000004\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"done": "\x1b[31m"}, {"total": [1]}, {"eta_s": "soon"}, {"unit": 3}, {"phase": {}}])
+def test_a_status_of_other_kinds_than_written_is_damaged(wrong, tmp_path, capsys):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "phase": "rollout", **wrong}))
+    assert main(["status", str(tmp_path)]) == 7
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_status_of_a_run_that_the_library_saved(tmp_path, capsys):
     (tmp_path / "checkpoints/epoch_000004").mkdir(parents=True)
     assert main(["status", str(tmp_path)]) == 0

@@ -159,6 +159,9 @@ def test_pictures_are_those_that_were_scored(trained, result):
             saved = np.asarray(file)
         expected = (images[index, 0] * 255).round().byte().permute(1, 2, 0).numpy()
         assert np.abs(saved.astype(int) - expected.astype(int)).max() <= 1
+    brightness = images[:, 0].flatten(1).mean(1).tolist()
+    assert result["picture_scores"]["epoch_000002"]["brightness"] == pytest.approx(brightness, rel=1e-4)
+    assert brightness != pytest.approx(result["scores"]["epoch_000002"]["brightness"], rel=1e-4)
 
 
 TWICE = [

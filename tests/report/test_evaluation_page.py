@@ -9,7 +9,7 @@ from report.test_report_page import NASTY, assert_opens_offline, read
 from fdfo_engine.config import GuardConfig
 from fdfo_engine.evaluation.compare import Measured, Request, summarize
 from fdfo_engine.metrics import HEALTH
-from fdfo_engine.report.curves import trade_off_chart
+from fdfo_engine.report.curves import short, trade_off_chart
 from fdfo_engine.report.evaluation_files import write_evaluation
 from fdfo_engine.report.evaluation_page import _rows, evaluation_table, extremes, shown_prompts, write_evaluation_page
 from fdfo_engine.runtime.errors import UsageError
@@ -94,6 +94,26 @@ def test_the_table_says_what_left_its_band_and_has_no_control_characters(sets):
     odd = next(line for line in lines if line.startswith("<b>odd</b>"))
     assert odd.split()[1:] == ["none"] * 4
     assert all(line.isprintable() for line in lines)
+
+
+def test_under_a_picture_stand_its_own_scores_and_the_mean(sets, tmp_path):
+    """The picture is the first of a prompt's two images; winners are chosen by the mean of both."""
+    result = summary(*sets)
+    page = read(write_evaluation(tmp_path, result, {s.name: s.previews for s in sets}, 1))
+    own, other = sets[2].scores["strict"][0].tolist()
+    assert own != pytest.approx(other, rel=0.01)
+    assert f"strict {short(own)} (mean of 2: {short((own + other) / 2)})" in page.text
+    assert "<b>odd</b> none (mean of 2: none)" in page.text
+
+
+def test_with_one_image_a_prompt_there_is_no_mean(sets, tmp_path):
+    for one in sets:
+        one.scores["strict"] = one.scores["strict"][:, :1]
+    result = summarize(sets, {"strict": "reward"}, Request(PROMPTS, 3, 1), GuardConfig(), resamples=200)
+    result |= {"title": "a", "model": "tiny", "height": 16, "width": 24, "larger": None}
+    page = read(write_evaluation(tmp_path, result, {s.name: s.previews for s in sets}, 1))
+    assert f"strict {short(float(sets[0].scores['strict'][0, 0]))}" in page.text
+    assert "(mean of" not in page.words
 
 
 def test_one_set_alone(sets, tmp_path):
