@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -121,21 +121,25 @@ def summarize(
         "confidence": confidence,
         "metrics": [{"name": name, "kind": kind} for name, kind in kinds.items()],
         "sets": [{"name": s.name, "epoch": s.epoch, "weights": s.weights} for s in sets],
-        "summary": {
-            s.name: {metric: asdict(t_interval(s.by_prompt(metric), confidence)) for metric in kinds} for s in sets
-        },
-        "differences": {
-            s.name: {m: _difference(s.by_prompt(m) - base.by_prompt(m), confidence, resamples) for m in kinds}
-            for s in sets[1:]
-        },
+        "summary": _by_set(sets, kinds, lambda s, metric: asdict(t_interval(s.by_prompt(metric), confidence))),
+        "differences": _by_set(
+            sets[1:], kinds, lambda s, m: _difference(s.by_prompt(m) - base.by_prompt(m), confidence, resamples)
+        ),
         "health_findings": {
             s.name: list(health_findings(_health(s, kinds), _health(base, kinds), guard)) for s in sets[1:]
         },
         "health_drift": {s.name: _drifts(_health(s, kinds), _health(base, kinds)) for s in sets[1:]},
         "prompts": list(request.prompts),
-        "scores": {s.name: {metric: s.by_prompt(metric).tolist() for metric in kinds} for s in sets},
-        "picture_scores": {s.name: {metric: s.of_previews(metric).tolist() for metric in rewards} for s in sets},
+        "scores": _by_set(sets, kinds, lambda s, metric: s.by_prompt(metric).tolist()),
+        "picture_scores": _by_set(sets, rewards, lambda s, metric: s.of_previews(metric).tolist()),
     }
+
+
+def _by_set(
+    sets: Sequence[Measured], metrics: Iterable[str], value: Callable[[Measured, str], Any]
+) -> dict[str, dict[str, Any]]:
+    """The value of each set and metric, by their names."""
+    return {measured.name: {metric: value(measured, metric) for metric in metrics} for measured in sets}
 
 
 def _difference(by_prompt: Tensor, confidence: float, resamples: int) -> dict[str, Any]:
