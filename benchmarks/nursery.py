@@ -8,15 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serve_kills import free_port, is_alive
+from fdfo_engine.runtime.rank_files import read_sign
+
+PATIENCE_S = 400.0
+WAITS_FOR_A_LOCK, HOLDS_THE_INTERPRETER = signal.SIGUSR1, signal.SIGUSR2
+"""What a rank does for ever when it gets this signal."""
 
 
 class Nursery:
-    """A context manager that starts ranks as `fdfo_engine/train.py` would."""
+    """A context manager that starts ranks as `fdfo_engine/train.py` would.
+
+    The variable PLANTED makes a rank do something wrong: `tells_early` tells of a checkpoint before it is committed,
+    `no_watchdog` is what it says.
+    """
 
     def __enter__(self) -> Nursery:
         self._process = subprocess.Popen(
@@ -78,6 +87,31 @@ class Ranks:
                 os.kill(pid, signal.SIGKILL)
                 time.sleep(0.02)
 
+    def is_running(self) -> bool:
+        """Whether all of them are."""
+        return all(map(is_alive, self.pids))
+
+    def wait_until_epoch(self, run_dir: Path, epoch: int = 1) -> None:
+        """Until so many epochs are done."""
+        self._wait(lambda: int(status_of(run_dir).get("epoch", 0)) >= epoch)
+
+    def wait_for(self, run_dir: Path, rank: int, phase: str) -> None:
+        """Until `rank` says that it is in `phase`, after the first epoch."""
+        self.wait_until_epoch(run_dir)
+
+        def is_there() -> bool:
+            sign = read_sign(run_dir, rank, self.pids[rank])
+            return sign is not None and sign.place.startswith(phase)
+
+        self._wait(is_there)
+
+    def _wait(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not is_so():
+            assert self.is_running(), self.log()[-3000:]
+            assert time.monotonic() < deadline, self.log()[-3000:]
+            time.sleep(0.02)
+
     def log(self) -> str:
         """What they printed."""
         return (self.folder / "log").read_text(errors="replace")
@@ -95,13 +129,35 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
 
 _NURSERY = """
-import json, os, sys, signal
+import contextlib, ctypes, json, os, signal, sys, threading, time
 import torch, deepspeed, diffusers, transformers
 torch.set_num_threads(1)
-from fdfo_engine import train
-from fdfo_engine.runtime import process
-from fdfo_engine.runtime.errors import report_and_exit_code
-from fdfo_engine.loop import run
+from fdfo_engine import loop, train
+from fdfo_engine.runtime import checkpoint, events, process
+from fdfo_engine.update.saving import Saving
+
+def waits_for_a_lock(*_):
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+def holds_the_interpreter(*_):
+    ctypes.PyDLL(None).sleep(100_000)
+
+def plant(what):
+    if what == "no_watchdog":
+        loop.Watch = lambda *_: contextlib.nullcontext()
+    if what == "tells_early":
+        begin, write = Saving.begin, checkpoint.write_synced
+        def early(saving, epoch, average, state):
+            name = begin(saving, epoch, average, state)
+            saving._progress.stream.tell(events.Checkpoint(epoch=epoch, name=name))
+            return name
+        def slow(path, data):
+            time.sleep(0.2)
+            write(path, data)
+        Saving.begin, checkpoint.write_synced = early, slow
+
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 print("ready", flush=True)
 for line in sys.stdin:
@@ -117,6 +173,9 @@ for line in sys.stdin:
                 open(note, "w").write(str(code))
                 leave(code)
             os._exit = noted
+            signal.signal(signal.SIGUSR1, waits_for_a_lock)
+            signal.signal(signal.SIGUSR2, holds_the_interpreter)
+            plant(os.environ.get("PLANTED"))
             process.claim_process()
             process.end_process(train.main(["--config", *job["words"]]))
         pids.append(pid)

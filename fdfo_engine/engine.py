@@ -27,7 +27,6 @@ from fdfo_engine.rollout.generation import generate_share
 from fdfo_engine.rollout.prompts import refuse_text
 from fdfo_engine.rollout.sampler import PairedSampler, SampledBlock
 from fdfo_engine.runtime import events
-from fdfo_engine.runtime.checkpoint import checkpoint_name
 from fdfo_engine.runtime.closable import Closable
 from fdfo_engine.runtime.distributed import (
     all_agree_hash,
@@ -48,6 +47,7 @@ from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.average import move_average
 from fdfo_engine.update.networks import kl_reference, networks
 from fdfo_engine.update.primitives import Primitives
+from fdfo_engine.update.saving import Saving
 from fdfo_engine.update.updater import Updater
 from fdfo_engine.update.zero import ZeroTrainer
 
@@ -65,7 +65,7 @@ class Engine(Closable):
         next_pair: the global index of the next pair; it never restarts within a run.
         ema: average of the trained weights by name, or None.
         memory: what an epoch is predicted to take of a GPU; None on a CPU. kernels: the backend of each op.
-        checkpoints: those of `run.dir`. notes: JSON that each holds besides, for whoever drives the engine.
+        checkpoints: those of `run.dir`, which `saving` writes. notes: JSON that each holds besides, for who drives it.
         primitives: the update in pieces, for a training loop of one's own.
         progress: tells what is being done, as events.
     """
@@ -117,6 +117,7 @@ class Engine(Closable):
         self.notes: dict[str, Any] = {}
         self._epoch_version = 0
         self.checkpoints = RunCheckpoints(config, self.base.record, self.kernels.backends)
+        self.saving = Saving(self.trainer, self.checkpoints, self.progress)
         self.ema = None if config.update.ema is None else self.trainer.weights()
         self.trainer.train(False)
 
@@ -155,9 +156,9 @@ class Engine(Closable):
 
     def _release(self) -> None:
         """Lets go of model and optimizer: hooks in C++ would hold them for the life of the process."""
+        self.saving.carry_to_its_end()
         self.trainer.close()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def cancel(self, reason: str = "cancel was called") -> None:
         """Ends the call in progress, on every rank, with `Cancelled`; from any thread.
@@ -292,20 +293,19 @@ class Engine(Closable):
             CheckpointError: it holds checkpoints that this engine neither loaded nor saved; no room; the storage
                 refuses. Earlier checkpoints are untouched.
         """
+        path = self.begin_save()
+        self.saving.finish(wait=True)
+        return path
+
+    def begin_save(self) -> Path:
+        """As `save`, but the copied values are written beside what follows: `saving.finish` says how that ended."""
         if self.is_amid_epoch:
             raise UsageError("save: optimiser steps were taken since the last epoch's end; end_epoch comes first")
-        tensors = {"weights": self.trainer.weights(only_main=True), "optimizer": self.trainer.state(only_main=True)}
-        if self.ema is not None:
-            tensors["ema"] = self.ema
         state = {
             "epoch": self.epoch, "next_pair": self.next_pair, "world_size": world_size(),
             "micro_batch": self.micro_batch, "notes": self.notes,
         }  # fmt: skip
-        name = checkpoint_name(self.epoch)
-        on_main(lambda: self.checkpoints.save(name, tensors, state))
-        self.checkpoints.are_ours = True
-        self.progress.tell(events.Checkpoint(epoch=self.epoch, name=name))
-        return self.checkpoints.folder / name
+        return self.checkpoints.folder / self.saving.begin(self.epoch, self.ema, state)
 
     def load(self, name: str | None = None, *, strict: bool = False) -> bool:
         """Continues from checkpoint `name` of `run.dir`, or from the newest whole one; False if there is none.
@@ -313,6 +313,7 @@ class Engine(Closable):
         Raises:
             CheckpointError: damaged or foreign; a foreign one names what differs before anything is changed.
         """
+        self.saving.finish(wait=True)
         checkpoint = together(lambda: self.checkpoints.load(name, strict=strict))
         all_agree_hash(checkpoint.name if checkpoint else "none", "the newest checkpoint")
         if checkpoint is None:

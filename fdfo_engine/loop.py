@@ -148,8 +148,12 @@ def _train(training: Training, told: RunEvents, resumed: bool) -> None:
         _say_finished(epoch, training.engine.config)
     told.tell(events.State(epoch=epoch, state="running", epochs=epochs))
     training.catch_up(resumed=resumed)
-    while training.epoch():
-        pass
+    try:
+        while training.epoch():
+            pass
+        training.engine.saving.finish(wait=True)
+    finally:
+        training.engine.saving.carry_to_its_end()  # whatever ended the run
 
 
 class Training:
@@ -181,11 +185,12 @@ class Training:
         engine, config = self.engine, self._config
         if engine.epoch >= config.run.epochs:
             return False
+        engine.saving.finish(wait=False)
         try:
             self._stopping.stop_between_epochs()
             self._train_epoch()
             if self._evaluations.is_due() or self._stopping.comes_late:
-                self.save()  # before what a stop, or a kill, may end
+                self._save_early()  # before what a stop, or a kill, may end
             self._evaluations.hold()
         except GuardStop:
             raise
@@ -193,7 +198,7 @@ class Training:
             self._keep_whole_epochs()
             raise
         if engine.epoch % config.checkpoint.every == 0 or engine.epoch == config.run.epochs:
-            self.save()
+            self._begin_save()
         return True
 
     def _train_epoch(self) -> None:
@@ -217,13 +222,28 @@ class Training:
         watch.require_opinions(metrics)
 
     def save(self, *, again: bool = False) -> None:
-        """Saves the weights of the last whole epoch, if no checkpoint holds them yet, or `again`."""
+        """Saves the weights of the last whole epoch, if no checkpoint holds them yet, or `again`; then it is there."""
         if self.engine.epoch != self._kept_epoch or again:
             self.engine.save()
             self._kept_epoch = self.engine.epoch
+        self.engine.saving.finish(wait=True)
+
+    def _begin_save(self) -> None:
+        """As `save`, but written beside what follows."""
+        if self.engine.epoch != self._kept_epoch:
+            self.engine.begin_save()
+            self._kept_epoch = self.engine.epoch
+
+    def _save_early(self) -> None:
+        """Before an evaluation; a guard may take the run back to this checkpoint, which then has to be there."""
+        if self._config.evaluation.guard.action == "off":
+            self._begin_save()
+        else:
+            self.save()
 
     def _keep_whole_epochs(self) -> None:
         """What was trained is not lost with the epoch that fails. Amid an update the weights are of no epoch."""
+        self.engine.saving.finish(wait=True)
         if self.engine.is_amid_epoch:
             say(f"the weights are amid an epoch; the last checkpoint is epoch {self._kept_epoch}")
         elif self.engine.epoch > self._kept_epoch:

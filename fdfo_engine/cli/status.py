@@ -35,6 +35,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the status."""
+    from fdfo_engine.runtime.best_checkpoint import read_best
     from fdfo_engine.runtime.run_folder import checkpoint_store, runs_beside
     from fdfo_engine.runtime.run_status import read_status
 
@@ -49,8 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     if status is None:
         raise UsageError(f"{arguments.run_dir}: no run folder; it has no status.json{runs_beside(arguments.run_dir)}")
     newest = status.get("last_checkpoint") or next(reversed(store.names()), "none yet")
+    best = None if arguments.json else read_best(arguments.run_dir)
     for line in [json.dumps(status, indent=1)] if arguments.json else describe(arguments.run_dir, status, newest):
         say(line)
+    if best is not None:
+        say(f"  best        {best}")
     return 0
 
 

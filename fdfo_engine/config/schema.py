@@ -324,7 +324,8 @@ class CheckpointConfig(Section):
     """Epochs between checkpoints; the last epoch always makes one."""
 
     keep: int = Field(default=2, ge=2)
-    """Newest checkpoints to keep; two, so that a damaged one has a predecessor."""
+    """Newest checkpoints to keep, and beside them the best by held-out reward; two, so that a damaged one has a
+    predecessor."""
 
 
 class CommConfig(Section):

@@ -214,10 +214,12 @@ def choose_micro_batch(footprint: Footprint, config: Config, ranks: int, free: i
 def checkpoints_bytes(trained_values: int, config: Config) -> int:
     """What the checkpoints of a run take of the disk: each has weights, both moments and the average, all float32.
 
-    Counted are those that are kept, a pinned one, and the one that is written before the oldest goes.
+    Counted are the newest, the best and the one that a guard goes back to, and the one that is written before the
+    oldest goes.
     """
     each = 4 * trained_values * (3 if config.update.ema is None else 4)
-    return (config.checkpoint.keep + 2) * each
+    beside = 2 if config.evaluation.guard.action == "rollback" else 1
+    return (config.checkpoint.keep + beside + 1) * each
 
 
 def refusal(prediction: Prediction, free: int) -> str:

@@ -137,6 +137,10 @@ def _tiles(data: RunData) -> list[tuple[str, str, str]]:
     tiles = []
     if held_out := held_out_change(data.evaluations):
         tiles.append(("Held-out reward", held_out.headline, held_out.remark))
+    if data.best:
+        tiles.append(
+            ("Best checkpoint", data.best.name, f"held-out reward {data.best.reward:.4g}; kept beside the newest")
+        )
     if data.metrics:
         planned = _setting(data.settings, "run.epochs")
         tiles.append(("Epochs", str(data.metrics[-1]["epoch"]), f"of {planned}" if planned else ""))

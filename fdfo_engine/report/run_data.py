@@ -15,6 +15,7 @@ from PIL import Image
 from fdfo_engine.choices import Choice
 from fdfo_engine.report.people import choices_of
 from fdfo_engine.report.records import EpochLine, EvaluationLine, Listing, Machine, Record, has_form
+from fdfo_engine.runtime.best_checkpoint import Best, read_best
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
 from fdfo_engine.runtime.json_text import json_object
 from fdfo_engine.runtime.run_folder import (
@@ -57,6 +58,7 @@ class RunData:
     pairs: tuple[str, str] | None = None
     choices: list[Choice] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    best: Best | None = None
 
 
 def read_run(path: Path) -> RunData:
@@ -69,6 +71,7 @@ def read_run(path: Path) -> RunData:
     data.metrics = _records(path / METRICS_NAME, EpochLine)
     data.evaluations = _records(path / EVALUATIONS_NAME, EvaluationLine)
     data.status = _status(path)
+    data.best = read_best(path)
     if data.config_text is None and data.status is None and not data.metrics:
         raise UsageError(
             f"{path}: no run folder; it has no config.yaml, status.json or metrics.jsonl{runs_beside(path)}"

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,13 +82,13 @@ class CheckpointStore:
     One process at a time may save (the run folder's lock sees to it); any number may read meanwhile.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 2, pinned: str | None = None) -> None:
+    def __init__(self, folder: Path | str, keep: int = 2, pinned: Collection[str] = ()) -> None:
         """`folder` is created by the first save; `keep` >= 2 newest checkpoints are kept, and `pinned` beside them."""
         if keep < 2:
             raise ValueError(f"keep = {keep}: takes 2 or more, or a damaged newest checkpoint would be the only one")
         self.folder = Path(folder)
         self.keep = keep
-        self.pinned = pinned
+        self.pinned = frozenset(pinned)
         self._tidied = False
 
     def names(self) -> list[str]:
@@ -211,7 +211,7 @@ class CheckpointStore:
             say(f"checkpoint {name} removed: the run went on from before it")
             self._drop(name)
         for name in [n for n in names if n <= newest][: -self.keep]:
-            if name != self.pinned:
+            if name not in self.pinned:
                 self._drop(name)
 
     def _drop(self, name: str) -> None:

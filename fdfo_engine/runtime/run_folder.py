@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -152,7 +152,7 @@ def stored_config(path: Path | str) -> str | None:
         raise CheckpointError(f"{file}: damaged: {error}; {_RESTORE}") from error
 
 
-def checkpoint_store(path: Path | str, keep: int = 2, pinned: str | None = None) -> CheckpointStore:
+def checkpoint_store(path: Path | str, keep: int = 2, pinned: Collection[str] = ()) -> CheckpointStore:
     """The checkpoints of the run in `path`; `keep` and `pinned` are for who saves."""
     return CheckpointStore(Path(path) / _CHECKPOINTS_NAME, keep, pinned)
 

@@ -78,6 +78,8 @@ class RunStatus:
     def __call__(self, event: events.Event) -> None:
         """Takes the event in. Progress within a phase is written with the next beat, all else at once."""
         fields = _told(event.data)
+        if isinstance(event.data, events.Checkpoint):  # which may be of an epoch ago: it is written beside the training
+            fields["epoch"] = max(self._fields["epoch"], event.data.epoch)
         with self._lock:
             if fields.get("phase") is not None and fields["phase"] == self._fields["phase"]:
                 self._change(fields)
@@ -119,7 +121,7 @@ def _told(data: events.AnyData) -> dict[str, Any]:
             known = {name: data.values.get(name) for name in ("reward_mean", "images_per_second")}
             return {"epoch": data.epoch, **known, **_NO_PHASE}
         case events.Checkpoint():
-            return {"epoch": data.epoch, "last_checkpoint": data.name}
+            return {"last_checkpoint": data.name}
         case events.Done():
             ended = {"state": data.state, "exit_code": data.exit_code}
             return ended | (_NO_PHASE if data.state == "finished" else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fdfo_engine.config import Config
 from fdfo_engine.engine import Engine
@@ -10,6 +11,9 @@ from fdfo_engine.evaluation import evaluate, evaluation_prompts, metric_rewards
 from fdfo_engine.evaluation.guard_watch import GuardWatch, Save
 from fdfo_engine.rewards import WeightedRewards
 from fdfo_engine.runtime import events
+from fdfo_engine.runtime.best_checkpoint import Best, note_best
+from fdfo_engine.runtime.checkpoint import checkpoint_name
+from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.distributed import any_rank, on_main
 from fdfo_engine.runtime.run_events import Told
 from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, checkpoint_store, read_log
@@ -53,6 +57,15 @@ class Evaluations:
         self._told.tell(events.Metrics(epoch=engine.epoch, kind="evaluation", values=record))
         scores = {name: values.tolist() for name, values in result.scores.items()}
         self._told.tell(evaluation_images(engine.epoch, result.prompts, result.images, scores))
+        engine.saving.finish(wait=True)
+        on_main(lambda: self._note_best(record))
+
+    def _note_best(self, record: dict[str, Any]) -> None:
+        """Where the weights that were evaluated are in a checkpoint; those before the first epoch are in none."""
+        folder, name = self._engine.config.run.dir, checkpoint_name(self._engine.epoch)
+        best = Best(name, record["reward"], record["reward_stderr"])
+        if name in checkpoint_store(folder).names() and note_best(folder, best):
+            say(f"best so far: {best}")
 
     def _lacks_the_last(self) -> bool:
         return _lacks_evaluation(self._engine.config, self._engine.epoch)
