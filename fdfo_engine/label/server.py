@@ -23,7 +23,8 @@ from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import replace_file
 from fdfo_engine.runtime.errors import EnvironmentProblem, UsageError
 from fdfo_engine.runtime.json_text import json_object
-from fdfo_engine.runtime.run_lock import LOCK_NAME, is_alive
+from fdfo_engine.runtime.process import is_alive
+from fdfo_engine.runtime.run_lock import LOCK_NAME
 from fdfo_engine.serve.access import TOKEN_NAME
 from fdfo_engine.serve.address import Address
 

@@ -66,6 +66,14 @@ def replace_file(path: Path, data: bytes) -> None:
         raise storage_error(path, error) from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `replace_file` left in `folder` when its process was killed; of a process that lives it stays."""
+    for path in folder.glob(".tmp-*"):
+        writer = path.name.rpartition("-")[2]
+        if path.is_file() and writer.isdecimal() and not Path("/proc", writer).exists():
+            path.unlink(missing_ok=True)
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Appends `record` to a JSONL file as one whole, synced line; non-finite numbers become null.
 

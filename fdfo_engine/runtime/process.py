@@ -1,4 +1,4 @@
-"""How a process of several ranks ends."""
+"""Whose a process is, whether it lives, and how one of several ranks ends."""
 
 import atexit
 import contextlib
@@ -18,6 +18,17 @@ def claim_process() -> None:
 def is_ours() -> bool:
     """Whether `claim_process` was called; else somebody's own program is around us."""
     return _is_ours
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host has the id `pid`."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
 
 
 def end_process(status: int) -> NoReturn:

@@ -15,7 +15,7 @@ from fdfo_engine.config import Config, dump_config, load_config, resumable_keys,
 from fdfo_engine.runtime.base_record import BaseRecord, recorded_base, write_base
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.console import say, warn
-from fdfo_engine.runtime.durable import replace_file, require_room, storage_error, write_synced
+from fdfo_engine.runtime.durable import remove_leftovers, replace_file, require_room, storage_error, write_synced
 from fdfo_engine.runtime.environment import describe_environment
 from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
 from fdfo_engine.runtime.event_log import truncate_events
@@ -80,6 +80,7 @@ class RunFolder:
         lock.take()
         try:
             probe_storage(path)
+            remove_leftovers(path)
             record_config(path, config_text, base=base, has_moved=has_moved, may_change=may_change)
             refuse_lost_checkpoints(path, checkpoint_store(path))
             replace_file(path / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=1).encode())

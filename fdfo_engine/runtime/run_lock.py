@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from fdfo_engine.runtime.console import say
 from fdfo_engine.runtime.durable import storage_error
 from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.runtime.json_text import json_object
+from fdfo_engine.runtime.process import is_alive
+from fdfo_engine.runtime.run_status import HEARTBEAT_S, heartbeat
 
 LOCK_NAME = "run.lock"
+SILENCE_S = 5 * HEARTBEAT_S
+"""A run of another host whose heartbeat stands still for that long is over."""
 
 
 class RunLock:
@@ -62,7 +67,7 @@ class RunLock:
     def _refuse_if_held(self, holder: dict[str, Any] | None, free: bool | None) -> None:
         if free is False:
             raise UsageError(f"{self.path.parent} is in use by {_shown(holder)}; choose another run.dir or stop it")
-        if holder and holder.get("host") != socket.gethostname():
+        if holder and holder.get("host") != socket.gethostname() and not (free and self._is_silent(holder)):
             raise UsageError(
                 f"{self.path.parent} was in use by {_shown(holder)}, which cannot be checked from here; "
                 f"if that run is over, delete {self.path}"
@@ -70,16 +75,17 @@ class RunLock:
         if holder and free is None and is_alive(holder["pid"]):
             raise UsageError(f"{self.path.parent} is in use by {_shown(holder)}")
 
+    def _is_silent(self, holder: dict[str, Any]) -> bool:
+        """Whether a run of another host, or of this one under another name, has stopped renewing its heartbeat.
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host has the id `pid`."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
+        Its lock is free already; but not every network storage shares locks between hosts.
+        """
+        before = heartbeat(self.path.parent)
+        if before is None:
+            return False
+        say(f"{self.path.parent} was in use by {_shown(holder)}: looking for {SILENCE_S:.0f} s whether it still is")
+        time.sleep(SILENCE_S)
+        return heartbeat(self.path.parent) == before
 
 
 def _try_flock(descriptor: int) -> bool | None:

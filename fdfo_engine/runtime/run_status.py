@@ -17,7 +17,7 @@ from fdfo_engine.runtime.console import warn
 from fdfo_engine.runtime.durable import plain_json, replace_file
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.json_text import json_object
-from fdfo_engine.runtime.run_lock import is_alive
+from fdfo_engine.runtime.process import is_alive
 
 STATUS_NAME = "status.json"
 HEARTBEAT_S = 3.0
@@ -126,6 +126,15 @@ def _told(data: events.AnyData) -> dict[str, Any]:
             ended = {"state": data.state, "exit_code": data.exit_code}
             return ended | (_NO_PHASE if data.state == "finished" else {})
     return {}
+
+
+def heartbeat(folder: Path | str) -> float | None:
+    """When the process of the run in `folder` last said that it lives, by its own clock; None where nothing is said."""
+    try:
+        found = json_object((Path(folder) / STATUS_NAME).read_bytes()).get("heartbeat")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, float) else None
 
 
 def read_status(folder: Path | str) -> dict[str, Any] | None:

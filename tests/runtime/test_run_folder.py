@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from tiny_sd3 import tiny_config
 
 from fdfo_engine.config import dump_config, resumable_keys
+from fdfo_engine.runtime import run_lock
 from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
 from fdfo_engine.runtime.run_folder import (
     RunFolder,
@@ -26,6 +28,7 @@ CONFIG = "run: {seed: 0, epochs: 3}\noptimizer: {lr: 1.0e-4, betas: [0.9, 0.999]
 
 HOLD = """
 import sys
+import time
 from fdfo_engine.runtime.run_folder import RunFolder
 folder = RunFolder.open(sys.argv[1], sys.argv[2])
 folder.status.update("running", epoch=1)
@@ -276,3 +279,41 @@ def test_another_prompt_list_is_refused_unless_it_is_allowed(tmp_path, capsys):
         folder.require_prompts("b" * 64, may_change=True)
         assert "goes on with other prompts" in capsys.readouterr().err
         folder.require_prompts("b" * 64)
+
+
+def left_by_another_host(folder, monkeypatch):
+    """A run whose lock is free and whose status says that it runs; heartbeats are looked for over a short time."""
+    RunFolder.open(folder, CONFIG).close()
+    lock = {"pid": 1, "host": "elsewhere.example", "started": "2030-01-01"}
+    (folder / "run.lock").write_text(json.dumps(lock))
+    (folder / "status.json").write_text(json.dumps({"state": "running", "heartbeat": 1.5}))
+    monkeypatch.setattr(run_lock, "SILENCE_S", 0.3)
+
+
+def test_a_run_killed_under_another_host_name_is_taken_over(tmp_path, monkeypatch, capsys):
+    """As a container that is started again, under a name of its own."""
+    left_by_another_host(tmp_path, monkeypatch)
+    RunFolder.open(tmp_path, CONFIG).close()
+    printed = capsys.readouterr().out
+    assert "pid 1 on elsewhere.example, started 2030-01-01: looking for" in printed
+    assert "took over" in printed
+
+
+def test_a_run_on_another_host_that_still_beats_is_left_alone(tmp_path, monkeypatch):
+    left_by_another_host(tmp_path, monkeypatch)
+    beat = json.dumps({"state": "running", "heartbeat": 4.5})
+    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "status.json").write_text(beat))
+    with pytest.raises(UsageError, match=r"was in use by pid 1 on elsewhere\.example"):
+        RunFolder.open(tmp_path, CONFIG)
+
+
+def test_leftovers_of_a_killed_writer_go_and_those_of_a_living_one_stay(tmp_path):
+    RunFolder.open(tmp_path, CONFIG).close()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone = [f".tmp-status.json-{dead.pid}", f".tmp-config.yaml-{dead.pid}"]
+    stays = [f".tmp-serve.json-{os.getpid()}", ".tmp-somebody's", f"tmp-{dead.pid}"]
+    for name in gone + stays:
+        (tmp_path / name).write_text("half")
+    RunFolder.open(tmp_path, CONFIG).close()
+    assert [name for name in gone + stays if (tmp_path / name).exists()] == stays
