@@ -149,10 +149,10 @@ def plant(what):
         loop.Watch = lambda *_: contextlib.nullcontext()
     if what == "tells_early":
         begin, write = Saving.begin, checkpoint.write_synced
-        def early(saving, epoch, average, state):
-            name = begin(saving, epoch, average, state)
-            saving._progress.stream.tell(events.Checkpoint(epoch=epoch, name=name))
-            return name
+        def early(saving, checkpoints, average, state):
+            path = begin(saving, checkpoints, average, state)
+            saving._progress.stream.tell(events.Checkpoint(epoch=state["epoch"], name=path.name))
+            return path
         def slow(path, data):
             time.sleep(0.2)
             write(path, data)

@@ -117,7 +117,7 @@ class Engine(Closable):
         self.notes: dict[str, Any] = {}
         self._epoch_version = 0
         self.checkpoints = RunCheckpoints(config, self.base.record, self.kernels.backends)
-        self.saving = Saving(self.trainer, self.checkpoints, self.progress)
+        self.saving = Saving(self.trainer, self.progress)
         self.ema = None if config.update.ema is None else self.trainer.weights()
         self.trainer.train(False)
 
@@ -305,7 +305,7 @@ class Engine(Closable):
             "epoch": self.epoch, "next_pair": self.next_pair, "world_size": world_size(),
             "micro_batch": self.micro_batch, "notes": self.notes,
         }  # fmt: skip
-        return self.checkpoints.folder / self.saving.begin(self.epoch, self.ema, state)
+        return self.saving.begin(self.checkpoints, self.ema, state)
 
     def load(self, name: str | None = None, *, strict: bool = False) -> bool:
         """Continues from checkpoint `name` of `run.dir`, or from the newest whole one; False if there is none.

@@ -31,6 +31,7 @@ from fdfo_engine.runtime.errors import (
     of_exit_code,
 )
 from fdfo_engine.runtime.host import host_kept
+from fdfo_engine.runtime.loopback import require_loopback
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def together_patiently(action: Callable[[], T], look: Callable[[], None] = lambd
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     pool = ThreadPoolExecutor(1, "patient", use_device, (device,))
-    future = pool.submit(_watched(action))
+    future = pool.submit(pulse.working, action)
     pool.shutdown(wait=False)
     try:
         while any_rank(bool(wait([future], timeout=_PATIENCE_S).not_done), "work that takes long"):
@@ -169,14 +170,6 @@ def together_patiently(action: Callable[[], T], look: Callable[[], None] = lambd
         wait([future], timeout=_LAST_WAIT_S)
         raise
     return together(future.result)
-
-
-def _watched(action: Callable[[], T]) -> Callable[[], T]:
-    def watched() -> T:
-        with pulse.work("a thread that scores"):
-            return action()
-
-    return watched
 
 
 def use_device(index: int | None) -> None:
@@ -270,10 +263,13 @@ def _join(backend: str, timeout_s: float, join_timeout_s: float) -> None:
     own, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     timeout = timedelta(seconds=timeout_s)
     if ranks == 1:
+        require_loopback()
         os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     host, port = (_launched(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if host == "localhost" or host.startswith("127."):
+        require_loopback()
     # torchrun's agent already serves the store.
     serves = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 ENGINE = "the engine"
 
 
@@ -65,6 +67,12 @@ def work(name: str) -> Iterator[None]:
         yield
     finally:
         _works.pop(thread, None)
+
+
+def working(action: Callable[[], T]) -> T:
+    """What `action` gives; for a helper thread that does nothing else."""
+    with work("a helper thread"):
+        return action()
 
 
 def enter_phase(place: Callable[[], str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fdfo_engine.runtime import distributed
+from fdfo_engine.runtime.loopback import require_loopback
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,3 +196,33 @@ def test_a_collective_before_the_group_is_a_bug(monkeypatch, no_group):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AssertionError, match="setup_distributed"):
         distributed.all_sum(torch.ones(1))
+
+
+NO_LOOPBACK = """
+import os, sys
+from fdfo_engine.runtime.distributed import setup_distributed
+from fdfo_engine.runtime.errors import EnvironmentProblem
+for ranks in ("1", "2"):
+    os.environ |= {"RANK": "0", "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+    try:
+        setup_distributed("cpu")
+    except EnvironmentProblem as error:
+        print(error)
+"""
+
+
+def test_a_machine_that_does_not_reach_itself_is_told_at_once():
+    if subprocess.run(["unshare", "-Urn", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    words = ["unshare", "-Urn", sys.executable, "-c", NO_LOOPBACK]
+    ended = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("does not reach itself at 127.0.0.1" in line and "ip link set lo up" in line for line in lines)
+
+
+def test_a_machine_that_reaches_itself_passes():
+    require_loopback()
