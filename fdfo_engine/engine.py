@@ -98,7 +98,7 @@ class Engine(Closable):
             self.model = load_model(config, self.device, self.base)
         self.memory = plan_memory(self.model, config) if trains and self.device.type == "cuda" else None
         micro_batch = config.update.micro_batch_items if self.memory is None else self.memory.micro_batch
-        self.kernels = settled(config, self.model, micro_batch, trains=trains)
+        self.kernels = settled(config, self.model, micro_batch, self.backend, trains=trains)
         self.backend = self.kernels.pair_ops(self.backend)
         prompts = PromptCache(self.model, open_prompt_store(config, self.device, self.base))
         algorithm = build_algorithm(config, self.backend)

@@ -19,8 +19,9 @@ from fdfo_engine.models.pipeline_model import PipelineModel
 from fdfo_engine.ops import BACKENDS, Choices, backends, candidates, fdfo_loss, named, paired_step
 from fdfo_engine.planning.kernel_cache import Batches, KernelCache
 from fdfo_engine.planning.measuring import Measurement, Seconds, Timed, fastest, seconds_of
+from fdfo_engine.planning.self_check import check_ops
 from fdfo_engine.runtime.console import say, warn
-from fdfo_engine.runtime.distributed import broadcast_text, is_main, on_main, world_size
+from fdfo_engine.runtime.distributed import broadcast_text, is_main, on_main, together, world_size
 from fdfo_engine.runtime.kernel_record import Backends, backends_of
 from fdfo_engine.runtime.run_checkpoints import kernels_of_run
 
@@ -49,7 +50,7 @@ class Kernels:
         return "\n".join([f"kernels: {self.origin}", *lines])
 
 
-def settled(config: Config, model: FlowModel, micro_batch: int, *, trains: bool) -> Kernels:
+def settled(config: Config, model: FlowModel, micro_batch: int, pair_backend: str, *, trains: bool) -> Kernels:
     """What the run of `config` takes on this machine, the same on every rank, put in force on `model`; collective.
 
     A run that has begun takes what it recorded, or the fixed order if it recorded nothing; so does one that may not
@@ -58,9 +59,11 @@ def settled(config: Config, model: FlowModel, micro_batch: int, *, trains: bool)
 
     Args:
         micro_batch: items of one forward and backward.
+        pair_backend: what the pair ops take where nothing was measured.
 
     Raises:
         CheckpointError: the run's record is damaged.
+        NumericsError: an op gives something else than plain torch here.
     """
     batches = batches_of(config, micro_batch)
 
@@ -77,6 +80,8 @@ def settled(config: Config, model: FlowModel, micro_batch: int, *, trains: bool)
         say(kernels.table())
     kernels = replace(kernels, backends=json.loads(broadcast_text(json.dumps(kernels.backends))))
     put_in_force(model.network, kernels)
+    pair_ops = kernels.pair_ops(pair_backend)
+    together(lambda: check_ops(model, Choices(kernels.backends), pair_ops))
     return kernels
 
 
