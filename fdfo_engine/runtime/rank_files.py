@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fdfo_engine.runtime.json_text import json_object
+
 FOLDER_NAME = "ranks"
 _BYTES = 4096
 _TEXT_CHARACTERS = 600
@@ -71,7 +73,7 @@ def stacks_path(run_dir: Path, rank: int) -> Path:
 def read_sign(run_dir: Path, rank: int, pid: int) -> Sign | None:
     """The last sign of process `pid` as `rank`; None where there is none, or one that is just being written."""
     try:
-        sign = Sign(**json.loads(_sign_path(run_dir, rank).read_bytes()))
+        sign = Sign(**json_object(_sign_path(run_dir, rank).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
     return sign if sign.pid == pid else None

@@ -46,8 +46,11 @@ class RunStatus:
     @classmethod
     def taken_over(cls, folder: Path) -> RunStatus | None:
         """Goes on with what another process wrote, which is gone; None where it wrote how the run ended, or nothing."""
-        stored = read_status(folder)
-        if stored is None or stored["exit_code"] is not None:
+        try:
+            stored = read_status(folder)
+        except ValueError:
+            stored = {}  # a damaged one: it is written anew
+        if stored is None or stored.get("exit_code") is not None:
             return None
         status = cls(folder)
         status._fields |= {name: value for name, value in stored.items() if name in status._fields}
