@@ -28,6 +28,7 @@ from fdfo_engine.runtime.run_checkpoints import kernels_of_run
 PAIR_OPS = "pair_ops"
 """What the pair ops are called together."""
 
+_LEGEND = "; * is taken: the first, unless another is faster by more than their noise"
 _ROLLOUT_TIMESTEP = 500.0
 
 
@@ -47,7 +48,7 @@ class Kernels:
         """A line an op and shape: microseconds an item on each backend, and which is taken."""
         width = max(map(len, self.measured), default=0)
         lines = [f"{name:{width}}  {_shown(seconds)}" for name, seconds in sorted(self.measured.items())]
-        return "\n".join([f"kernels: {self.origin}", *lines])
+        return "\n".join([f"kernels: {self.origin}{_LEGEND if lines else ''}", *lines])
 
 
 def settled(config: Config, model: FlowModel, micro_batch: int, pair_backend: str, *, trains: bool) -> Kernels:

@@ -36,14 +36,31 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], label: str) -> str | None:
-    """SVG of curves over the epoch, or None if there is no finite value; `label` is read out by screen readers."""
+    """SVG of curves over the epoch, or None if there is no finite value.
+
+    Screen readers read out `label`, and of each curve where it begins, where it ends and between what it lies.
+    """
     values = [y + s * e for c in series for (_, y), e in _with_errors(c) for s in (-1, 1) if math.isfinite(y)]
     if not values:
         return None
     xs = [x for curve in series for x, _ in curve.points]
     low, high = _padded(min(values), max(values))
     axes = _Axes(min(xs), max(xs), low if _has_negative(series) else max(low, 0.0), high)
-    return _svg(label, [axes.grid(), _EPOCH, *(_curve(axes, curve) for curve in series)])
+    return _svg(label, [_in_words(series), axes.grid(), _EPOCH, *(_curve(axes, curve) for curve in series)])
+
+
+def _in_words(series: Sequence[Series]) -> str:
+    sentences = []
+    for curve in series:
+        known = [(x, y) for x, y in curve.points if math.isfinite(y)]
+        if known and not curve.faint:
+            (first, before), (last, after) = known[0], known[-1]
+            values = [y for _, y in known]
+            sentences.append(
+                f"{curve.name}: {short(before)} at epoch {short(first)}, {short(after)} at epoch {short(last)}, "
+                f"between {short(min(values))} and {short(max(values))}."
+            )
+    return f"<desc>{escape(' '.join(sentences))}</desc>"
 
 
 def _has_negative(series: Sequence[Series]) -> bool:

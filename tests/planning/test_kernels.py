@@ -214,6 +214,8 @@ def test_a_damaged_cache_is_said_and_measured_again(capsys):
 def test_a_table_says_what_is_taken():
     shown = Kernels({"op": "torch"}, "measured", {"op": {"cpp": spread(2e-6), "torch": spread(1e-6)}}).table()
     assert "cpp 2.0, *torch 1.0" in shown
+    assert shown.startswith("kernels: measured; * is taken: the first, unless another is faster")
+    assert Kernels({}, "by a fixed order").table() == "kernels: by a fixed order"
 
 
 def test_batches_are_counted_with_guidance(tiny_sd3, tmp_path):

@@ -331,6 +331,18 @@ def test_pictures_are_told_to_those_who_do_not_see_them(run_dir):
     assert all(len(alt) < 260 for alt in alts)
 
 
+def test_a_chart_is_told_to_those_who_do_not_see_it():
+    curves = [Series("<raw>", [(1, 0.5), (2, 0.75), (3, math.nan), (4, 0.25)]), Series("thin", [(1, 9.0)], faint=True)]
+    svg = line_chart([*curves, Series("empty", [(1, math.nan)])], "a")
+    (told,) = re.findall("<desc>(.*?)</desc>", svg)
+    assert told == "&lt;raw&gt;: 0.5 at epoch 1, 0.25 at epoch 4, between 0.25 and 0.75."
+
+
+def test_a_page_says_at_its_top_when_it_was_written(run_dir):
+    words = read(write_report(run_dir)).words
+    assert re.search(r"Written \d{4}-\d\d-\d\d \d\d:\d\d UTC", words[: words.index("tiny/shapes")])
+
+
 def test_health_is_drawn_as_the_guard_counts_it(tmp_path):
     """In one chart: 0.01 to 0.06 with a spread of 0.05 is one standard deviation, which is the guard's limit."""
     with RunFolder.open(tmp_path, CONFIG):
