@@ -1,6 +1,6 @@
 """Do the tests notice? Single changes to the code (mutants, by cosmic-ray), each against the tests of its module.
 
-    python -m benchmarks.mutation [--each 6] [--minutes 40] [--out FILE]
+    python -m benchmarks.mutation [--each 6] [--minutes 40] [--modules PATH ...] [--out FILE]
 
 A mutant is one operator, number or condition changed in a copy of the checkout. It is killed if a test fails or takes
 too long; the same tests must pass on unchanged code first. Mutants are drawn by a seed, the same ones each time, and
@@ -101,6 +101,7 @@ def main() -> None:
     """Tries what is left of the sample, and writes after each mutant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=6, help="mutants a module")
+    parser.add_argument("--modules", nargs="*", help="of the table, by path; default: all")
     parser.add_argument("--minutes", type=float, default=40, help="no further mutant is begun after this time")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutation.json")
     arguments = parser.parse_args()
@@ -109,7 +110,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy, passing = copied_checkout(Path(folder)), set()
         for mutant, tests in sample(arguments.each):
-            if mutant.name in tried or time.monotonic() > end:
+            is_left_out = arguments.modules is not None and mutant.module not in arguments.modules
+            if is_left_out or mutant.name in tried or time.monotonic() > end:
                 continue
             if tests not in passing:
                 require_pass(copy, tests)

@@ -166,6 +166,7 @@ def _files_and_column(settings: PromptsConfig, split: Split) -> tuple[list[Path]
 def _usable(entries: Iterable[Entry], reading: Reading, form: Format, *, has_comments: bool) -> Iterator[str]:
     for where, text in entries:
         reading.entries += 1
+        _refuse_nul(where, text or "")
         if text is None:
             reading.left_out["null"] += 1
         elif not _is_visible(text):
@@ -184,9 +185,12 @@ def _is_visible(text: str) -> bool:
     return any(unicodedata.category(character) not in _UNSEEN for character in text)
 
 
-def _check(where: str, prompt: str, noun: str) -> None:
-    if "\0" in prompt:
+def _refuse_nul(where: str, text: str) -> None:
+    if "\0" in text:
         raise PromptError(f"{where}: holds a NUL character, as no text does; is the file UTF-16? save it as UTF-8")
+
+
+def _check(where: str, prompt: str, noun: str) -> None:
     try:
         size = len(prompt.encode())
     except UnicodeEncodeError as error:

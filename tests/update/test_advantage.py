@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fdfo_engine.update.advantage import advantage
+from fdfo_engine.update.advantage import advantage, given_advantage
 
 NAN, INF = float("nan"), float("inf")
 
@@ -47,3 +47,14 @@ def test_a_difference_below_float32_is_a_tie_and_counted_as_one():
     found = advantage(torch.tensor([[1e-60, 0.0]], dtype=torch.float64), directions(1))
     assert not found.live.any()
     assert found.tied.tolist() == [True]
+
+
+def test_given_advantages_are_taken_as_they_are_and_each_reason_for_none_is_counted_once():
+    """Rows: both branches pull, one does, a tie, no opinion in one, equal images."""
+    values = torch.tensor([[0.5, -0.25], [0.0, 2.0], [0.0, 0.0], [NAN, 1.0], [3.0, 1.0]])
+    found = given_advantage(values, directions(5, still=[4]))
+    assert found.values.tolist() == [[0.5, -0.25], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert found.tied.tolist() == [False, False, True, False, False]
+    assert found.lost.tolist() == [False, False, False, True, False]
+    assert found.still.tolist() == [False, False, False, False, True]
+    assert found.live.tolist() == [True, True, False, False, False]
