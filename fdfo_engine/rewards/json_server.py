@@ -20,6 +20,7 @@ from fdfo_engine.config.section import Section, refuse
 from fdfo_engine.runtime import pulse
 from fdfo_engine.runtime.console import visible, warn
 from fdfo_engine.runtime.errors import RewardError
+from fdfo_engine.runtime.json_text import json_value
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -308,12 +309,9 @@ def _read(reply: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
 
 
 def _parsed(content: bytes, shown: str) -> Any:
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return json_value(content.decode("utf-8"), takes_nan=False)
+    except ValueError as error:
         raise BadReplyError("no JSON", f"{error}: {shown}") from error
 
 

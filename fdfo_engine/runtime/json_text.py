@@ -1,4 +1,4 @@
-"""JSON as our own files hold it. Whatever else a damaged file holds is one kind of error."""
+"""JSON of our own files and of servers. Whatever else a damaged file or a reply holds is one kind of error."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 from typing import Any
 
 
-def json_value(text: bytes | str) -> Any:
+def json_value(text: bytes | str, *, takes_nan: bool = True) -> Any:
     """The value of a JSON text.
 
     Raises:
         ValueError: it is not JSON, a key stands twice in an object, a number has too many digits, or it is nested too
-            deeply.
+            deeply; or NaN or Infinity stands in it, which Python writes and JSON has not, without `takes_nan`.
     """
+    constant = float if takes_nan else _refuse_constant
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats)
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -29,6 +30,10 @@ def json_object(text: bytes | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"is of type {type(value).__name__}, no object")
     return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from starlette.routing import Route
 
 from fdfo_engine.runtime.durable import plain_json
 from fdfo_engine.runtime.errors import FdfoError
+from fdfo_engine.runtime.json_text import json_value
 from fdfo_engine.serve.problems import Problem, invalid, problem_of
 
 if TYPE_CHECKING:
@@ -132,12 +132,9 @@ async def _raw_body(request: Request) -> bytes:
 
 
 def _require_json(raw: bytes) -> None:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
     try:
-        json.loads(raw, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        json_value(raw, takes_nan=False)
+    except ValueError as error:
         raise Problem(400, "not_json", f"the body is no JSON: {error}") from error
 
 
