@@ -198,8 +198,8 @@ def _holds(row: dict[str, Any]) -> bool:
 
 
 PARTS: dict[str, Part] = {
-    "saves": saves, "kills_of_one_rank": one_rank, "kills_of_two_ranks": two_ranks, "faults": faults,
-    "save_cost": save_cost,
+    "saves": saves, "faults": faults, "kills_of_one_rank": one_rank, "save_cost": save_cost,
+    "kills_of_two_ranks": two_ranks,
 }  # fmt: skip
 
 if __name__ == "__main__":

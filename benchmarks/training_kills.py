@@ -63,11 +63,11 @@ def killed_once(
     run = start(nursery, folder, ranks, "run.epochs=100000", PLANTED=planted)
     wait_until_training(run, folder)
     if during_save:
-        wait_for_save(folder)
+        wait_for_save(folder, run)
     else:
         time.sleep(chance.expovariate(1 / MEAN_S))
     run.kill(chance.randrange(ranks))
-    is_amid_save = bool(list((folder / "run/checkpoints").glob(".tmp-*")))
+    is_amid_save = is_saving(folder, run)
     run.wait(20.0)
     found += lost(folder / "run")
     return is_amid_save
@@ -134,8 +134,13 @@ def wait_until_training(run: Ranks, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def wait_for_save(folder: Path) -> None:
+def wait_for_save(folder: Path, run: Ranks) -> None:
     """Until a checkpoint begins to be written."""
     deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and not list((folder / "run/checkpoints").glob(".tmp-*")):
+    while time.monotonic() < deadline and run.is_running() and not is_saving(folder, run):
         time.sleep(0.0005)
+
+
+def is_saving(folder: Path, run: Ranks) -> bool:
+    """Whether rank 0 is writing a checkpoint; what a killed one left has another number."""
+    return any((folder / "run/checkpoints").glob(f".tmp-*-{run.pids[0]}"))
