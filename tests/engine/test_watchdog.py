@@ -58,22 +58,25 @@ def check_named(folder, rank, pid, phase, number):
         assert "the same command goes on" in found["message"]
 
 
+LAUNCHED = [("rollout", 1, signal.SIGSTOP), ("update", 0, signal.SIGKILL)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["rollout", "update"])
-def test_of_a_launched_run_a_stopped_rank_is_named_and_nobody_is_left(tiny_sd3, tmp_path, phase):
+@pytest.mark.parametrize(("phase", "rank", "number"), LAUNCHED, ids=["stopped", "rank 0 killed"])
+def test_of_a_launched_run_a_lost_rank_is_named_and_nobody_is_left(tiny_sd3, tmp_path, phase, rank, number):
     config = write_config(tiny_sd3, tmp_path)
     command = [sys.executable, "-m", "fdfo_engine.cli.main", "train", "--ranks", "2", "--config", str(config)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-    pid = wait_for(phase, 1, tmp_path, lambda: process.poll() is None)
+    pid = wait_for(phase, rank, tmp_path, lambda: process.poll() is None)
     everybody = [process.pid, *descendants(process.pid)]
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(pid, number)
     assert process.wait(timeout=TIMEOUT_S + 60) == 8, (tmp_path / "log").read_text()[-3000:]
     deadline = time.monotonic() + 30
     while any(map(is_running, everybody)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [pid for pid in everybody if is_running(pid)] == []
-    check_named(tmp_path, 1, pid, phase, signal.SIGSTOP)
+    check_named(tmp_path, rank, pid, phase, number)
 
 
 @pytest.mark.slow
