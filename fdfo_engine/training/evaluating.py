@@ -61,10 +61,12 @@ class Evaluations:
         on_main(lambda: self._note_best(record))
 
     def _note_best(self, record: dict[str, Any]) -> None:
-        """Where the weights that were evaluated are in a checkpoint; those before the first epoch are in none."""
-        folder, name = self._engine.config.run.dir, checkpoint_name(self._engine.epoch)
+        """Where a checkpoint holds the weights that were evaluated, and they beat the untrained ones."""
+        folder, name = Path(self._engine.config.run.dir), checkpoint_name(self._engine.epoch)
         best = Best(name, record["reward"], record["reward_stderr"])
-        if name in checkpoint_store(folder).names() and note_best(folder, best):
+        untrained = [line.get("reward") for line in read_log(folder / EVALUATIONS_NAME)[:1] if line["epoch"] == 0]
+        is_better = all(reward is None or best.reward > reward for reward in untrained)
+        if is_better and name in checkpoint_store(folder).names() and note_best(folder, best):
             say(f"best so far: {best}")
 
     def _lacks_the_last(self) -> bool:

@@ -159,13 +159,19 @@ def evaluated(pipeline, folder, means, epochs):
 
 
 def test_the_best_by_held_out_reward_stays_beside_the_newest(tiny_sd3, tmp_path):
-    names = evaluated(tiny_sd3, tmp_path, [9.0, 0.1, 0.7, 0.3, 0.2, 0.7], epochs=5)
-    assert names == ["epoch_000002", "epoch_000004", "epoch_000005"], "no checkpoint holds epoch 0; a tie is no better"
+    names = evaluated(tiny_sd3, tmp_path, [0.2, 0.1, 0.7, 0.3, 0.2, 0.7], epochs=5)
+    assert names == ["epoch_000002", "epoch_000004", "epoch_000005"], "a tie is no better"
     assert read_best(tmp_path / "run").name == "epoch_000002"
     assert read_best(tmp_path / "run").reward == pytest.approx(0.7)
     assert [line["reward"] for line in read_log(tmp_path / "run/evaluations.jsonl")][2] == pytest.approx(0.7)
     assert evaluated(tiny_sd3, tmp_path, [0.9, 0.4], epochs=7) == ["epoch_000006", "epoch_000007"], "it is replaced"
     assert read_best(tmp_path / "run").name == "epoch_000006"
+
+
+@pytest.mark.slow
+def test_what_is_worse_than_the_untrained_model_is_no_best(tiny_sd3, tmp_path):
+    assert evaluated(tiny_sd3, tmp_path, [0.9, 0.8, 0.7, 0.6], epochs=3) == ["epoch_000002", "epoch_000003"]
+    assert read_best(tmp_path / "run") is None
 
 
 def test_the_best_is_kept_by_its_pointer(tmp_path):
