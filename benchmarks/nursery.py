@@ -91,13 +91,13 @@ class Ranks:
         """Whether all of them are."""
         return all(map(is_alive, self.pids))
 
-    def wait_until_epoch(self, run_dir: Path, epoch: int = 1) -> None:
-        """Until so many epochs are done."""
-        self._wait(lambda: int(status_of(run_dir).get("epoch", 0)) >= epoch)
+    def wait_until_saved(self, run_dir: Path) -> None:
+        """Until the run has told of a checkpoint."""
+        self._wait(lambda: status_of(run_dir).get("last_checkpoint") is not None)
 
     def wait_for(self, run_dir: Path, rank: int, phase: str) -> None:
-        """Until `rank` says that it is in `phase`, after the first epoch."""
-        self.wait_until_epoch(run_dir)
+        """Until `rank` says that it is in `phase`, after the first checkpoint."""
+        self.wait_until_saved(run_dir)
 
         def is_there() -> bool:
             sign = read_sign(run_dir, rank, self.pids[rank])

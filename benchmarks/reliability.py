@@ -23,10 +23,9 @@ import torch
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.nursery import HOLDS_THE_INTERPRETER, WAITS_FOR_A_LOCK, Nursery, status_of
-from benchmarks.training_kills import TRAINED, planted_failures, training_kills
+from benchmarks.training_kills import TRAINED, lost, planted_failures, training_kills
 from fdfo_engine import Engine, load_config
 from fdfo_engine.bench.record import header, write
-from fdfo_engine.runtime.run_folder import checkpoint_store
 
 TIMEOUT_S = 6
 STOPS_WITHIN_S = 60
@@ -114,7 +113,7 @@ def fault(
     words = (f"run.dir={run_dir}", *TRAINED, *LONGER)
     ranks = nursery.start(folder, "shapes", *words, ranks=2, PLANTED=planted)
     if planted:
-        ranks.wait_until_epoch(run_dir)
+        ranks.wait_until_saved(run_dir)
     else:
         ranks.wait_for(run_dir, rank, phase)
     ranks.kill(rank, number)
@@ -125,7 +124,7 @@ def fault(
     return {
         "fault": what, "phase": phase, "rank": rank, "seconds_to_the_end": round(time.monotonic() - began, 1),
         "exit_code_of_the_other": codes[1 - rank], "named_with_phase": named, "exit_code_told": status.get("exit_code"),
-        "resumable": checkpoint_store(run_dir).load() is not None,
+        "resumable": not lost(run_dir),
     }  # fmt: skip
 
 
