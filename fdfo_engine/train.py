@@ -71,7 +71,10 @@ def _run(arguments: argparse.Namespace) -> int:
     search_in(Path(arguments.config).parent)
     if arguments.dry_run:
         return dry_run(config, _launched_ranks())
-    from fdfo_engine.loop import run
+    from fdfo_engine.runtime.terminal import importing
+
+    with importing():
+        from fdfo_engine.loop import run
 
     run(
         config, resume=arguments.resume, base_has_moved=arguments.base is not None,
@@ -86,7 +89,10 @@ def dry_run(config: Config, ranks: int) -> int:
     Returns the exit status: of the first thing that would stop the run, else 0.
     """
     say(dump_config(config) + "\n" + BatchPlan.from_config(config, ranks).describe())
-    from fdfo_engine.training.preflight import look_at
+    from fdfo_engine.runtime.terminal import importing
+
+    with importing():
+        from fdfo_engine.training.preflight import look_at
 
     return look_at(config)
 

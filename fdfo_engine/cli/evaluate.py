@@ -85,10 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
     config = run_config(run_dir, arguments.base)
     refuse_absent_average(arguments, config)
     names = _checkpoints(arguments)
-    from fdfo_engine.evaluation.compare import Request, summarize
-    from fdfo_engine.evaluation.measures import build_measures
-    from fdfo_engine.evaluation.overlap import warn_of_trained
-    from fdfo_engine.runtime.distributed import on_main, setup_distributed
+    from fdfo_engine.runtime.terminal import importing
+
+    with importing():
+        from fdfo_engine.evaluation.compare import Request, summarize
+        from fdfo_engine.evaluation.measures import build_measures
+        from fdfo_engine.evaluation.overlap import warn_of_trained
+        from fdfo_engine.runtime.distributed import on_main, setup_distributed
 
     began = time.monotonic()
     prompts = _prompts(arguments, config)

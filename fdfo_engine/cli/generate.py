@@ -69,11 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     config = _config(arguments.source, arguments.base)
     refuse_absent_average(arguments, config)
-    prompts = _prompts(arguments, config)
-    checkpoints = _checkpoints(arguments, config)
     from fdfo_engine.runtime.console import say
-    from fdfo_engine.runtime.terminal import shown
+    from fdfo_engine.runtime.terminal import importing, shown
 
+    with importing():
+        prompts = _prompts(arguments, config)
+    checkpoints = _checkpoints(arguments, config)
     with shown() as terminal:
         sets = _images(arguments, config, prompts, checkpoints, terminal)
     _write(arguments.out, prompts, sets, _origin(arguments, config))
@@ -126,7 +127,8 @@ def _images(
     arguments: argparse.Namespace, config: Config, prompts: list[str], checkpoints: list[str | None], terminal: Terminal
 ) -> dict[str, Tensor]:
     """Name of a set of weights -> images `[N, 3, H, W]`."""
-    from fdfo_engine.engine import Engine
+    with terminal.working("loading"):
+        from fdfo_engine.engine import Engine
 
     engine = Engine(config, trains=False, on_event=terminal)
     options = {"seed": arguments.seed, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale}

@@ -42,12 +42,9 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     from fdfo_engine.config import BatchPlan, load_config
-    from fdfo_engine.planning.fit import reward_bytes
-    from fdfo_engine.planning.footprint import blank_footprint
-    from fdfo_engine.planning.memory import GIB, choose_micro_batch, refusal
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.own_code import search_in
-    from fdfo_engine.runtime.terminal import shown
+    from fdfo_engine.runtime.terminal import importing, shown
 
     given = {
         "--gpu-gb": arguments.gpu_gb,
@@ -61,6 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(file, settings)
     search_in(Path(file).parent)
     plan = BatchPlan.from_config(config, arguments.ranks)
+    with importing():
+        from fdfo_engine.planning.fit import reward_bytes
+        from fdfo_engine.planning.footprint import blank_footprint
+        from fdfo_engine.planning.memory import GIB, choose_micro_batch, refusal
     free = int(arguments.gpu_gb * GIB)
     with shown() as terminal, terminal.working("counting"):
         counted, scorers = blank_footprint(config), reward_bytes(config)

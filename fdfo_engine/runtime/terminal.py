@@ -110,6 +110,13 @@ def shown() -> Iterator[Terminal]:
             terminal.close()
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports that take seconds, of which a person sees that something goes on."""
+    with shown() as terminal, terminal.working("loading"):
+        yield
+
+
 def _bar(phase: events.Phase) -> Any:
     from tqdm import tqdm
 

@@ -4,10 +4,11 @@ import io
 
 import pytest
 
+from fdfo_engine import train
 from fdfo_engine.runtime import events, terminal
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.events import EventStream
-from fdfo_engine.runtime.terminal import Terminal, phase_line, shown
+from fdfo_engine.runtime.terminal import Terminal, importing, phase_line, shown
 
 
 class Screen(io.StringIO):
@@ -66,6 +67,23 @@ def test_what_has_no_total_shows_its_time(monkeypatch):
     screen = opened(monkeypatch)
     with shown() as bar, bar.working("counting"):
         assert screen.text().strip().startswith("counting, 00:00")
+
+
+def test_imports_that_take_seconds_show_their_time(monkeypatch, tmp_path):
+    screen = opened(monkeypatch)
+    (tmp_path / "slow_to_import.py").write_text("import sys\nseen = sys.stderr.text()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with importing():
+        import slow_to_import
+    assert slow_to_import.seen.strip().startswith("loading, 00:00")
+    assert screen.text().endswith("\r")
+
+
+def test_a_run_shows_that_it_imports(monkeypatch, tmp_path):
+    screen, ran = opened(monkeypatch), []
+    monkeypatch.setattr("fdfo_engine.loop.run", lambda config, **_: ran.append(screen.text()))
+    assert train.main(["--config", "shapes", f"run.dir={tmp_path}/run"]) == 0
+    assert "loading, 00:00" in ran[0]
 
 
 def test_a_bar_is_redrawn_while_nothing_happens(monkeypatch):
