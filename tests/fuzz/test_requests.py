@@ -13,13 +13,16 @@ from fdfo_engine.label.access import Session
 from fdfo_engine.serve import backend as backend_module
 
 FEW, MANY = range(3), range(3, 250)
+SCORES = {f"{2:016x}{1:015x}{branch}": 0.5 + branch for branch in range(2)}
+"""By the ids of both images of a pair, as the engine of test_openapi makes them."""
+
 SERVED = {
     "/v1/session": {"token": "nobody's"},
     "/v1/run/export": {"style": "diffusers", "weights": "auto"},
     "/v1/rounds": {"prompts": ["a red circle"], "copies": 1, "keep": {"of": 2, "by": "distance"}},
     "/v1/comparisons": {"count": 2, "seed": 1},
     "/v1/rounds/r2/feedback": {
-        "rater": "ann", "judgements": [{"pair_id": 20000, "choice": "left"}, {"pair_id": 20001, "rewards": [1.0, 0.5]}],
+        "rater": "ann", "judgements": [{"pair_id": 20000, "choice": "left"}, {"pair_id": 20001, "scores": SCORES}],
     },
     "/v1/rounds/r2/train": {"minimum": 1},
     "/v1/sample": {"seq": 9, "prompts": ["a red circle"], "copies": 2},
@@ -28,12 +31,12 @@ SERVED = {
     "/v1/forward_backward": {"seq": 9, "round": "r2", "rewards": {"20000": [1.0, 0.0]}, "loss_fn": "fdfo"},
     "/v1/optim_step": {"seq": 9, "lr": 0.001},
     "/v1/load_state": {"seq": 9, "name": "epoch_000001"},
-    "/v1/images/generations": {"prompt": "a red circle", "n": 1, "size": "64x64", "seed": 3, "model": "run"},
+    "/v1/images/generations": {"prompt": "a red circle", "n": 1, "seed": 3, "model": "run"},
 }  # fmt: skip
 PAGE = {
     "/api/session": {"word": "nobody's"},
     "/api/label": {"round": "r1", "pair_id": 1000, "choice": "left", "ms": 900, "flips": 1, "zooms": 0},
-    "/api/undo": {"round": "r1"},
+    "/api/undo": {"round": "r1", "event": 1},
     "/api/train": {"round": "r1"},
     "/api/compare": {},
     "/api/next": {},
