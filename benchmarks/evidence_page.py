@@ -25,7 +25,7 @@ from benchmarks.evidence_axes import (
     paired_differences,
     reward_goal,
 )
-from benchmarks.evidence_grid import CELLS, effect_lines, grid_rows
+from benchmarks.evidence_grid import CELLS, PRESET, difference, effect_lines, grid_rows
 from benchmarks.evidence_grid import HEAD as GRID
 from benchmarks.evidence_tasks import TASKS, Task
 from benchmarks.evidence_trials import training_reward
@@ -60,7 +60,7 @@ def main() -> None:
         option_table(finals, changed),
         published_line(finals, changed),
         second_task(_of_stage(counting, "final")),
-        grid_table(_by_method(grid, "final")),
+        grid_table(_by_method(grid, "final"), finals.get("fdfo", [])),
         variance_table(variance),
         METHOD,
         budget([*trials.values(), *counting.values(), *grid.values()]),
@@ -172,7 +172,7 @@ def _summary_row(axis: Axis, finals: Finals) -> list[str]:
     rival = best_method(axis, others)
     differences = paired_differences(axis, finals["fdfo"], others.get(rival, []))
     values = [_spread([axis.of(record) for record in records], axis.digits) for records in finals.values()]
-    return [axis.name, *values, best_method(axis, finals), _difference(differences, axis.digits, rival)]
+    return [axis.name, *values, best_method(axis, finals), difference(differences, axis.digits, rival)]
 
 
 def second_task(finals: Finals) -> str:
@@ -181,17 +181,18 @@ def second_task(finals: Finals) -> str:
     return f"{COUNTING}\n{table.split(chr(10), 2)[2]}" if table else ""
 
 
-def grid_table(finals: Finals) -> str:
+def grid_table(finals: Finals, fdfo: Sequence[Record]) -> str:
     """FDFO's three choices, each made both ways."""
     if not finals:
         return ""
     names = [
         "states", "direction", "pairing", "seeds", "held-out reward at the end", "every fact right", "evaluations",
+        "reward against FDFO", "diversity against FDFO at equal reward",
     ]  # fmt: skip
-    table = _table(names, grid_rows(finals))
+    table = _table(names, grid_rows(finals, fdfo))
     if len(finals) < len(CELLS):
         return "\n".join([GRID, table, "", "The other cells have not run.\n"])
-    return "\n".join([GRID, table, "", EFFECTS, effect_lines(finals), ""])
+    return "\n".join([GRID, table, "", EFFECTS, effect_lines(finals), "", PRESET])
 
 
 def option_table(finals: Finals, changed: Finals) -> str:
@@ -240,16 +241,7 @@ def published_line(finals: Finals, changed: Finals) -> str:
 
 
 def _effect(axis: Axis, records: Sequence[Record], fdfo: Sequence[Record]) -> str:
-    return _difference(paired_differences(axis, records, fdfo), axis.digits)
-
-
-def _difference(values: Sequence[float], digits: int, rival: str = "") -> str:
-    if not values:
-        return "one of them never got there"
-    middle, low, high = (f"{value:+.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
-    text = f"{middle} ({low} to {high})" if len(values) > 1 else middle
-    text = f"**{text}**" if is_beyond_spread(values) else text
-    return f"{text} {rival}".strip()
+    return difference(paired_differences(axis, records, fdfo), axis.digits)
 
 
 def budget(trials: Sequence[Record]) -> str:
