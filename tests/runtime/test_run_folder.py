@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -317,3 +318,18 @@ def test_leftovers_of_a_killed_writer_go_and_those_of_a_living_one_stay(tmp_path
         (tmp_path / name).write_text("half")
     RunFolder.open(tmp_path, CONFIG).close()
     assert [name for name in gone + stays if (tmp_path / name).exists()] == stays
+
+
+def test_where_a_filesystem_has_no_locks_the_file_says_who_holds_the_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_lock, "_try_flock", lambda descriptor: None)
+    holder = {"pid": os.getppid(), "host": socket.gethostname(), "started": "2026-01-01T00:00:00+00:00"}
+    (tmp_path / "run.lock").write_text(json.dumps(holder))
+    with pytest.raises(UsageError, match=f"in use by pid {os.getppid()}"):
+        run_lock.RunLock(tmp_path).take()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    (tmp_path / "run.lock").write_text(json.dumps(holder | {"pid": child.pid}))
+    run_lock.RunLock(tmp_path).take()
+    assert f"its last process, pid {child.pid} on" in capsys.readouterr().out
+    (tmp_path / "free").mkdir()
+    run_lock.RunLock(tmp_path / "free").take()
