@@ -51,7 +51,8 @@ SUBJECTS = {
         "runtime/run_lock.py": "runtime/test_run_folder.py", "runtime/event_log.py": "runtime/test_events.py",
     },
     "rewards": {
-        "rewards/weighted.py": "rewards/test_weighted.py rewards/test_composition.py", "rewards/first_token.py": "rewards/test_first_token.py",
+        "rewards/weighted.py": "rewards/test_weighted.py rewards/test_composition.py",
+        "rewards/first_token.py": "rewards/test_first_token.py",
         "rewards/json_server.py": "rewards/test_server_rewards.py",
     },
     "config rules": {

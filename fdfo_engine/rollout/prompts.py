@@ -74,8 +74,12 @@ class PromptList:
 
     @property
     def sha256(self) -> str:
-        """Hash of the list, in order: what a resume compares."""
-        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        """Hash of the list as a JSON text, in order: what a resume compares. That text is never whole in memory."""
+        digest = hashlib.sha256(b"[")
+        for number, prompt in enumerate(self.prompts):
+            digest.update((", " if number else "").encode() + json.dumps(prompt).encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def of_pairs(self, pair_ids: Sequence[int]) -> list[str]:
         """The prompt of each global pair p: `order[p mod N]` of pass `p // N`, a group of pairs counted as one."""

@@ -1,5 +1,6 @@
 """Prompts: which pair takes which, what files are read, and what is said about those that cannot be."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -108,5 +109,7 @@ def test_the_description_counts(tmp_path):
 
 
 def test_the_hash_knows_order_and_text():
+    for prompts in (["a"], ["a", 'b"\n', "٣\u2028"], []):
+        assert PromptList(prompts, 0).sha256 == hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     hashes = {PromptList(p, 0).sha256 for p in (["a", "b"], ["b", "a"], ["a", "b", ""], ["a\nb"])}
     assert len(hashes) == 4
