@@ -24,9 +24,12 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the page; prints its path and before/after figures."""
-    from fdfo_engine.report import write_report
     from fdfo_engine.runtime.console import say
     from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, read_log
+    from fdfo_engine.runtime.terminal import importing
+
+    with importing():
+        from fdfo_engine.report import write_report
 
     page = write_report(arguments.run_dir, arguments.out)
     for line in before_after(read_log(arguments.run_dir / EVALUATIONS_NAME)):

@@ -49,6 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     first, *rest = arguments.overrides or ["list"]
     if first != "try" and (arguments.image or arguments.prompt is not None):
         raise UsageError("--image and --prompt belong to `fdfo rewards try NAME`")
+    from fdfo_engine.runtime.terminal import importing
+
+    with importing():
+        import fdfo_engine.rewards  # noqa: F401 - torch with it, which takes seconds
     if first == "try":
         return _try(rest, arguments)
     if first == "verify":

@@ -33,9 +33,11 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints the table."""
-    import torch
-
     from fdfo_engine.runtime.console import say
+    from fdfo_engine.runtime.terminal import importing
+
+    with importing():
+        import torch
 
     if arguments.arch and (arguments.overrides or arguments.config):
         raise UsageError(f"--arch {arguments.arch}: takes the place of a config; give one of them")

@@ -96,6 +96,18 @@ def test_the_table_says_what_left_its_band_and_has_no_control_characters(sets):
     assert all(line.isprintable() for line in lines)
 
 
+def test_the_first_sentence_says_what_became_of_reward_and_diversity(sets, tmp_path):
+    """The noise of both sets is drawn apart, shifted by 1: each prompt's mean rises, and pixel diversity falls."""
+    words = read(write_evaluation(tmp_path, summary(*sets), {}, 0)).words
+    first, last = (s.by_prompt("strict") for s in (sets[0], sets[2]))
+    verdict = words[words.index("strict rose: ") :]
+    assert verdict.startswith(f"strict rose: {(last - first).mean().item():+.4g} [")
+    assert "better on 100% of the prompts, worse on 0%. pixel_diversity fell: -" in verdict
+    assert words.index("strict rose: ") < words.index("Image health left its band")
+    sets[2].scores["strict"] = sets[0].scores["strict"].clone()
+    assert "strict did not clearly change: +0" in read(write_evaluation(tmp_path, summary(*sets), {}, 0)).words
+
+
 def test_under_a_picture_stand_its_own_scores_and_the_mean(sets, tmp_path):
     """The picture is the first of a prompt's two images; winners are chosen by the mean of both."""
     result = summary(*sets)
