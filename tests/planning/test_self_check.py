@@ -4,7 +4,7 @@ from tiny_sd3 import tiny_config
 
 from fdfo_engine import Engine
 from fdfo_engine.models.registry import load_model
-from fdfo_engine.ops import backends
+from fdfo_engine.ops import backends, implementations
 from fdfo_engine.planning import self_check
 from fdfo_engine.planning.self_check import check_ops, compare
 from fdfo_engine.runtime.errors import NumericsError
@@ -66,3 +66,22 @@ def test_a_wrong_op_of_a_block_ends_the_start(tiny_sd3, tmp_path, monkeypatch):
     monkeypatch.setattr(self_check, "_results", perturbed)
     with pytest.raises(NumericsError, match=f"{last} .*: the backend cpp gives something else"):
         check_ops(model, None, "cpp")
+
+
+class Forced:
+    """Takes one backend wherever an op has it."""
+
+    def __init__(self, wanted):
+        self.wanted = wanted
+
+    def backend(self, call):
+        return self.wanted if self.wanted in implementations().get(call.op, ()) else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", ["triton", "triton_ends"])
+def test_the_kernels_of_a_gpu_are_right_in_their_interpreter(tiny_sd3, tmp_path, wanted):
+    if backends(torch.device("cpu"))["triton"]:
+        pytest.skip("Triton's interpreter is off")
+    model = load_model(tiny_config(tiny_sd3, tmp_path / "run"), torch.device("cpu"))
+    check_ops(model, Forced(wanted), "triton")
