@@ -83,14 +83,14 @@ def seconds_of(calls: Mapping[str, Callable[[], object]], device: torch.device) 
 
 
 def _forward(run: Callable[[], Any], _leaves: list[Tensor]) -> Callable[[], object]:
-    return lambda: read_out(run())
+    return lambda: _read(run())
 
 
 def _forward_backward(run: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], object]:
     upstream: list[Tensor] = []
 
     def call() -> object:
-        outputs = [t for t in tensors_of(read_out(run())) if t.requires_grad]
+        outputs = [t for t in tensors_of(_read(run())) if t.requires_grad]
         if not upstream:
             upstream.extend(torch.randn_like(t) for t in outputs)
         return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
@@ -98,7 +98,7 @@ def _forward_backward(run: Callable[[], Any], leaves: list[Tensor]) -> Callable[
     return call
 
 
-def read_out(made: Any) -> Any:
+def _read(made: Any) -> Any:
     """What a call returned; sums that a product left to the next norm are made by one, as in a block."""
     if not isinstance(made, Projected):
         return made

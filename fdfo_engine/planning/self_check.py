@@ -16,8 +16,19 @@ from torch import Tensor
 from fdfo_engine.models.flow_model import Conditioning, FlowModel
 from fdfo_engine.models.fused import ask_chooser, is_fused
 from fdfo_engine.models.pipeline_model import PipelineModel
-from fdfo_engine.ops import Call, Chooser, fdfo_loss, log_ratio, pair_direction, paired_noise, paired_step, under
-from fdfo_engine.planning.measuring import read_out, tensors_of
+from fdfo_engine.ops import (
+    Call,
+    Chooser,
+    Projected,
+    fdfo_loss,
+    gated_residual_norms,
+    log_ratio,
+    pair_direction,
+    paired_noise,
+    paired_step,
+    under,
+)
+from fdfo_engine.planning.measuring import tensors_of
 from fdfo_engine.runtime.environment import package_version
 from fdfo_engine.runtime.errors import NumericsError
 
@@ -103,7 +114,16 @@ def _norm(values: Tensor) -> float:
 
 def _results(call: Call, backend: str) -> list[Tensor]:
     made = call.run(*call.arguments, **call.settings, backend=backend)
-    return [tensor.clone() for tensor in tensors_of(read_out(made)) if tensor.is_floating_point()]
+    return [tensor.clone() for tensor in tensors_of(_summed(made)) if tensor.is_floating_point()]
+
+
+def _summed(made: Any) -> Any:
+    """What a call returned; a sum that one backend leaves to the next norm, and another makes, is made by a norm."""
+    if not isinstance(made, Projected):
+        return made
+    zeros = [torch.zeros_like(residual.x[:, 0]) for residual in made.residuals]
+    normed = [gated_residual_norms([r.to_norm(zero, zero)]) for r, zero in zip(made.residuals, zeros, strict=True)]
+    return made.streams, made.packed, normed
 
 
 def _forward(model: PipelineModel) -> None:
