@@ -20,7 +20,6 @@ from fdfo_engine.runtime.event_log import EVENTS_NAME, EventLog, truncate_events
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.kernel_record import KERNELS_NAME, recorded_kernels, write_kernels
 from fdfo_engine.runtime.lost_checkpoints import last_saved
-from fdfo_engine.runtime.run_checkpoints import RunCheckpoints
 from fdfo_engine.runtime.run_folder import (
     CONFIG_NAME,
     ENVIRONMENT_NAME,
@@ -56,7 +55,6 @@ def filled_run(folder: Path) -> Path:
         run.require_prompts("d" * 64)
         write_kernels(folder, KERNELS)
         log = EventLog(folder)
-        checkpoints = RunCheckpoints(config, BASE, KERNELS)
         stream = EventStream([RunPictures(folder), log, RunLog(folder, tensorboard=False), run.status])
         for epoch in range(1, EPOCHS + 1):
             stream.tell(events.Metrics(epoch=epoch, kind="epoch", values=_metrics(epoch)))
@@ -65,8 +63,7 @@ def filled_run(folder: Path) -> Path:
             stream.tell(evaluation_images(epoch, ["a circle", "a square"], images, {"brightness": [0.1, 0.2]}))
             tensors = {"weights": {"w": torch.full((2, 2), float(epoch))}, "optimizer": {"m": torch.zeros(2)}}
             state = {"epoch": epoch, "next_pair": 4 * epoch, "world_size": 1, "micro_batch": 5, "notes": {}}
-            checkpoints.save(f"epoch_{epoch:06d}", tensors, state)
-            checkpoints.are_ours = True
+            checkpoint_store(folder).save(f"epoch_{epoch:06d}", tensors, state)
             stream.tell(events.Checkpoint(epoch=epoch, name=f"epoch_{epoch:06d}"))
         log.close()
     _rollout().save(folder / "unscored")
