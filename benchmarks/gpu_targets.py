@@ -77,6 +77,16 @@ TARGETS = [
 ]
 
 
+def _machine(versions: dict[str, Any]) -> str:
+    """Packages and devices in a line; packages that are missing are named too."""
+    packages = versions.get("packages", {})
+    here = [f"{name} {version}" for name, version in packages.items() if version]
+    missing = [name for name, version in packages.items() if not version]
+    devices = [str(device.get("name", device)) for device in versions.get("devices", [])]
+    line = ", ".join([*devices, f"python {versions.get('python', 'unknown')}", *here])
+    return f"{line}; missing: {', '.join(missing)}" if missing else line
+
+
 def summary(outcomes: Sequence[dict[str, Any]]) -> str:
     """How each part went, then each figure with its target and their ratio; what was not measured says so."""
     results: dict[str, Any] = {}
@@ -85,6 +95,7 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> str:
         results |= outcome["results"]
         lines.append(f"{outcome['part']}, {outcome['seconds']} s")
         lines += [f"  {line}" for line in outcome["lines"]]
+    lines = [_machine(results.get("versions", {})), *lines]
     lines += ["", f"{'':66}{'measured':>10}{'target':>8}{'ratio':>7}"]
     for target in TARGETS:
         value = target.read(results)

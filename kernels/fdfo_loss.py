@@ -5,7 +5,7 @@ import triton.language as tl
 from fdfo_engine.kernels.philox import rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # else a new kernel for a batch of 1, and of 16
 def fdfo_loss_forward_kernel(
     v_ptr, v_old_ptr, u_ptr, pair_ptr, branch_ptr, advantage_ptr,
     partial_ptr, ticket_ptr, scale_ptr, loss_ptr, log_ratio_ptr,

@@ -8,7 +8,7 @@ import triton.language as tl
 from fdfo_engine.kernels.philox import rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def layer_norm_modulate_forward_kernel(
     xs, ys, gates, scales, shifts, scale2s, shift2s, statistics, x_news, outs, out2s, B, Ss, D,
     x_samples, x_tokens, y_samples, y_tokens, gate_rows, scale_rows, shift_rows, scale2_rows, shift2_rows, eps,
@@ -55,7 +55,7 @@ def forward_of(
         write(out2_ptr + row * D, offs, mask, normed * (1.0 + scale) + shift)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def layer_norm_modulate_backward_kernel(
     xs, ys, gates, scales, scale2s, statistics, upstreams, upstream2s, upstream_xs, dxs, dys, partials, kinds, B, Ss, D,
     x_samples, x_tokens, y_samples, y_tokens, gate_rows, scale_rows, scale2_rows, up_samples, up_tokens,

@@ -12,7 +12,7 @@ from fdfo_engine.kernels.philox import rounded
 from fdfo_engine.kernels.tuples import pointer_of, size_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def qk_rms_norm_forward_kernel(
     xs, weights, outs, roots_ptr, cos_ptr, sin_ptr, B, tokens, HEADS, x_batches, x_tokens, eps,
     STREAMS: tl.constexpr, KINDS: tl.constexpr, NORMED: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr,
@@ -57,7 +57,7 @@ def qk_rms_norm_forward_kernel(
         tl.store(out_ptr + out_at, rounded(y, x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def qk_rms_norm_backward_kernel(
     xs, weights, roots_ptr, upstreams, dxs, cos_ptr, sin_ptr, partial_ptr, B, tokens, HEADS, x_batches, x_tokens,
     up_batch, up_token, up_head, eps,

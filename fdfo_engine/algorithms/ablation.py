@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import AblationAlgorithm, ChurnConfig
-from fdfo_engine.ops import fdfo_loss, log_ratio
+from fdfo_engine.ops import fdfo_loss, log_ratio, moved
 from fdfo_engine.rollout.churn import churn_gammas
 from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.trajectory import Rollout
@@ -51,16 +51,16 @@ class Ablation:
 
     def log_ratio(self, velocity: Tensor, rollout: Rollout, items: Items) -> Tensor:
         """METHOD's l, with this direction."""
-        v_old = rollout.velocities[items.pair, items.branch, items.step]
+        v_old = rollout.velocities_at(items.pair, items.branch, items.step)
         u, rows = self.direction(rollout, items), torch.arange(len(items))
         return log_ratio(velocity, v_old, u, pair=rows, branch=torch.zeros_like(rows), backend=self.backend)
 
     def direction(self, rollout: Rollout, items: Items) -> Tensor:
         """u of each item, float32 `[B, C, H, W]`."""
         if self.settings.direction == "pair":
-            sign = (1.0 - 2.0 * items.branch).view(-1, 1, 1, 1).to(rollout.direction.device)
-            return sign * rollout.direction[items.pair]
-        v_old = rollout.velocities[items.pair, items.branch, items.step].float()
+            sign = moved(1.0 - 2.0 * items.branch, rollout.direction.device).view(-1, 1, 1, 1)
+            return sign * rollout.direction[moved(items.pair, rollout.direction.device)]
+        v_old = rollout.velocities_at(items.pair, items.branch, items.step).float()
         return v_old - own_line(rollout, items)
 
     def objective(self, values: Tensor, normalizer: int, clip_range: float) -> DirectedSurrogate:
@@ -92,9 +92,9 @@ class DirectedSurrogate:
         rows = torch.arange(len(items))
         return fdfo_loss(
             velocity,
-            rollout.velocities[items.pair, items.branch, items.step],
+            rollout.velocities_at(items.pair, items.branch, items.step),
             self.algorithm.direction(rollout, items),
-            self.values[items.pair, items.branch].to(velocity.device),
+            moved(self.values[items.pair, items.branch], velocity.device),
             clip_range=self.clip_range,
             pair=rows,
             branch=torch.zeros_like(rows),
@@ -109,7 +109,7 @@ def own_line(rollout: Rollout, items: Items) -> Tensor:
     if rollout.finals is None:
         finals = rollout.latents(items.pair, items.branch, last)
     else:
-        finals = rollout.finals[items.pair, items.branch]
+        finals = rollout.finals_at(items.pair, items.branch)
     states = rollout.latents(items.pair, items.branch, items.step)
-    t = rollout.sigmas[items.step].to(states.device).view(-1, 1, 1, 1)
+    t = moved(rollout.sigmas[items.step], states.device).view(-1, 1, 1, 1)
     return (states - finals) / t

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdfo_engine.ops import moved
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.items import Items
 
@@ -35,7 +36,7 @@ class ClippedRatio:
     def loss(self, velocity: Tensor, rollout: Rollout, items: Items) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         log_ratio = self.log_ratio(velocity, rollout, items)
-        advantage = self.values[items.pair, items.branch].to(log_ratio.device)
+        advantage = moved(self.values[items.pair, items.branch], log_ratio.device)
         ratio = log_ratio.exp()
         held = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         loss = torch.maximum(-advantage * ratio, -advantage * held).sum() / self.normalizer

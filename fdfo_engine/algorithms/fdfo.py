@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import ChurnConfig, FdfoAlgorithm
-from fdfo_engine.ops import IMPORTANCE_STREAM, fdfo_loss, log_ratio, philox_words
+from fdfo_engine.ops import IMPORTANCE_STREAM, fdfo_loss, log_ratio, moved, philox_words
 from fdfo_engine.rollout.churn import churn_gammas
 from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.runtime.distributed import all_gather_rows
@@ -50,7 +50,7 @@ class Fdfo:
     def log_ratio(self, velocity: Tensor, rollout: Rollout, items: Items) -> Tensor:
         """METHOD's l."""
         pair, branch = items.pair, items.branch
-        v_old = rollout.velocities[pair, branch, items.step]
+        v_old = rollout.velocities_at(pair, branch, items.step)
         return log_ratio(velocity, v_old, rollout.direction, pair=pair, branch=branch, backend=self.backend)
 
     def objective(self, values: Tensor, normalizer: int, clip_range: float) -> ClippedSurrogate:
@@ -132,9 +132,9 @@ class ClippedSurrogate:
         pair, branch = items.pair, items.branch
         return fdfo_loss(
             velocity,
-            rollout.velocities[pair, branch, items.step],
+            rollout.velocities_at(pair, branch, items.step),
             rollout.direction,
-            self.values[pair, branch].to(velocity.device),
+            moved(self.values[pair, branch], velocity.device),
             clip_range=self.clip_range,
             pair=pair,
             branch=branch,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fdfo_engine.algorithms.clipped_ratio import ClippedRatio
 from fdfo_engine.algorithms.groups import group_advantage
 from fdfo_engine.config import FlowGrpoAlgorithm
-from fdfo_engine.ops import churn_stream, log_ratio, philox_normal
+from fdfo_engine.ops import churn_stream, log_ratio, moved, philox_normal
 from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.trajectory import Rollout
@@ -52,11 +52,11 @@ class FlowGrpo:
             velocity.shape[1:], seed=rollout.seed, pair_ids=rollout.ids_of(items.pair),
             stream=churn_stream(step + 1, items.branch), device=velocity.device, backend=rollout.backend,
         )  # fmt: skip
-        u = (-std / shift).float().to(velocity.device).view(-1, 1, 1, 1) * eps
+        u = moved((-std / shift).float(), velocity.device).view(-1, 1, 1, 1) * eps
         rows = torch.arange(len(items))
-        v_old = rollout.velocities[items.pair, items.branch, step]
+        v_old = rollout.velocities_at(items.pair, items.branch, step)
         plain = log_ratio(velocity, v_old, u, pair=rows, branch=torch.zeros_like(rows), backend=self.backend)
-        return (shift**2 / (2 * std**2)).float().to(velocity.device) * plain
+        return moved((shift**2 / (2 * std**2)).float(), velocity.device) * plain
 
     def objective(self, values: Tensor, normalizer: int, clip_range: float) -> ClippedRatio:
         """The clipped ratio of log densities."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdfo_engine.algorithms.renoised_images import RenoisedImages, target_velocity
 from fdfo_engine.config import NftAlgorithm
+from fdfo_engine.ops import moved
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.items import Items
 
@@ -56,16 +57,17 @@ class Contrast:
     def loss(self, velocity: Tensor, rollout: Rollout, items: Items) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         settings, device = self.algorithm.settings, velocity.device
-        v_old = rollout.velocities[items.pair, items.branch, items.step].float()
-        target, t = target_velocity(rollout, items), rollout.sigmas[items.step].to(device)
+        v_old = rollout.velocities_at(items.pair, items.branch, items.step).float()
+        target, t = target_velocity(rollout, items), moved(rollout.sigmas[items.step], device)
         step = settings.reach * (velocity.float() - v_old)
-        share = (self.values[items.pair, items.branch].to(device) / settings.advantage_clip).clamp(-1, 1) / 2 + 0.5
+        advantage = moved(self.values[items.pair, items.branch], device)
+        share = (advantage / settings.advantage_clip).clamp(-1, 1) / 2 + 0.5
         toward = _weighted_distance(v_old + step - target)
         away = _weighted_distance(v_old - step - target)
         loss = settings.advantage_clip / settings.reach * t * (share * toward + (1 - share) * away)
         with torch.no_grad():
-            moved = self.algorithm.log_ratio(velocity, rollout, items)
-        return loss.sum() / self.normalizer, moved
+            ratios = self.algorithm.log_ratio(velocity, rollout, items)
+        return loss.sum() / self.normalizer, ratios
 
 
 def _weighted_distance(difference: Tensor) -> Tensor:

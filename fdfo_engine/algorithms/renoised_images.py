@@ -39,7 +39,7 @@ class RenoisedImages:
 
     def log_ratio(self, velocity: Tensor, rollout: Rollout, items: Items) -> Tensor:
         """Difference of the likelihood bounds lp, new and old, in squared latent units, without its cancellation."""
-        v_old = rollout.velocities[items.pair, items.branch, items.step]
+        v_old = rollout.velocities_at(items.pair, items.branch, items.step)
         u, rows = v_old.float() - target_velocity(rollout, items), torch.arange(len(items))
         return log_ratio(velocity, v_old, u, pair=rows, branch=torch.zeros_like(rows), backend=self.backend)
 
@@ -60,7 +60,6 @@ def steps_to_train(config: Config) -> Callable[[Sequence[int]], Tensor]:
 
 def target_velocity(rollout: Rollout, items: Items) -> Tensor:
     """`eps - x_0` of each item, float32 `[B, C, H, W]`: the velocity of the line that its state lies on."""
-    assert rollout.finals is not None, "the plan keeps them"
-    finals = rollout.finals[items.pair, items.branch]
+    finals = rollout.finals_at(items.pair, items.branch)
     noise = rollout.renoising.noise(finals, rollout.ids_of(items.pair), items.branch, items.step)
     return noise - finals

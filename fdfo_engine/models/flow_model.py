@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fdfo_engine.models.export_styles import ExportStyle
+from fdfo_engine.ops import moved
 from fdfo_engine.runtime.errors import UsageError
 
 Network = Callable[..., tuple[Tensor, ...]]
@@ -61,11 +62,12 @@ class Conditioning:
 
     def rows(self, index: Tensor) -> Conditioning:
         """The rows `index` (int64 `[N]`), repeated or reordered as it says."""
-        return Conditioning({name: t[index.to(t.device)] for name, t in self.tensors.items()})
+        there = moved(index, next(iter(self.tensors.values())).device)
+        return Conditioning({name: t[there] for name, t in self.tensors.items()})
 
     def to(self, device: torch.device) -> Conditioning:
         """The same rows on `device`."""
-        return Conditioning({name: t.to(device) for name, t in self.tensors.items()})
+        return Conditioning({name: moved(t, device) for name, t in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:

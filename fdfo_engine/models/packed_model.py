@@ -11,6 +11,7 @@ from torch import Tensor
 from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network
 from fdfo_engine.models.pipeline_model import PipelineModel
+from fdfo_engine.ops import moved
 from fdfo_engine.runtime.errors import UsageError
 
 
@@ -64,7 +65,7 @@ class PackedModel(PipelineModel):
         """See `FlowModel.velocity`; the network is told sigma, rounded as its pipeline rounds it."""
         tokens = network(
             hidden_states=pack(latents.to(self.dtype)),
-            timestep=timesteps.to(latents.device, self.dtype) / 1000,
+            timestep=moved(timesteps, latents.device).to(self.dtype) / 1000,
             return_dict=False,
             **self.inputs(conditioning),
         )[0]

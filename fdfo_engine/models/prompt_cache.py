@@ -36,7 +36,9 @@ class PromptCache:
             NumericsError: the text encoders gave a value that is not finite.
         """
         wanted = self._wanted(prompts)
-        return Conditioning.cat([wanted[prompt] for prompt in prompts]).to(self._model.device)
+        row_of = {prompt: row for row, prompt in enumerate(wanted)}
+        each_once = Conditioning.cat(list(wanted.values())).to(self._model.device)
+        return each_once.rows(torch.tensor([row_of[prompt] for prompt in prompts]))
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Those that are not in memory, each once."""

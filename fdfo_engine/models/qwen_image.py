@@ -14,6 +14,7 @@ from fdfo_engine.config import Config
 from fdfo_engine.models.flow_model import Conditioning, TokenLimit
 from fdfo_engine.models.packed_model import PackedModel, pack, unpack
 from fdfo_engine.models.pipeline_model import as_images, count_tokens
+from fdfo_engine.ops import moved
 from fdfo_engine.runtime.errors import UsageError
 
 _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -93,7 +94,7 @@ class QwenImageModel(PackedModel):
         """See `FlowModel.decode`: each channel has its own mean and deviation, and the VAE an axis of frames."""
         vae, scaled = self.pipeline.vae, latents.to(self.pipeline.vae.dtype)
         std, mean = (
-            torch.tensor(values, dtype=scaled.dtype, device=scaled.device)[:, None, None]
+            moved(torch.tensor(values, dtype=scaled.dtype), scaled.device)[:, None, None]
             for values in (vae.config.latents_std, vae.config.latents_mean)
         )
         return as_images(vae.decode((scaled * std + mean)[:, :, None], return_dict=False)[0][:, :, 0])

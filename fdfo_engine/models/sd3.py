@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fdfo_engine.models.flow_model import Conditioning, Grid, Network, TokenLimit
 from fdfo_engine.models.pipeline_model import PipelineModel, clip_limit, t5_limit
+from fdfo_engine.ops import moved
 
 
 class SD3Model(PipelineModel):
@@ -86,7 +87,7 @@ class SD3Model(PipelineModel):
         """See `FlowModel.velocity`; the network is told `1000 * sigma`."""
         return network(
             hidden_states=latents.to(self.dtype),
-            timestep=timesteps.to(latents.device),
+            timestep=moved(timesteps, latents.device),
             return_dict=False,
             **conditioning.tensors,
         )[0]

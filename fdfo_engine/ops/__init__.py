@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS, Solver
+from fdfo_engine.ops._checks import MAX_HEAD_SIZE, NORM_EPS, Solver, moved
 from fdfo_engine.ops._choices import Call, Choices, Chooser, Shape, chosen, current_chooser, named, under
 from fdfo_engine.ops._dispatch import (
     BACKENDS,
@@ -97,6 +97,7 @@ __all__ = [
     "is_invertible",
     "layer_norm_modulate",
     "log_ratio",
+    "moved",
     "named",
     "pair_direction",
     "pair_scalar_normal",

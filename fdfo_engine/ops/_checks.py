@@ -177,8 +177,11 @@ def solver(op: str, value: Any) -> Solver:
 
 
 def moved(value: Tensor, target: torch.device) -> Tensor:
-    """`value`, contiguous, on `target`; a copy to a GPU is not waited for, one from it has arrived."""
-    return value.to(target, non_blocking=target.type == "cuda").contiguous()
+    """`value`, contiguous, on `target`. No host waits for a copy to a GPU; one from it has arrived."""
+    to_gpu = target.type == "cuda"
+    if to_gpu and value.device.type == "cpu":
+        value = value.contiguous().pin_memory()  # the driver copies other memory itself, while the host stands still
+    return value.to(target, non_blocking=to_gpu).contiguous()
 
 
 def number(op: str, name: str, value: Any) -> float:

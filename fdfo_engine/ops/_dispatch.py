@@ -1,6 +1,7 @@
 """Chooses the implementation of an op. Every refusal carries its reason."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def _triton_refusals(device: torch.device) -> list[str]:
     if not _has_triton():
         reasons.append("triton is not installed")
     if interpreted() and device.type in ("cpu", "cuda"):
-        return reasons
+        return reasons or list(_interpreter_refusals())
     if device.type != "cuda":
         reasons.append(f"it needs a tensor on a CUDA device, or {INTERPRETER}=1 in the environment; got {device}")
     elif not torch.cuda.is_available():
@@ -123,6 +124,20 @@ def _old_gpu(device: torch.device) -> list[str]:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreter_refusals() -> tuple[str, ...]:
+    """Before 3.7 it took an array of one element for an integer, which numpy refuses from 2.4 on."""
+    triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return ()
+    return (f"the interpreter of triton {triton} fails with numpy {numpy}: it takes triton 3.7, or numpy below 2.4",)
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def interpreted() -> bool:

@@ -11,7 +11,7 @@ from fdfo_engine.models.finite import blame, require_finite_images
 from fdfo_engine.models.flow_model import Conditioning, FlowModel, Grid, Network
 from fdfo_engine.models.guidance import predict
 from fdfo_engine.models.prompt_cache import PromptCache
-from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, paired_noise, paired_step, philox_normal
+from fdfo_engine.ops import GENERATION_STREAM, guided_velocity, moved, paired_noise, paired_step, philox_normal
 from fdfo_engine.rollout.plan import SamplingPlan
 from fdfo_engine.runtime.distributed import max_over_ranks, together
 from fdfo_engine.runtime.errors import NumericsError
@@ -58,7 +58,8 @@ class PairedSampler:
         """
         model, grid, pairs, guidance = self._model, self.grid, len(pair_ids), self._sampling.guidance_scale
         gammas = self.plan.gammas(grid.sigmas, pair_ids)
-        sigmas, ids = grid.sigmas.tolist(), torch.tensor(pair_ids, device=model.device)
+        sigmas, ids = grid.sigmas.tolist(), moved(torch.tensor(pair_ids), model.device)
+        timesteps_T = moved(grid.timesteps, model.device)
         conditioning, negative = self.conditioning(prompts, copies=2)
         x_PKCHW = paired_noise(
             ids,
@@ -73,7 +74,7 @@ class PairedSampler:
             pairs, 2, grid.steps, *model.latent_shape, dtype=model.dtype, device=model.device
         )  # PKTCHW
         for i in range(grid.steps):
-            timesteps = grid.timesteps[i].expand(2 * pairs)
+            timesteps = timesteps_T[i].expand(2 * pairs)
             v, v_uncond = predict(model, network, x_PKCHW.flatten(0, 1), timesteps, conditioning, negative, guidance)
             x_PKCHW = paired_step(
                 x_PKCHW,
@@ -112,11 +113,12 @@ class PairedSampler:
         renoising = Renoising(self.grid.sigmas, self._seed, self._backend)
         ids, branch = torch.tensor(pair_ids).repeat_interleave(2), torch.arange(2).repeat(len(pair_ids))
         finals, out_RT = x_PKCHW.flatten(0, 1), out.flatten(0, 1)
+        rows = torch.arange(len(ids), device=finals.device)
         guidance = self._sampling.guidance_scale
         for step in steps_PKS.flatten(0, 1).unbind(-1):
             x = renoising.latents(finals, ids, branch, step)
             v, v_uncond = predict(self._model, network, x, self.grid.timesteps[step], *conditioning, guidance)
-            out_RT[torch.arange(len(ids)), step] = guided_velocity(v, v_uncond, guidance)
+            out_RT[rows, moved(step, finals.device)] = guided_velocity(v, v_uncond, guidance)
 
     @torch.no_grad()
     def generate_batch(
@@ -145,12 +147,13 @@ class PairedSampler:
             backend=self._backend,
         )
         was_finite = []
+        moves_T, timesteps_T = (moved(t, model.device) for t in (grid.sigmas.diff(), grid.timesteps))
         for i in range(grid.steps):
-            timesteps = grid.timesteps[i].expand(len(prompts))
+            timesteps = timesteps_T[i].expand(len(prompts))
             v, v_uncond = predict(model, network, x_NCHW, timesteps, conditioning, negative, guidance)
             v = guided_velocity(v, v_uncond, guidance)
             was_finite.append(torch.isfinite(v).flatten(1).all(1))
-            x_NCHW = x_NCHW + (grid.sigmas[i + 1] - grid.sigmas[i]).to(x_NCHW.device) * v.float()
+            x_NCHW = x_NCHW + moves_T[i] * v.float()
         bad = (~torch.stack(was_finite)).nonzero()  # asked once, after the loop: a question waits for the GPU
         if len(bad):
             step, row = bad[0].tolist()
@@ -179,11 +182,11 @@ class PairedSampler:
         self, prompts: Sequence[str], *, copies: int = 1, guidance: float | None = None
     ) -> tuple[Conditioning, Conditioning | None]:
         """Rows of the prompts, each repeated `copies` times, and as many of the negative prompt where guidance != 1."""
-        rows = torch.arange(len(prompts)).repeat_interleave(copies)
-        positive = self._prompts.encode(prompts).rows(rows)
+        repeated = [prompt for prompt in prompts for _ in range(copies)]
+        positive = self._prompts.encode(repeated)
         if (self._sampling.guidance_scale if guidance is None else guidance) == 1.0:
             return positive, None
-        return positive, self._prompts.encode([self._negative_prompt]).rows(torch.zeros_like(rows))
+        return positive, self._prompts.encode([self._negative_prompt] * len(repeated))
 
     def _check_latents(self, latents: Tensor, velocities: Tensor, pair_ids: Sequence[int]) -> None:
         if torch.isfinite(latents).all():

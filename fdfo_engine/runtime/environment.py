@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "fdfo-engine", "torch", "diffusers", "transformers", "peft", "deepspeed", "triton", "safetensors", "xformers",
+    "fdfo-engine", "torch", "diffusers", "transformers", "peft", "deepspeed", "triton", "numpy", "safetensors",
+    "xformers",
 )  # fmt: skip
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdfo_engine.ops import philox_normal, renoise_stream
+from fdfo_engine.ops import moved, philox_normal, renoise_stream
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,5 @@ class Renoising:
 
     def latents(self, finals: Tensor, pair_ids: Tensor, branch: Tensor, step: Tensor) -> Tensor:
         """x_t of `finals` float32 `[B, C, H, W]` at the time of each item's step."""
-        t = self.sigmas[step].to(finals.device).view(-1, 1, 1, 1)
+        t = moved(self.sigmas[step], finals.device).view(-1, 1, 1, 1)
         return torch.lerp(finals, self.noise(finals, pair_ids, branch, step), t)

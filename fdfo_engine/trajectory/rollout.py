@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdfo_engine.ops import Solver, replay
+from fdfo_engine.ops import Solver, moved, replay
 from fdfo_engine.runtime.distributed import gather_rows, rank, world_size
 from fdfo_engine.runtime.durable import open_to_readers, sealed_json, sha256_of, unsealed_json
 from fdfo_engine.runtime.errors import CheckpointError, UsageError
@@ -100,12 +100,22 @@ class Rollout:
     def latents(self, pair: Tensor, branch: Tensor, step: Tensor) -> Tensor:
         """x at `step` of each item, float32 `[B, C, H, W]`; indices are int64 `[B]`, `pair` a row of this rollout."""
         if self.finals is not None:
-            return self.renoising.latents(self.finals[pair, branch], self.ids_of(pair), branch, step)
+            return self.renoising.latents(self.finals_at(pair, branch), self.ids_of(pair), branch, step)
         return replay(
             self.velocities, pair_ids=self.pair_ids, pair=pair, branch=branch, step=step,
             sigmas=self.sigmas, gammas=self.gammas, seed=self.seed, solver=self.solver,
             backend=self.backend,
         )  # fmt: skip
+
+    def velocities_at(self, pair: Tensor, branch: Tensor, step: Tensor) -> Tensor:
+        """The velocity that sampling used at each item, `[B, C, H, W]`; indices as of `latents`."""
+        place = moved(torch.stack([pair, branch, step]), self.velocities.device)
+        return self.velocities[tuple(place)]
+
+    def finals_at(self, pair: Tensor, branch: Tensor) -> Tensor:
+        """The final latent of each item where they are kept, float32 `[B, C, H, W]`; indices as of `latents`."""
+        assert self.finals is not None, "the plan keeps them"
+        return self.finals[tuple(moved(torch.stack([pair, branch]), self.finals.device))]
 
     @property
     def renoising(self) -> Renoising:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fdfo_engine.ops import moved
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.items import Items
 
@@ -59,5 +60,5 @@ class WeightedLogRatios:
     def loss(self, velocity: Tensor, rollout: Rollout, items: Items) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         ratios = self.log_ratio(velocity, rollout, items)
-        weights = self.weights[items.pair, items.branch, items.step].to(ratios.device)
+        weights = moved(self.weights[items.pair, items.branch, items.step], ratios.device)
         return torch.where(weights == 0, 0.0, weights * ratios).sum(), ratios.detach()

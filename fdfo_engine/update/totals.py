@@ -28,13 +28,14 @@ class Totals:
     Attributes:
         sums: loss, log-ratios, clipped items, divergence, items; float64 `[5]` on the device.
         largest: the largest magnitude of a log-ratio, float64 `[1]` on the device.
-        floor: mean magnitude of the log-ratios of the first micro-batch: 0 where training computes as sampling did.
+        floor: mean magnitude of the log-ratios of the first micro-batch, on the device: 0 where training computes as
+            sampling did.
         micro_batches: how many were computed, padding too.
     """
 
     sums: Tensor
     largest: Tensor
-    floor: float | None = None
+    floor: Tensor | None = None
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
     left_out: int = 0
@@ -48,14 +49,14 @@ class Totals:
         )
 
     def count_items(self, loss: Tensor, log_ratios: Tensor, divergence: Tensor, clip_range: float) -> None:
-        """Adds one micro-batch, without waiting for the device but at the first."""
+        """Adds one micro-batch, without waiting for the device."""
         ratios = log_ratios.double()
         clipped = ((log_ratios.exp() - 1).abs() >= clip_range).sum()
-        values = (loss, ratios.sum(), clipped, divergence, torch.tensor(len(ratios)))
-        self.sums += torch.stack([value.to(self.sums.device).double() for value in values])
+        items = torch.full((), len(ratios), device=ratios.device)
+        self.sums += torch.stack([value.double() for value in (loss, ratios.sum(), clipped, divergence, items)])
         self.largest = torch.maximum(self.largest, ratios.abs().max())
         if self.floor is None:
-            self.floor = float(log_ratios.abs().mean())
+            self.floor = log_ratios.abs().mean()
 
     def count_step(self, step: StepResult) -> None:
         """Adds one optimiser step."""
@@ -102,7 +103,7 @@ def update_metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds
         "loss": summary.loss / optimizer_steps,
         "log_ratio_mean": summary.log_ratio_mean,
         "log_ratio_largest": summary.log_ratio_largest,
-        "log_ratio_floor": totals.floor if totals.floor is not None else 0.0,
+        "log_ratio_floor": float(totals.floor) if totals.floor is not None else 0.0,
         "clip_fraction": summary.clip_fraction,
         "kl": summary.divergence / optimizer_steps,
         "grad_norm": sum(applied) / len(applied) if applied else 0.0,

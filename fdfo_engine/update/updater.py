@@ -209,14 +209,14 @@ class Updater:
         everything = torch.ones(len(rollout.pair_ids), dtype=torch.bool)
         own = self._blockwise(rollout, everything, share)
         spare = max_over_ranks(len(own)) - len(own)
-        values = [self._log_ratio(rollout, items) for items in own]
+        values = [self._log_ratio(rollout, items) for items in own]  # on the device: one copy brings all of them back
         for _ in range(spare):
             self._log_ratio(rollout, Items.padding())
-        return torch.cat(values).view(share.shape)
+        return torch.cat(values).cpu().view(share.shape)
 
     def _log_ratio(self, rollout: Rollout, items: Items) -> Tensor:
         velocity = self._velocity(self._trainer, self._inputs(rollout, items))
-        return self.algorithm.log_ratio(velocity, rollout, items).cpu()
+        return self.algorithm.log_ratio(velocity, rollout, items)
 
     @contextmanager
     def _training(self) -> Iterator[None]:

@@ -1,4 +1,5 @@
 import ast
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_a_missing_extension_is_said_and_torch_runs(not_built):
     assert _dispatch.choose("op", ("cuda", "cpp", "triton", "torch"), CPU) == "torch"
     with pytest.raises(ops.BackendUnavailableError, match=r"philox_normal: .*cpp: not built"):
         ops.philox_normal((4,), seed=0, pair_ids=[0], stream=0, device="cpu", backend="cpp")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fits"),
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.10.0", "2.10.0", True)],
+)
+def test_an_interpreter_that_fails_with_this_numpy_is_a_reason(triton, numpy, fits, monkeypatch):
+    """Triton 3.6 calls `int` of an array with one axis, which numpy 2.4 made an error."""
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setenv(_dispatch.INTERPRETER, "1")
+    _dispatch._interpreter_refusals.cache_clear()
+    reasons = _dispatch.refusals("triton", CPU)
+    _dispatch._interpreter_refusals.cache_clear()
+    assert (reasons == []) == fits
+    assert fits or "numpy 2.4.6" in reasons[0]
 
 
 def test_a_kernel_that_the_extension_lacks_is_named_with_the_way_out():
