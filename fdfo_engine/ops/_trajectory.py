@@ -50,8 +50,8 @@ def step_coefficients(sigma: Tensor, sigma_next: Tensor, gamma: Tensor, solver: 
 def step_table(sigma: float, sigma_next: float, gamma: Tensor, device: torch.device, solver: Solver) -> Tensor:
     """`step_coefficients` of every pair on `device`, `[P, 3]`."""
     if gamma.is_cuda:
-        ends = (torch.full((), value, dtype=gamma.dtype, device=gamma.device) for value in (sigma, sigma_next))
-        return step_coefficients(*ends, gamma, solver)
+        start, end = (torch.full((), value, dtype=gamma.dtype, device=gamma.device) for value in (sigma, sigma_next))
+        return step_coefficients(start, end, gamma, solver)
     return _step_table(sigma, sigma_next, tuple(gamma.tolist()), device, solver)
 
 
