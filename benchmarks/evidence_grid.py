@@ -53,8 +53,8 @@ loss and pairs instead of groups. Differences are those of the same seeds; bold 
 """
 
 PRESET = """The last cell is `configs/shapes_fast.yaml`: on this miniature and this judge it learns more from as many
-images than FDFO, at no less diversity, for more evaluations. Whether it does on a real model nobody has measured; the
-`sd35m_*` configs keep the paper's settings.
+images than FDFO, for more evaluations; their diversity is not told apart. Whether it does on a real model nobody has
+measured; the `sd35m_*` configs keep the paper's settings.
 """
 
 
