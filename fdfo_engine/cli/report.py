@@ -25,14 +25,14 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the page; prints its path and before/after figures."""
     from fdfo_engine.runtime.console import say
-    from fdfo_engine.runtime.run_folder import EVALUATIONS_NAME, read_log
     from fdfo_engine.runtime.terminal import importing
 
     with importing():
         from fdfo_engine.report import write_report
+        from fdfo_engine.report.run_data import read_run
 
     page = write_report(arguments.run_dir, arguments.out)
-    for line in before_after(read_log(arguments.run_dir / EVALUATIONS_NAME)):
+    for line in before_after(read_run(arguments.run_dir).evaluations):
         say(line)
     say(f"report: {page}")
     return 0
@@ -47,7 +47,7 @@ def before_after(evaluations: list[dict[str, Any]]) -> list[str]:
     for name in [name for name in last["metrics"] if name in first["metrics"]]:
         before, after = first["metrics"][name], last["metrics"][name]
         change = f" ({after - before:+.4f})" if None not in (before, after) else ""
-        span = f"epoch {first['epoch']} -> {last['epoch']}, {last['count']} images"
+        span = f"epoch {first['epoch']} -> {last['epoch']}, {last.get('count', 0)} images"
         lines.append(f"{name}: {_figure(first, name)} -> {_figure(last, name)}{change}  [{span}]")
     return lines
 
