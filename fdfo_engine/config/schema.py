@@ -23,7 +23,7 @@ from fdfo_engine.config.cross_checks import broken_rules
 from fdfo_engine.config.deepspeed_keys import deepspeed_problems
 from fdfo_engine.config.labels import LabelsConfig
 from fdfo_engine.config.model import KernelsConfig, LoraConfig, ModelConfig
-from fdfo_engine.config.secret_keys import SECRET_ADVICE, secret_keys
+from fdfo_engine.config.secret_keys import SECRET_ADVICE, is_secret_value, secret_keys
 from fdfo_engine.config.section import Auto, Name, Section, frozen_list, no_number, refuse
 
 AUTO_MICRO_BATCH = 24
@@ -351,13 +351,18 @@ class LogConfig(Section):
     webhook: Name | None = None
     """URL that events are posted to, each as its line of events.jsonl; a failure costs that event alone."""
 
+    @field_validator("webhook", mode="before")
+    @classmethod
+    def _has_a_key_of_its_own(cls, value: object) -> object:
+        advice = "would be copied into the run folder; put it in env FDFO_WEBHOOK_KEY, which is sent as a bearer token"
+        refuse([("", advice)] if is_secret_value(value) else [])
+        return value
+
     @field_validator("webhook")
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             refuse([("", f"{value}: takes an address that begins with http:// or https://")])
-        advice = "would be copied into the run folder; put it in env FDFO_WEBHOOK_KEY, which is sent as a bearer token"
-        refuse([("", advice)] if value is not None and "@" in value.split("/")[2] else [])
         return value
 
 

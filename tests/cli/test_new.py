@@ -59,7 +59,7 @@ def test_a_copy_says_what_the_original_says_but_for_its_folder_and_prompts(name,
     assert copy.run.dir == f"runs/{folder}"
     back = {"run": original.run, "prompts": original.prompts, "evaluation": original.evaluation}
     assert copy.model_copy(update=back) == original
-    if name == "shapes":
+    if original.model.id == "shapes":
         assert copy.prompts == original.prompts
         return
     prompts, evaluation = islice(preflight(copy), 2)

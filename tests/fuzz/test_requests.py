@@ -46,16 +46,14 @@ PAGE = {
 SEEDS = pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
+def served(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend_module, "GAP_WAIT_S", 0.005)
         for client, _ in test_openapi.served_instantly(tmp_path_factory):
             yield client
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def labelled(tmp_path_factory):
     """The label page with its owner signed in; what its code raises is raised here."""
     run = PairedRun(tmp_path_factory.mktemp("page"))
     run.add_round()
@@ -65,6 +63,12 @@ def page(tmp_path_factory):
         assert client.post("/api/session", json={"word": word}).status_code == 204
         yield client
     run.close()
+
+
+api, page = (pytest.fixture(scope="module", name=name)(of) for name, of in (("api", served), ("page", labelled)))
+untouched_api, untouched_page = (
+    pytest.fixture(name=name)(of) for name, of in (("untouched_api", served), ("untouched_page", labelled))
+)
 
 
 def hold(client, path, body, seeds):
@@ -79,9 +83,9 @@ def hold(client, path, body, seeds):
             assert response.json(), data
 
 
-def test_undamaged_requests_have_the_right_form(api, page):
+def test_undamaged_requests_have_the_right_form(untouched_api, untouched_page):
     """So the damage is what the others are refused for."""
-    for client, bodies in ((api, SERVED), (page, PAGE)):
+    for client, bodies in ((untouched_api, SERVED), (untouched_page, PAGE)):
         for path, body in bodies.items():
             response = client.post(path, json=body)
             assert response.status_code not in (400, 405, 415, 422), (path, response.text)

@@ -89,7 +89,7 @@ def test_a_reward_of_ones_own_that_is_not_there(tiny_sd3, tmp_path):
     assert found(config)["rewards"].exit_code != 0
 
 
-@pytest.mark.parametrize("name", sorted(set(bundled_configs()) - {"shapes"}))
+@pytest.mark.parametrize("name", sorted(set(bundled_configs()) - {"shapes", "shapes_fast"}))
 def test_the_prompts_of_every_shipped_config_are_there_and_held_out(name, capsys):
     config = load_config(name)
     prompts, evaluation = islice(preflight(config), 2)
