@@ -30,10 +30,11 @@ from typing import Any
 import httpx
 
 from benchmarks import RESULTS
-from benchmarks.serve_kills import DURING_START, SETTINGS, Server, free_port, is_alive
+from benchmarks.serve_kills import DURING_START, SETTINGS, Server, free_port
 from fdfo_engine.bench.record import header, write
 from fdfo_engine.choices.store import read_choices
 from fdfo_engine.label.access import Passes, Session
+from fdfo_engine.runtime.process import is_alive
 
 ROUND_SIZE = 12
 PATIENCE_S = 600.0

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve_kills import free_port, is_alive
+from benchmarks.serve_kills import free_port
+from fdfo_engine.runtime.process import is_alive
 from fdfo_engine.runtime.rank_files import read_sign
 
 PATIENCE_S = 400.0

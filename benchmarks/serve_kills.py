@@ -29,6 +29,7 @@ from pathlib import Path
 from benchmarks import RESULTS
 from fdfo_engine.bench.record import header, write
 from fdfo_engine.client import Client
+from fdfo_engine.runtime.process import is_alive
 
 SETTINGS = (
     "sampling.pairs_per_epoch=4", "sampling.block_pairs=2", "sampling.steps=4", "update.train_steps=4",
@@ -346,15 +347,6 @@ def wait_until_gone(pid: int, patience_s: float) -> None:
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether it runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

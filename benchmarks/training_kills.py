@@ -8,13 +8,12 @@ was told of may be gone; in the end weights, moments, average and the log of epo
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.nursery import Nursery, Ranks
+from benchmarks.nursery import Nursery, Ranks, status_of
 from benchmarks.serve_kills import SETTINGS
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.lost_checkpoints import last_saved
@@ -122,13 +121,9 @@ def newest_epoch(folder: Path) -> int:
 
 def wait_until_training(run: Ranks, folder: Path) -> None:
     """Until this process has written an epoch to the log, or is gone."""
-    file = folder / "run/status.json"
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and run.is_running():
-        try:
-            status = json.loads(file.read_text())
-        except (OSError, ValueError):
-            status = {}
+        status = status_of(folder / "run")
         if status.get("pid") == run.pids[0] and status.get("phase") in ("rollout", "reward", "update"):
             return
         time.sleep(0.02)

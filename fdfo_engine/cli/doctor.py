@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.options import add_config, config_words
+from fdfo_engine.cli.options import add_config, config_of
 from fdfo_engine.runtime.errors import EnvironmentProblem, error_message
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints each finding as it is made; returns 3 if a needed one is broken, else what would stop the config's run."""
     from fdfo_engine.runtime.console import say
 
-    config = _config(arguments) if arguments.config or arguments.overrides else None
+    config = config_of(arguments) if arguments.config or arguments.overrides else None
     healthy = True
     for finding in findings(arguments.dir, quick=arguments.quick):
         say(finding.line())
@@ -70,15 +70,6 @@ def _look_at(config: Config) -> int:
     from fdfo_engine.training.preflight import look_at
 
     return look_at(config)
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    from fdfo_engine.config import load_config
-    from fdfo_engine.runtime.own_code import search_in
-
-    file, settings = config_words(arguments)
-    search_in(Path(file).parent)
-    return load_config(file, settings)
 
 
 def findings(folder: Path, *, quick: bool = False) -> Iterator[Finding]:

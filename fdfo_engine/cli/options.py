@@ -40,6 +40,21 @@ def config_words(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     return given[0], [word for word in arguments.overrides if "=" in word]
 
 
+def config_of(arguments: argparse.Namespace) -> Config:
+    """The config that was given; code of one's own is looked for beside it, too.
+
+    Raises:
+        UsageError, ConfigError: as `config_words` and `load_config`.
+    """
+    from fdfo_engine.config import load_config
+    from fdfo_engine.runtime.own_code import search_in
+
+    file, settings = config_words(arguments)
+    config = load_config(file, settings)
+    search_in(Path(file).parent)
+    return config
+
+
 def add_run_dir(parse: argparse.ArgumentParser) -> None:
     """A run folder, by position."""
     parse.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder")

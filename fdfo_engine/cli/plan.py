@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdfo_engine.cli.options import add_config, config_words
+from fdfo_engine.cli.options import add_config, config_of
 from fdfo_engine.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
-    from fdfo_engine.config import BatchPlan, load_config
+    from fdfo_engine.config import BatchPlan
     from fdfo_engine.runtime.console import say
-    from fdfo_engine.runtime.own_code import search_in
     from fdfo_engine.runtime.terminal import importing, shown
 
     given = {
@@ -54,9 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in given.items():
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} {value:g}: takes more than 0")
-    file, settings = config_words(arguments)
-    config = load_config(file, settings)
-    search_in(Path(file).parent)
+    config = config_of(arguments)
     plan = BatchPlan.from_config(config, arguments.ranks)
     with importing():
         from fdfo_engine.planning.fit import reward_bytes

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdfo_engine.cli.bench import ARCHITECTURES, positive
-from fdfo_engine.cli.options import add_config, config_words
+from fdfo_engine.cli.options import add_config, config_of
 from fdfo_engine.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,14 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _of_config(arguments: argparse.Namespace, device: Any) -> Kernels:
-    from fdfo_engine.config import load_config
     from fdfo_engine.models.registry import load_model
     from fdfo_engine.planning.kernels import batches_of, measured
-    from fdfo_engine.runtime.own_code import search_in
 
-    file, settings = config_words(arguments)
-    config = load_config(file, settings)
-    search_in(Path(file).parent)
+    config = config_of(arguments)
     batches = batches_of(config, config.update.micro_batch_items)
     named = config.kernels.backend != "auto"
     return measured(load_model(config, device), batches, names_pair_ops=named, afresh=True)

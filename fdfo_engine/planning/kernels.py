@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fdfo_engine.config import BatchPlan, Config
-from fdfo_engine.models.flow_model import Conditioning, FlowModel
+from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.fused import ask_chooser, attention_backends, is_fused
 from fdfo_engine.models.pipeline_model import PipelineModel
 from fdfo_engine.ops import BACKENDS, Choices, backends, candidates, fdfo_loss, named, paired_step
 from fdfo_engine.planning.kernel_cache import Batches, KernelCache
-from fdfo_engine.planning.measuring import Measurement, Seconds, Timed, fastest, seconds_of
+from fdfo_engine.planning.measuring import Measurement, Seconds, Timed, blank_velocity, fastest, seconds_of
 from fdfo_engine.planning.self_check import check_ops
 from fdfo_engine.runtime.console import say, warn
 from fdfo_engine.runtime.distributed import broadcast_text, is_main, on_main, together, world_size
@@ -29,7 +29,6 @@ PAIR_OPS = "pair_ops"
 """What the pair ops are called together."""
 
 _LEGEND = "; * is taken: the first, unless another is faster by more than their noise"
-_ROLLOUT_TIMESTEP = 500.0
 
 
 @dataclass(frozen=True)
@@ -186,14 +185,7 @@ def pair_times(
 
 def _forward(model: PipelineModel, batch: int) -> Callable[[], Tensor]:
     """A forward of `batch` samples, of one blank prompt."""
-
-    def call() -> Tensor:
-        row = Conditioning(model.blank_row()).to(model.device)
-        latents = torch.zeros(batch, *model.latent_shape, device=model.device)
-        timesteps = torch.full((batch,), _ROLLOUT_TIMESTEP)
-        return model.velocity(model.network, latents, timesteps, row.rows(torch.zeros(batch, dtype=torch.int64)))
-
-    return call
+    return lambda: blank_velocity(model, torch.zeros(batch, *model.latent_shape, device=model.device))
 
 
 def batches_of(config: Config, micro_batch: int) -> Batches:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdfo_engine.models.flow_model import Conditioning
+from fdfo_engine.models.pipeline_model import PipelineModel
 from fdfo_engine.ops import Call, Projected, gated_residual_norms, under
 from fdfo_engine.runtime.interleaved import Spread, interleaved
 
 ROUNDS, ROUND_S, SECONDS = 5, 1e-3, 0.01
 """Of a call on one backend: rounds at least, how long one is on a CPU, and all of them together at least."""
 
+_TIMESTEP = 500.0
 _NOT_TIMED = Spread(0.0, 0.0, 0.0)
 Seconds = dict[str, Spread]
 """Of a call on each backend, by name; the fixed order's first."""
@@ -73,6 +76,14 @@ class Measurement:
         make = _forward_backward if torch.is_grad_enabled() and leaves else _forward
         calls = {name: make(partial(call.run, *arguments, **settings, backend=name), leaves) for name in names}
         return under(None, seconds_of, calls, self._device)
+
+
+def blank_velocity(model: PipelineModel, latents: Tensor) -> Tensor:
+    """The velocity at `latents` `[N, C, H, W]` amid the grid, of one blank prompt."""
+    count = len(latents)
+    row = Conditioning(model.blank_row()).to(model.device)
+    timesteps = torch.full((count,), _TIMESTEP)
+    return model.velocity(model.network, latents, timesteps, row.rows(torch.zeros(count, dtype=torch.int64)))
 
 
 def seconds_of(calls: Mapping[str, Callable[[], object]], device: torch.device) -> Seconds:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdfo_engine.models.flow_model import Conditioning, FlowModel
+from fdfo_engine.models.flow_model import FlowModel
 from fdfo_engine.models.fused import ask_chooser, is_fused
 from fdfo_engine.models.pipeline_model import PipelineModel
 from fdfo_engine.ops import (
@@ -28,7 +28,7 @@ from fdfo_engine.ops import (
     paired_step,
     under,
 )
-from fdfo_engine.planning.measuring import tensors_of
+from fdfo_engine.planning.measuring import blank_velocity, tensors_of
 from fdfo_engine.runtime.environment import package_version
 from fdfo_engine.runtime.errors import NumericsError
 
@@ -79,7 +79,8 @@ def check_ops(model: FlowModel, choices: Chooser | None, pair_ops: str) -> None:
         ask_chooser(model.network, Check(choices))
         try:
             with torch.no_grad():
-                _forward(model)
+                latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+                blank_velocity(model, latents.to(model.device))
         finally:
             ask_chooser(model.network, choices)
 
@@ -126,13 +127,6 @@ def _summed(made: Any) -> Any:
     zeros = [torch.zeros_like(residual.x[:, 0]) for residual in made.residuals]
     normed = [gated_residual_norms([r.to_norm(zero, zero)]) for r, zero in zip(made.residuals, zeros, strict=True)]
     return made.streams, made.packed, normed
-
-
-def _forward(model: PipelineModel) -> None:
-    """One sample of one blank prompt through the network."""
-    row = Conditioning(model.blank_row()).to(model.device)
-    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-    model.velocity(model.network, latents, torch.tensor([500.0]), row.rows(torch.zeros(1, dtype=torch.int64)))
 
 
 def _check_pair_ops(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, backend: str) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -142,10 +143,10 @@ class Watch:
             frame = frames.get(thread)
             waits = frame is not None and waits_for_others(frame)
             if work.name == pulse.ENGINE:
-                sign = Sign(sign.pid, sign.beat, sign.place, still_s, waits, sign.stuck)
+                sign = replace(sign, still_s=still_s, waits=waits)
             if still_s >= self._timeout_s and time.monotonic() >= work.may_last_until and not waits:
                 stuck = f"{work.name} has not got on for {still_s:.0f} s (comm.timeout_s){_at(frame)}"
-                sign = Sign(sign.pid, sign.beat, sign.place, sign.still_s, sign.waits, stuck)
+                sign = replace(sign, stuck=stuck)
         return self._none_gets_on(sign)
 
     def _none_gets_on(self, sign: Sign) -> Sign:
@@ -155,7 +156,7 @@ class Watch:
         if sign.stuck or not is_so:
             return sign
         stuck = f"every rank waits for the others since {sign.still_s:.0f} s (comm.timeout_s): the network, or a GPU"
-        return Sign(sign.pid, sign.beat, sign.place, sign.still_s, True, stuck)
+        return replace(sign, waits=True, stuck=stuck)
 
     def _give_up(self, own: Sign) -> None:
         me = Peer(rank(), os.getpid(), True)
