@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ class Nursery:
     `no_watchdog` is what it says.
     """
 
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` of the ranks; None is this process's."""
+        self._environment = environment
+
     def __enter__(self) -> Nursery:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", _NURSERY]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=self._environment)
         assert self._process.stdout is not None
         while self._process.stdout.readline() != "ready\n":  # libraries print, too
             assert self._process.poll() is None

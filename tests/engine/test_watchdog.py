@@ -20,7 +20,7 @@ TIMEOUT_S = 6
 
 @pytest.fixture(scope="module")
 def nursery():
-    with Nursery() as nursery:
+    with Nursery(environment()) as nursery:
         yield nursery
 
 
