@@ -1,16 +1,18 @@
 """Do the tests notice? Single changes to the code (mutants, by cosmic-ray), each against the tests of its module.
 
-    python -m benchmarks.mutation [--each 6] [--minutes 40] [--modules PATH ...] [--out FILE]
+    python -m benchmarks.mutation [--each 4] [--minutes 40] [--modules PATH ...] [--again NAME ...] [--processes 1]
 
-A mutant is one operator, number or condition changed in a copy of the checkout. It is killed if a test fails or takes
-too long; the same tests must pass on unchanged code first. Mutants are drawn by a seed, the same ones each time, and
-those that the results file has are not tried again: the command goes on where it ended. A survivor's `why` is written
-by hand into the file, and kept.
+A mutant is one operator, number or condition changed in a copy of the checkout. It is tried against the quick tests of
+its module first, and where none of these fails against all tests of its subject: it is killed if one fails or takes too
+long. The same tests must pass on unchanged code first. Mutants are drawn by a seed, the same ones each time, and those
+that the results file has are not tried again, unless `--again` names them: the command goes on where it ended. A
+survivor's `why` is written by hand into the file, and kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import difflib
 import json
 import multiprocessing
@@ -20,9 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import Any, NamedTuple
 
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -33,38 +38,97 @@ from benchmarks import RESULTS, ROOT
 
 SUBJECTS = {
     "update": {
-        "update/advantage.py": "update/test_advantage.py", "update/average.py": "update/test_average.py",
-        "update/deal.py": "update/test_deal.py", "update/totals.py": "update/test_totals.py",
-        "update/updater.py": "update/test_optimizer_steps.py",
+        "update/advantage.py": "update/test_advantage.py",
+        "update/average.py": "update/test_average.py",
+        "update/deal.py": "update/test_deal.py",
+        "update/totals.py": "update/test_totals.py",
+        "update/items.py": "update/test_micro_batches.py",
+        "update/objective.py": "update/test_micro_batches.py",
+        "update/half_precision.py": "update/test_half_precision.py::test_the_scale_is_a_power_of_two_for_each_backward",
+        "update/updater.py": "update/test_optimizer_steps.py update/test_primitives.py",
+        "update/primitives.py": "update/test_primitives.py",
+        "update/zero.py": "update/test_optimizer_steps.py update/test_zero.py",
+        "algorithms/fdfo.py": "algorithms/test_fdfo.py",
+        "algorithms/groups.py": "algorithms/test_flow_grpo.py",
+        "algorithms/flow_grpo.py": "algorithms/test_flow_grpo.py",
+        "algorithms/clipped_ratio.py": "algorithms/test_flow_grpo.py algorithms/test_renoised.py",
+        "algorithms/nft.py": "algorithms/test_renoised.py",
+        "algorithms/ablation.py": "algorithms/test_ablation.py",
     },
     "rollout": {
-        "rollout/prompts.py": "rollout/test_prompt_files.py rollout/test_prompt_order.py",
-        "rollout/prompt_files.py": "rollout/test_prompt_files.py", "rollout/churn.py": "rollout/test_churn.py",
+        "rollout/prompts.py": "rollout/test_prompt_order.py rollout/test_prompt_files.py",
+        "rollout/prompt_files.py": "rollout/test_prompt_files.py",
+        "rollout/prompt_sets.py": "rollout/test_prompt_sets.py",
+        "rollout/churn.py": "rollout/test_churn.py",
+        "rollout/sampler.py": "rollout/test_trajectory.py",
+        "rollout/blocks.py": "rollout/test_shares.py",
+        "rollout/generation.py": "rollout/test_shares.py",
     },
-    "trajectory": {"trajectory/rollout.py": "rollout/test_trajectory.py engine/test_library.py"},
+    "trajectory": {
+        "trajectory/rollout.py": "rollout/test_kept_rollouts.py",
+        "trajectory/renoised.py": "algorithms/test_renoised.py",
+        "trajectory/unscored.py": "rollout/test_kept_rollouts.py",
+    },
     "checkpoint": {
-        "runtime/checkpoint.py": "runtime/test_checkpoint_store.py fuzz/test_run_folder.py",
+        "runtime/checkpoint.py": "runtime/test_checkpoint_store.py",
         "runtime/durable.py": "runtime/test_checkpoint_store.py runtime/test_run_folder.py",
+        "runtime/best_checkpoint.py": "engine/test_saving.py::test_the_best_is_kept_by_its_pointer engine/test_saving.py::test_a_damaged_pointer_is_told_and_ends_nothing",
+        "runtime/run_checkpoints.py": "engine/test_saving.py",
+        "runtime/lost_checkpoints.py": "runtime/test_lost_checkpoints.py",
     },
     "run folder": {
-        "runtime/run_folder.py": "runtime/test_run_folder.py fuzz/test_run_folder.py",
-        "runtime/run_lock.py": "runtime/test_run_folder.py", "runtime/event_log.py": "runtime/test_events.py",
+        "runtime/run_folder.py": "runtime/test_run_folder.py",
+        "runtime/run_lock.py": "runtime/test_run_folder.py",
+        "runtime/event_log.py": "runtime/test_events.py",
+        "runtime/run_status.py": "runtime/test_run_folder.py runtime/test_events.py",
+        "runtime/json_text.py": "fuzz/test_run_folder.py",
+        "runtime/content_hash.py": "runtime/test_content_hash.py",
     },
     "rewards": {
         "rewards/weighted.py": "rewards/test_weighted.py rewards/test_composition.py",
+        "rewards/registry.py": "rewards/test_own_reward.py rewards/test_weighted.py",
+        "rewards/background.py": "rewards/test_background.py",
+        "rewards/isolated.py": "rewards/test_isolated.py",
+        "rewards/json_server.py": "rewards/test_server_rewards.py rewards/test_server_readiness.py",
+        "rewards/http_reward.py": "rewards/test_server_rewards.py rewards/test_server_readiness.py",
         "rewards/first_token.py": "rewards/test_first_token.py",
-        "rewards/json_server.py": "rewards/test_server_rewards.py",
+        "rewards/geneval_rules.py": "rewards/test_geneval.py",
+        "rewards/questions.py": "rewards/test_vlm_reward.py",
+        "rewards/manners.py": "rewards/test_manners.py",
     },
     "config rules": {
-        "config/cross_checks.py": "config/test_config_rules.py", "config/batch.py": "config/test_batch_plan.py",
-        "config/churn.py": "config/test_method_defaults.py config/test_config_rules.py",
+        "config/cross_checks.py": "config/test_config_rules.py",
+        "config/batch.py": "config/test_batch_plan.py",
+        "config/churn.py": "config/test_limits.py config/test_method_defaults.py",
+        "config/algorithm.py": "config/test_limits.py config/test_method_defaults.py",
+        "config/overrides.py": "config/test_config_overrides.py config/test_config_load.py",
+        "config/yaml_source.py": "config/test_config_load.py",
     },
     "evaluation": {
         "evaluation/guard.py": "evaluation/test_guard_findings.py",
         "evaluation/overlap.py": "evaluation/test_overlap.py",
+        "evaluation/compare.py": "evaluation/test_compare.py",
+        "evaluation/heldout.py": "evaluation/test_heldout.py",
+        "evaluation/measures.py": "evaluation/test_compare.py",
+        "metrics/health.py": "metrics/test_health.py",
+        "metrics/diversity.py": "metrics/test_diversity.py",
+        "metrics/intervals.py": "metrics/test_intervals.py",
     },
 }  # fmt: skip
-"""Modules of the package by subject, each with the tests that must notice what is changed in it."""
+"""Modules of the package by subject, each with the quick tests that are tried first."""
+
+_FOLDER = "runtime/test_run_folder.py runtime/test_events.py runtime/test_lost_checkpoints.py fuzz/test_run_folder.py"
+ALL_TESTS = {
+    "update": "update algorithms engine/test_micro_batch.py engine/test_library.py",
+    "rollout": "rollout algorithms engine/test_resume.py engine/test_library.py",
+    "trajectory": "rollout algorithms engine/test_scoring.py fuzz/test_run_folder.py",
+    "checkpoint": f"runtime/test_checkpoint_store.py {_FOLDER} engine/test_saving.py engine/test_resume.py",
+    "run folder": f"{_FOLDER} runtime/test_content_hash.py engine/test_run_events.py engine/test_resume.py",
+    "rewards": "rewards engine/test_scoring.py fuzz/test_replies.py",
+    "config rules": "config cli/test_cli_parsing.py fuzz/test_settings.py",
+    "evaluation": "evaluation metrics report/test_evaluation_page.py",
+}
+"""Tests of each subject that a mutant must get past to count as a survivor."""
 
 PAIRS = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_FloorDiv", "Pow_Mul")
 COMPARISONS = ("Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Lt_Gt", "Gt_Lt", "Is_IsNot", "IsNot_Is")
@@ -80,8 +144,17 @@ OPERATORS = (
 _AS_FORKED = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 """Plugins of pytest were imported before it."""
 
+_FOREIGN = """
+import sys, hypothesis, pytest, scipy.stats, yaml, tiny_sd3
+import fdfo_engine.cli.evaluate, fdfo_engine.evaluation.compare, fdfo_engine.loop
+own = ("fdfo_engine", "tiny_sd3", "__main__")
+print(*(name for name, module in sys.modules.items() if module and name.partition(".")[0] not in own), sep="\\n")
+"""
+"""Prints the modules that ours import, which are not ours."""
+
 SEED = 19
-TIMEOUT_S = 300
+SLOWER = 5
+"""A mutant whose tests take so many times as long as on unchanged code, and half a minute, is killed."""
 
 
 class Mutant(NamedTuple):
@@ -98,37 +171,113 @@ class Mutant(NamedTuple):
         return f"{self.module}:{self.line} {self.operator} {self.occurrence}"
 
 
+class Trials:
+    """Copies of the checkout, one a process that runs tests in it, and the tests that passed on unchanged code."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._free = [copied_checkout(folder / str(number)) for number in range(count)]
+        self._lock = threading.Lock()
+        self._foreign = imported_by_us(self._free[0])
+        self._limits_s: dict[str, float] = {}
+
+    def outcome(self, mutant: Mutant) -> dict[str, Any]:
+        """Runs the quick tests on a changed copy, then all of the subject while none fails, and changes it back."""
+        with self._lock:
+            copy = self._free.pop()
+        try:
+            return self._tried(copy, mutant)
+        finally:
+            with self._lock:
+                self._free.append(copy)
+
+    def _tried(self, copy: Path, mutant: Mutant) -> dict[str, Any]:
+        file = copy / "fdfo_engine" / mutant.module
+        code, changed = texts(mutant)
+        started = time.monotonic()
+        for tests in tests_of(mutant.module):
+            self._require_pass(copy, tests)
+            file.write_text(changed)
+            try:
+                killed, told = self._failed(copy, tests, self._limits_s[tests])
+            finally:
+                file.write_text(code)
+            if killed:
+                break
+        seconds = round(time.monotonic() - started, 1)
+        return {"killed": killed, "by": told, "diff": difference(mutant), "tests": tests, "seconds": seconds}
+
+    def _require_pass(self, copy: Path, tests: str) -> None:
+        """The control: tests that fail on unchanged code would kill every mutant."""
+        if tests in self._limits_s:
+            return
+        started = time.monotonic()
+        fails, told = self._failed(copy, tests, None)
+        if fails:
+            raise SystemExit(f"{tests}: fails on unchanged code: {told}\n{(copy / 'output.txt').read_text()[-2000:]}")
+        self._limits_s[tests] = 30 + SLOWER * (time.monotonic() - started)
+
+    def _failed(self, copy: Path, tests: str, limit_s: float | None) -> tuple[bool, str]:
+        """Whether a test fails, and which."""
+        output = copy / "output.txt"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(self._foreign)
+        process = context.Process(target=run_tests, args=(copy, tests, output))
+        process.start()
+        process.join(limit_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return True, f"no end within {limit_s:.0f} s"
+        told = [line for line in output.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return process.exitcode != 0, told[0][:160] if told else ""
+
+
 def main() -> None:
     """Tries what is left of the sample, and writes after each mutant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=6, help="mutants a module")
+    parser.add_argument("--each", type=int, default=4, help="mutants a module")
     parser.add_argument("--modules", nargs="*", help="of the table, by path; default: all")
+    parser.add_argument("--again", nargs="*", default=[], help="mutants to try again, by name")
     parser.add_argument("--minutes", type=float, default=40, help="no further mutant is begun after this time")
+    parser.add_argument("--processes", type=int, default=1, help="mutants at a time, each in a copy of its own")
     parser.add_argument("--out", type=Path, default=RESULTS / "mutation.json")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
-    tried = json.loads(arguments.out.read_text())["mutants"] if arguments.out.is_file() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        copy, passing = copied_checkout(Path(folder)), set()
-        for mutant, tests in sample(arguments.each):
-            is_left_out = arguments.modules is not None and mutant.module not in arguments.modules
-            if is_left_out or mutant.name in tried or time.monotonic() > end:
-                continue
-            if tests not in passing:
-                require_pass(copy, tests)
-                passing.add(tests)
-            tried[mutant.name] = outcome(copy, mutant, tests)
-            print(mutant.name, "killed" if tried[mutant.name]["killed"] else "SURVIVED", flush=True)
-            arguments.out.write_text(json.dumps(record(tried), indent=1) + "\n")
+    tried = still_there(json.loads(arguments.out.read_text())["mutants"]) if arguments.out.is_file() else {}
+    drawn = [
+        mutant for mutant in sample(arguments.each) if arguments.modules is None or mutant.module in arguments.modules
+    ]
+    again = [mutant for name in arguments.again for mutant in mutants_of(name.split(":")[0]) if mutant.name == name]
+    chosen = [*again, *(mutant for mutant in drawn if mutant.name not in tried)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.processes) as pool:
+        trials, writing = Trials(Path(folder), arguments.processes), threading.Lock()
+
+        def attempt(mutant: Mutant) -> None:
+            if time.monotonic() > end:
+                return
+            found = trials.outcome(mutant)
+            with writing:
+                why = tried.get(mutant.name, {}).get("why")
+                tried[mutant.name] = found | ({"why": why} if why and not found["killed"] else {})
+                print(mutant.name, "killed" if found["killed"] else "SURVIVED", found["seconds"], flush=True)
+                arguments.out.write_text(json.dumps(record(tried), indent=1) + "\n")
+
+        list(pool.map(attempt, chosen))
 
 
-def sample(each: int) -> list[tuple[Mutant, str]]:
-    """Mutants with their tests: `each` of every module, in turn, so that a run that ends early has some of all."""
-    rows: list[list[tuple[Mutant, str]]] = []
-    for modules in SUBJECTS.values():
-        for module, tests in modules.items():
-            drawn = random.Random(f"{SEED} {module}").sample(found := mutants_of(module), min(each, len(found)))
-            rows.append([(mutant, tests) for mutant in drawn])
+def tests_of(module: str) -> tuple[str, str]:
+    """The quick tests of a module, and all of its subject."""
+    return next(
+        (modules[module], ALL_TESTS[subject]) for subject, modules in SUBJECTS.items() if module in modules
+    )  # fmt: skip
+
+
+def sample(each: int) -> list[Mutant]:
+    """`each` mutants of every module, in turn, so that a run that ends early has some of all."""
+    rows: list[list[Mutant]] = []
+    for module in (module for modules in SUBJECTS.values() for module in modules):
+        found = mutants_of(module)
+        rows.append(random.Random(f"{SEED} {module}").sample(found, min(each, len(found))))
     return [row[number] for number in range(each) for row in rows if number < len(row)]
 
 
@@ -143,48 +292,28 @@ def mutants_of(module: str) -> list[Mutant]:
     return found
 
 
-def outcome(copy: Path, mutant: Mutant, tests: str) -> dict[str, Any]:
-    """Runs the tests on the changed copy, and changes it back."""
-    file = copy / "fdfo_engine" / mutant.module
-    code = file.read_text()
-    changed = mutate_code(code, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
-    file.write_text(changed)
-    started = time.monotonic()
-    try:
-        killed, told = failed(copy, tests)
-    finally:
-        file.write_text(code)
+def texts(mutant: Mutant) -> tuple[str, str]:
+    """Its module's code, and the same changed."""
+    code = (ROOT / "fdfo_engine" / mutant.module).read_text()
+    return code, mutate_code(code, get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
+
+
+def difference(mutant: Mutant) -> list[str]:
+    """The lines that it takes away and those that it puts there."""
+    code, changed = texts(mutant)
     lines = difflib.unified_diff(code.splitlines(), changed.splitlines(), lineterm="", n=0)
-    diff = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    seconds = round(time.monotonic() - started, 1)
-    return {"killed": killed, "by": told, "diff": diff, "tests": tests, "seconds": seconds}
+    return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
 
 
-def require_pass(copy: Path, tests: str) -> None:
-    """The control: tests that fail on unchanged code would kill every mutant."""
-    fails, told = failed(copy, tests)
-    if fails:
-        raise SystemExit(f"{tests}: fails on unchanged code: {told}\n{(copy / 'output.txt').read_text()[-2000:]}")
-
-
-def failed(copy: Path, tests: str) -> tuple[bool, str]:
-    """Whether a test fails, and which."""
-    output = copy / "output.txt"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytest", "pydantic", "diffusers", "deepspeed"])
-    process = context.Process(target=run_tests, args=(copy, tests, output))
-    process.start()
-    process.join(TIMEOUT_S)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return True, f"no end within {TIMEOUT_S} s"
-    told = [line for line in output.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return process.exitcode != 0, told[0][:160] if told else ""
+def still_there(tried: dict[str, Any]) -> dict[str, Any]:
+    """Those of a results file that are mutants of the code as it is now."""
+    modules = {name.split(":")[0] for name in tried} & {module for own in SUBJECTS.values() for module in own}
+    present = {mutant.name: mutant for module in modules for mutant in mutants_of(module)}
+    return {name: of for name, of in tried.items() if name in present and difference(present[name]) == of["diff"]}
 
 
 def run_tests(copy: Path, tests: str, output: Path) -> None:
-    """In a process that was forked off after the heavy imports, and before any of ours."""
+    """In a process that was forked off after the imports of others, and before any of ours."""
     with output.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -198,13 +327,23 @@ def run_tests(copy: Path, tests: str, output: Path) -> None:
 
 
 def copied_checkout(folder: Path) -> Path:
-    """The files that git knows, and the compiled extension."""
+    """The files that git knows, compiled, and the compiled extension."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "fdfo_engine").glob("*.so")]
     for name in [*listed.splitlines(), *compiled]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
+    for package in ("fdfo_engine", "tests"):  # valid by content: two changes in one second would look alike by date
+        compileall.compile_dir(folder / package, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     return folder
+
+
+def imported_by_us(copy: Path) -> list[str]:
+    """Modules of others that ours import."""
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join((str(copy), str(copy / "tests")))}
+    done = subprocess.run([sys.executable, "-c", _FOREIGN], cwd=copy, env=paths, capture_output=True, text=True)
+    done.check_returncode()
+    return done.stdout.splitlines()
 
 
 def record(tried: dict[str, Any]) -> dict[str, Any]:
