@@ -12,7 +12,7 @@ from fdfo_engine import Engine
 from fdfo_engine.loop import run
 from fdfo_engine.rewards import register
 from fdfo_engine.runtime import run_checkpoints
-from fdfo_engine.runtime.best_checkpoint import Best, forget_best, note_best, read_best
+from fdfo_engine.runtime.best_checkpoint import read_best
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.run_folder import checkpoint_store, read_log
@@ -172,25 +172,3 @@ def test_the_best_by_held_out_reward_stays_beside_the_newest(tiny_sd3, tmp_path)
 def test_what_is_worse_than_the_untrained_model_is_no_best(tiny_sd3, tmp_path):
     assert evaluated(tiny_sd3, tmp_path, [0.9, 0.8, 0.7, 0.6], epochs=3) == ["epoch_000002", "epoch_000003"]
     assert read_best(tmp_path / "run") is None
-
-
-def test_the_best_is_kept_by_its_pointer(tmp_path):
-    assert read_best(tmp_path) is None
-    assert not note_best(tmp_path, Best("epoch_000001", float("nan"), 0.0))
-    assert note_best(tmp_path, Best("epoch_000001", 0.5, 0.1))
-    assert not note_best(tmp_path, Best("epoch_000002", 0.5, 0.1))
-    assert note_best(tmp_path, Best("epoch_000003", 0.6, 0.1))
-    assert read_best(tmp_path) == Best("epoch_000003", 0.6, 0.1)
-    forget_best(tmp_path, after="epoch_000003")
-    assert read_best(tmp_path) is not None
-    forget_best(tmp_path, after="epoch_000002")
-    assert read_best(tmp_path) is None, "the run went on from before it"
-
-
-def test_a_damaged_pointer_is_told_and_ends_nothing(tmp_path, capsys):
-    note_best(tmp_path, Best("epoch_000001", 0.5, 0.1))
-    file = tmp_path / "best.json"
-    file.write_text(file.read_text().replace("0.5", "0.9"))
-    assert read_best(tmp_path) is None
-    assert "which checkpoint was best is not known" in capsys.readouterr().err
-    assert note_best(tmp_path, Best("epoch_000002", 0.1, 0.1))
