@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from ops import exact
 from update.epoch_oracle import dealt_steps
 
 from fdfo_engine.update.deal import deal_steps
@@ -58,6 +59,22 @@ def test_every_step_is_as_likely_in_every_share():
     shares = deal(range(1000)).numpy()
     counts = np.stack([np.bincount(share.ravel(), minlength=12) for share in shares])
     assert np.abs(counts - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize("kept", [2, 3, 6])
+def test_a_stratified_subset_is_dealt_by_its_least_words(kept):
+    """Of each stretch of neighbours the step with the least word; these are sorted by their words, and shared out."""
+    ids = [0, 5, FAR, *range(40, 60)]
+    shares = deal_steps(
+        ids, steps=12, train_steps=kept, optimizer_steps=kept // (2 if kept == 6 else 1), seed=9, subset="stratified"
+    )
+    for row, pair in enumerate(ids):
+        for branch in range(2):
+            words = [exact.words((i, 2**31 + 1 + branch, pair % 2**32, pair // 2**32), (9, 0))[0] for i in range(12)]
+            size = 12 // kept
+            first = [min(range(at, at + size), key=words.__getitem__) for at in range(0, 12, size)]
+            order = np.split(np.array(sorted(first, key=words.__getitem__)), len(shares))
+            assert shares[:, row, branch].tolist() == [sorted(share.tolist()) for share in order]
 
 
 def test_unequal_shares_are_refused():

@@ -148,6 +148,59 @@ def test_log_ratios_are_zero_on_policy_and_of_every_trained_step(engine):
     assert all(f.values.abs().max() < 1e-5 for f in found)
 
 
+def test_a_gradient_tells_the_methods_figures_of_its_items(engine):
+    """Off policy, so that nothing is 0; at a clip range of its own, of which half of the items are beyond."""
+    rollout = engine.rollout(PROMPTS)
+    engine.primitives.forward_backward(rollout, rewards=REWARDS, part=0)
+    engine.primitives.optim_step()
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [5.0, 5.0]])
+    ratios = engine.primitives.forward(rollout, part=1).values.double()
+    clip = (ratios[:3].exp() - 1).abs().median().item()
+    told = engine.primitives.forward_backward(rollout, rewards=rewards, part=1, clip_range=clip)
+    half = ((rewards[:, 0] - rewards[:, 1]) / 2).double()
+    advantages = torch.stack([half, -half], 1)[:, :, None]
+    rho = ratios.exp()
+    loss = -advantages * rho + advantages.abs() / (2 * clip) * (rho - 1) ** 2
+    live = ratios[:3]
+    assert told["loss"] == pytest.approx(loss.sum().item() / 16, rel=1e-4)  # two branches, four pairs, two steps
+    assert told["items"] == live.numel() == 12
+    assert told["log_ratio_mean"] == pytest.approx(live.mean().item(), rel=1e-3)
+    assert told["log_ratio_largest"] == pytest.approx(live.abs().max().item(), rel=1e-3)
+    assert told["clip_fraction"] == pytest.approx(0.5, abs=1 / 11)
+    assert told["zero_gradient_share"] == 0.25
+    assert told["distance_rms"] == pytest.approx(rollout.distance.double().square().mean().sqrt().item(), rel=1e-6)
+    assert rollout.distance.max() / rollout.distance.min() > 1, "the root of a mean of squares is no mean"
+
+
+def test_progress_counts_micro_batches_of_all_shares_and_the_network_trains_meanwhile(engine):
+    rollout, reached, modes = engine.rollout(PROMPTS), [], []
+
+    def reach(done, total):
+        reached.append((done, total))
+        modes.append(engine.model.network.training)
+
+    assert not engine.model.network.training
+    engine._updater.update(rollout, REWARDS.double(), reach)
+    count = len(reached)  # in blocks of two pairs: eight items in micro-batches of five, in each of two steps
+    assert reached == [(done, 8) for done in range(count)]
+    assert count == 8
+    assert all(modes)
+    assert not engine.model.network.training
+
+
+def test_the_average_is_moved_by_its_decay_at_the_end_of_each_epoch(tiny_sd3, tmp_path):
+    engine = Engine(tiny_config(tiny_sd3, tmp_path, update={"ema": 0.9}))
+    wanted = {name: weight.double() for name, weight in engine.trainer.weights().items()}
+    for epoch in (1, 2):
+        rollout = engine.rollout(PROMPTS)
+        assert (rollout.first_pair, rollout.pair_ids) == (4 * epoch - 4, list(range(4 * epoch - 4, 4 * epoch)))
+        engine.update(rollout, REWARDS)
+        wanted = {name: 0.9 * wanted[name] + 0.1 * now.double() for name, now in engine.trainer.weights().items()}
+    moved = sum((now.double() - wanted[name]).norm() for name, now in engine.trainer.weights().items())
+    off = sum((engine.ema[name].double() - average).norm() for name, average in wanted.items())
+    assert off < 1e-4 * moved
+
+
 def test_a_learning_rate_holds_for_one_step(engine, tiny_sd3, tmp_path):
     other = Engine(tiny_config(tiny_sd3, tmp_path / "other", optimizer={"lr": 5e-4}))
     for which, rate in ((engine, 5e-4), (other, None)):

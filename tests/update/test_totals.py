@@ -66,6 +66,29 @@ def test_optimiser_steps_are_applied_skipped_or_left_out():
     assert (metrics["trained_items"], metrics["seconds_update"]) == (1, 1.5)
 
 
+def test_every_optimiser_step_counts_once():
+    totals = Totals.zero(torch.device("cpu"))
+    kinds = {"applied": StepResult(1.0, applied=True), "skipped": StepResult(1.0, applied=False)}
+    kinds["left out"] = StepResult(0.0, applied=False, left_out=True)
+    for kind, count in (("applied", 4), ("skipped", 3), ("left out", 2)):
+        for _ in range(count):
+            totals.count_step(kinds[kind])
+    none = torch.zeros(2, dtype=torch.bool)
+    metrics = update_metrics(totals, Advantage(torch.zeros(2, 2), none, none, none), 9, 0.0)
+    assert (metrics["optimizer_steps"], metrics["skipped_steps"], metrics["left_out_steps"]) == (4, 3, 2)
+    assert metrics["grad_norm"] == 1.0
+
+
+def test_of_a_pair_the_size_of_its_advantage_counts_and_not_its_sign():
+    flags = [
+        torch.tensor(rows, dtype=torch.bool) for rows in ([1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1])
+    ]
+    values = torch.tensor([[-3.0, 3.0], [0.0, 0.0], [0.0, 0.0], [1.0, -1.0], [0.0, 0.0], [2.0, -2.0]])
+    metrics = update_metrics(counted(), Advantage(values, *flags), 1, 0.0)
+    assert (metrics["lost_pairs"], metrics["tied_pairs"], metrics["zero_direction_pairs"]) == (2, 1, 3)
+    assert metrics["advantage_abs_mean"] == 1.0
+
+
 def test_the_floor_is_logged_as_measured_and_as_zero_where_nothing_was():
     none = torch.zeros(1, dtype=torch.bool)
     adv = Advantage(torch.zeros(1, 2), none, none, none)
