@@ -71,6 +71,19 @@ def test_interval_is_a_normalised_logit_normal(first, options):
     assert (found[:, -1] == 0).all()
 
 
+def test_interval_is_normalised_down_to_a_millionth():
+    """Centres that move away from the grid: the density's sum falls through 1e-6, below which it says nothing."""
+    totals = []
+    for mu in np.linspace(4.5, 7.0, 40):
+        found = churn_gammas(IntervalChurn(schedule="interval", mu=mu, sigma=0.0), grid(), PAIRS, SEED)
+        assert_close(found, interval(grid().double().numpy(), 1.0, mu, 0.0, 0.25))
+        t = grid().double().numpy()[1:-1]
+        z = (np.log(t / (1 - t)) - mu) / 0.25
+        totals.append((np.exp(-(z**2) / 2) / (0.25 * np.sqrt(2 * np.pi) * t * (1 - t))).sum())
+    assert sum(1e-6 < total < 1e-4 for total in totals) >= 3
+    assert sum(1e-8 < total < 1e-6 for total in totals) >= 3
+
+
 def test_interval_far_from_the_grid_is_spread_evenly():
     churn = IntervalChurn(schedule="interval", mu=40.0, sigma=0.0, soft_sigma=0.1)
     found = churn_gammas(churn, grid(), PAIRS, SEED)

@@ -7,7 +7,7 @@ from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import Engine
 from fdfo_engine.runtime.errors import UsageError
-from fdfo_engine.update.half_precision import LARGEST, GradientScale
+from fdfo_engine.update.half_precision import GradientScale
 
 REWARDS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.2], [1.0, 0.0]])
 REAL_RUN = 2.0**-22
@@ -94,7 +94,7 @@ def test_the_scale_is_a_power_of_two_for_each_backward():
         assert upstream.any() == weight.grad.any()
         exact = upstream.abs().max()
         if exact:
-            assert LARGEST / 2 <= seen[-1].abs().max() <= LARGEST
+            assert 32 <= seen[-1].abs().max() <= 64  # of 65504 and 6e-8, where float16 ends
             factor = (weight.grad[upstream.abs().argmax()] / 2 / seen[-1][upstream.abs().argmax()].float()).item()
             assert torch.tensor(factor).log2().item().is_integer()
 
