@@ -60,7 +60,7 @@ SUBJECTS = {
         "rollout/prompt_files.py": "rollout/test_prompt_files.py",
         "rollout/prompt_sets.py": "rollout/test_prompt_sets.py",
         "rollout/churn.py": "rollout/test_churn.py",
-        "rollout/sampler.py": "rollout/test_trajectory.py",
+        "rollout/sampler.py": "rollout/test_generation.py rollout/test_trajectory.py",
         "rollout/blocks.py": "rollout/test_shares.py",
         "rollout/generation.py": "rollout/test_shares.py",
     },
@@ -70,8 +70,8 @@ SUBJECTS = {
         "trajectory/unscored.py": "rollout/test_kept_rollouts.py",
     },
     "checkpoint": {
-        "runtime/checkpoint.py": "runtime/test_checkpoint_store.py",
-        "runtime/durable.py": "runtime/test_checkpoint_store.py runtime/test_run_folder.py",
+        "runtime/checkpoint.py": "runtime/test_durable.py runtime/test_checkpoint_store.py",
+        "runtime/durable.py": "runtime/test_durable.py",
         "runtime/best_checkpoint.py": "runtime/test_best_checkpoint.py",
         "runtime/run_checkpoints.py": "engine/test_saving.py",
         "runtime/lost_checkpoints.py": "runtime/test_lost_checkpoints.py",
@@ -80,7 +80,7 @@ SUBJECTS = {
         "runtime/run_folder.py": "runtime/test_run_folder.py",
         "runtime/run_lock.py": "runtime/test_run_folder.py",
         "runtime/event_log.py": "runtime/test_events.py",
-        "runtime/run_status.py": "runtime/test_run_folder.py runtime/test_events.py",
+        "runtime/run_status.py": "runtime/test_run_status.py",
         "runtime/json_text.py": "fuzz/test_run_folder.py",
         "runtime/content_hash.py": "runtime/test_content_hash.py",
     },
@@ -107,9 +107,9 @@ SUBJECTS = {
     "evaluation": {
         "evaluation/guard.py": "evaluation/test_guard_findings.py",
         "evaluation/overlap.py": "evaluation/test_overlap.py",
-        "evaluation/compare.py": "evaluation/test_compare.py",
-        "evaluation/heldout.py": "evaluation/test_heldout.py",
-        "evaluation/measures.py": "evaluation/test_compare.py",
+        "evaluation/compare.py": "evaluation/test_summaries.py",
+        "evaluation/heldout.py": "evaluation/test_summaries.py",
+        "evaluation/measures.py": "evaluation/test_summaries.py",
         "metrics/health.py": "metrics/test_health.py",
         "metrics/diversity.py": "metrics/test_diversity.py",
         "metrics/intervals.py": "metrics/test_intervals.py",
@@ -117,12 +117,12 @@ SUBJECTS = {
 }  # fmt: skip
 """Modules of the package by subject, each with the quick tests that are tried first."""
 
-_FOLDER = "runtime/test_run_folder.py runtime/test_events.py runtime/test_lost_checkpoints.py fuzz/test_run_folder.py"
+_FOLDER = "runtime/test_run_folder.py runtime/test_run_status.py runtime/test_events.py runtime/test_lost_checkpoints.py fuzz/test_run_folder.py"
 ALL_TESTS = {
     "update": "update algorithms engine/test_micro_batch.py engine/test_library.py",
     "rollout": "rollout algorithms engine/test_resume.py engine/test_library.py",
     "trajectory": "rollout algorithms engine/test_scoring.py fuzz/test_run_folder.py",
-    "checkpoint": f"runtime/test_checkpoint_store.py {_FOLDER} engine/test_saving.py engine/test_resume.py",
+    "checkpoint": f"runtime/test_durable.py runtime/test_checkpoint_store.py {_FOLDER} engine/test_saving.py engine/test_resume.py",
     "run folder": f"{_FOLDER} runtime/test_content_hash.py engine/test_run_events.py engine/test_resume.py",
     "rewards": "rewards engine/test_scoring.py fuzz/test_replies.py",
     "config rules": "config cli/test_cli_parsing.py fuzz/test_settings.py",

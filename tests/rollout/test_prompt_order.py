@@ -10,6 +10,7 @@ from ops import exact
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.rollout.prompts import MAX_PROMPT_BYTES, PromptList, describe_prompts, load_prompts
 from fdfo_engine.runtime.errors import PromptError
+from fdfo_engine.shapes.scene import captions
 
 TEN = [f"prompt {i}" for i in range(10)]
 
@@ -100,6 +101,37 @@ def test_shapes_captions_repeat_and_hold_out():
     train = load_prompts(source, seed=1).prompts
     assert train == load_prompts(source, seed=1).prompts
     assert not set(train) & set(load_prompts(source, seed=1, split="heldout").prompts)
+
+
+def test_shapes_captions_are_keyed_by_the_runs_seed_and_as_many_as_asked_for():
+    source = PromptsConfig(source="shapes", count=40)
+    assert len(load_prompts(source, seed=1)) == 40
+    assert load_prompts(source, seed=1).prompts == captions("train", 40, 1)
+    assert load_prompts(source, seed=2).prompts == captions("train", 40, 2) != captions("train", 40, 1)
+    assert load_prompts(source, seed=2, split="heldout").prompts == captions("heldout", 40, 2)
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00e9"])
+def test_a_prompt_may_have_16384_bytes(tmp_path, letter):
+    size = 16384 // len(letter.encode())
+    assert read(tmp_path, letter * size) == [letter * size]
+    with pytest.raises(PromptError, match=r"a line of 1638[56] bytes; a prompt takes at most 16384"):
+        read(tmp_path, letter * (size + 1))
+
+
+def test_what_was_left_out_is_counted_by_its_reason(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("b\n a\nb\n\nb \n# x\n#y\n\u200b\n")
+    found = load_prompts(PromptsConfig(source=str(file), dedup=True), seed=0, pairs_per_prompt=2)
+    assert found.prompts == ["b", "a", "# x", "#y"]
+    assert found.reading.notes() == [
+        "left out: 2 blank, 2 repeated", "white space around 2 of them dropped",
+        "2 begin with #; prompts.comments=true leaves such lines out",
+    ]  # fmt: skip
+    assert found.reading.entries == 8
+    assert len(set(found.of_pairs([0, 1]))) == 1, "two neighbours take one prompt"
+    assert describe_prompts(found, 8).endswith("each used about 2.0 times an epoch")
+    assert "each used" not in describe_prompts(found, 4)
 
 
 def test_the_description_counts(tmp_path):

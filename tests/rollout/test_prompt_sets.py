@@ -107,6 +107,16 @@ def test_a_part_of_a_set_does_not_pass_for_the_whole(tmp_path, hub):
     assert load("hub:some/where/part-0000[02]*.jsonl", allow_download=True) == ["a", "a"], "as asked"
 
 
+@pytest.mark.parametrize(("there", "missing"), [((1, 2), [0]), ((0, 1), [2]), ((1,), [0, 2]), ((0, 1, 2), [])])
+def test_each_numbered_part_of_a_table_is_asked_for(there, missing):
+    parts = [f"data/part-{number:05d}-of-00003.parquet" for number in range(3)]
+    found = prompt_sets.PromptSet("some/where", ("data/part-*.parquet", "more.json"))
+    names = [*(parts[number] for number in there), "more.json"]
+    assert prompt_sets._missing(found, names) == [parts[number] for number in missing]
+    assert prompt_sets._missing(found, names[:-1]) == [*(parts[number] for number in missing), "more.json"]
+    assert prompt_sets._missing(found, []) == ["data/part-*.parquet", "more.json"]
+
+
 def test_what_the_hub_gives_in_folders_is_read(tmp_path, hub):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.csv").write_text("prompt\na\n")

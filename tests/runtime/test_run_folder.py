@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,16 +13,21 @@ import yaml
 from tiny_sd3 import tiny_config
 
 from fdfo_engine.config import dump_config, resumable_keys
-from fdfo_engine.runtime import run_lock
+from fdfo_engine.runtime import run_folder, run_lock
+from fdfo_engine.runtime.durable import append_line
 from fdfo_engine.runtime.errors import CheckpointError, PromptError, UsageError
+from fdfo_engine.runtime.event_log import EventLog, read_events
+from fdfo_engine.runtime.events import Caution, EventStream
 from fdfo_engine.runtime.run_folder import (
     RunFolder,
     differing_settings,
     probe_storage,
     read_log,
+    runs_beside,
     stored_config,
     truncate_log,
 )
+from fdfo_engine.runtime.run_lock import RunLock
 from fdfo_engine.runtime.run_status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,3 +339,59 @@ def test_where_a_filesystem_has_no_locks_the_file_says_who_holds_the_folder(tmp_
     assert f"its last process, pid {child.pid} on" in capsys.readouterr().out
     (tmp_path / "free").mkdir()
     run_lock.RunLock(tmp_path / "free").take()
+
+
+def test_the_events_end_where_the_metrics_do(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        log = EventLog(tmp_path)
+        stream = EventStream([log])
+        for epoch in (0, 1, 2, 3):
+            stream.tell(Caution(epoch=epoch, message=""))
+            append_line(tmp_path / "metrics.jsonl", {"epoch": epoch})
+        log.close()
+        folder.truncate_logs(2)
+    assert [event.data.epoch for event in read_events(tmp_path)] == [0, 1, 2]
+    assert [line["epoch"] for line in read_log(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_section_that_may_change_is_not_one_whose_name_begins_alike(tmp_path):
+    assert differing_settings("{log: {a: 1}, logs: {a: 1}}", "{log: {a: 2}, logs: {a: 2}}", under=("log",)) == {
+        "log.a": "1 there, 2 given"
+    }
+    RunFolder.open(tmp_path, "run: {epochs: 1, epochs_more: 1}").close()
+    with pytest.raises(UsageError, match=r"run\.epochs_more: 1 there, 2 given"):
+        RunFolder.open(tmp_path, "run: {epochs: 1, epochs_more: 2}", may_change=["run.epochs"])
+
+
+def test_equal_prompts_are_no_change_even_where_one_is_allowed(tmp_path, capsys):
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        folder.require_prompts("a" * 64)
+        folder.require_prompts("a" * 64, may_change=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_storage_is_tried_before_anything_is_written_and_the_lock_taken_before_that(tmp_path, monkeypatch):
+    def refuses(folder):
+        with pytest.raises(UsageError, match=f"in use by pid {os.getpid()}"):
+            RunLock(tmp_path).take()
+        raise CheckpointError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "probe_storage", refuses)
+        with pytest.raises(CheckpointError, match="no"):
+            RunFolder.open(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    RunFolder.open(tmp_path, CONFIG).close()
+    with RunFolder.open(tmp_path, CONFIG) as folder, pytest.raises(CheckpointError, match="no space left"):
+        folder.require_room(1 << 60)
+
+
+def test_runs_beside_are_named_up_to_twelve(tmp_path):
+    for number in range(14):
+        RunFolder.open(tmp_path / f"run_{number:02d}", CONFIG).close()
+    found = runs_beside(tmp_path / "nowhere")
+    assert found == f"; runs in {tmp_path}: {', '.join(f'run_{number:02d}' for number in range(12))} and 2 more"
+    assert runs_beside(tmp_path / "run_00" / "below") == ""
+    shutil.rmtree(tmp_path / "run_13")
+    shutil.rmtree(tmp_path / "run_12")
+    assert runs_beside(tmp_path / "nowhere").endswith("run_11")
