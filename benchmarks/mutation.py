@@ -1,6 +1,6 @@
 """Do the tests notice? Single changes to the code (mutants, by cosmic-ray), each against the tests of its module.
 
-    python -m benchmarks.mutation [--each 4] [--minutes 40] [--modules PATH ...] [--again NAME ...] [--processes 1]
+    python -m benchmarks.mutation [--each 4] [--minutes 40] [--modules PATH ...] [--quick] [--again NAME ...]
 
 A mutant is one operator, number or condition changed in a copy of the checkout. It is tried against the quick tests of
 its module first, and where none of these fails against all tests of its subject: it is killed if one fails or takes too
@@ -117,16 +117,20 @@ SUBJECTS = {
 }  # fmt: skip
 """Modules of the package by subject, each with the quick tests that are tried first."""
 
-_FOLDER = "runtime/test_run_folder.py runtime/test_run_status.py runtime/test_events.py runtime/test_lost_checkpoints.py fuzz/test_run_folder.py"
+_FOLDER = [
+    *("runtime/test_run_folder.py", "runtime/test_run_status.py", "runtime/test_events.py"),
+    *("runtime/test_lost_checkpoints.py", "fuzz/test_run_folder.py"),
+]
+_CHECKPOINTS = ["runtime/test_durable.py", "runtime/test_checkpoint_store.py", "engine/test_saving.py"]
 ALL_TESTS = {
-    "update": "update algorithms engine/test_micro_batch.py engine/test_library.py",
-    "rollout": "rollout algorithms engine/test_resume.py engine/test_library.py",
-    "trajectory": "rollout algorithms engine/test_scoring.py fuzz/test_run_folder.py",
-    "checkpoint": f"runtime/test_durable.py runtime/test_checkpoint_store.py {_FOLDER} engine/test_saving.py engine/test_resume.py",
-    "run folder": f"{_FOLDER} runtime/test_content_hash.py engine/test_run_events.py engine/test_resume.py",
-    "rewards": "rewards engine/test_scoring.py fuzz/test_replies.py",
-    "config rules": "config cli/test_cli_parsing.py fuzz/test_settings.py",
-    "evaluation": "evaluation metrics report/test_evaluation_page.py",
+    "update": ["update", "algorithms", "engine/test_micro_batch.py", "engine/test_library.py"],
+    "rollout": ["rollout", "algorithms", "engine/test_resume.py", "engine/test_library.py"],
+    "trajectory": ["rollout", "algorithms", "engine/test_scoring.py", "fuzz/test_run_folder.py"],
+    "checkpoint": [*_CHECKPOINTS, *_FOLDER, "engine/test_resume.py"],
+    "run folder": [*_FOLDER, "runtime/test_content_hash.py", "engine/test_run_events.py", "engine/test_resume.py"],
+    "rewards": ["rewards", "engine/test_scoring.py", "fuzz/test_replies.py"],
+    "config rules": ["config", "cli/test_cli_parsing.py", "fuzz/test_settings.py"],
+    "evaluation": ["evaluation", "metrics", "report/test_evaluation_page.py"],
 }
 """Tests of each subject that a mutant must get past to count as a survivor."""
 
@@ -171,21 +175,21 @@ class Trials:
         self._lock = threading.Lock()
         self._limits_s: dict[str, float] = {}
 
-    def outcome(self, mutant: Mutant) -> dict[str, Any]:
+    def outcome(self, mutant: Mutant, *, is_quick: bool) -> dict[str, Any]:
         """Runs the quick tests on a changed copy, then all of the subject while none fails, and changes it back."""
         with self._lock:
             copy = self._free.pop()
         try:
-            return self._tried(copy, mutant)
+            return self._tried(copy, mutant, is_quick=is_quick)
         finally:
             with self._lock:
                 self._free.append(copy)
 
-    def _tried(self, copy: Path, mutant: Mutant) -> dict[str, Any]:
+    def _tried(self, copy: Path, mutant: Mutant, *, is_quick: bool) -> dict[str, Any]:
         file = copy / "fdfo_engine" / mutant.module
         code, changed = texts(mutant)
         started = time.monotonic()
-        for tests in tests_of(mutant.module):
+        for tests in tests_of(mutant.module)[: 1 if is_quick else 2]:
             self._require_pass(copy, tests)
             file.write_text(changed)
             try:
@@ -228,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=4, help="mutants a module")
     parser.add_argument("--modules", nargs="*", help="of the table, by path; default: all")
+    parser.add_argument("--quick", action="store_true", help="quick tests alone; who survives is tried again later")
     parser.add_argument("--again", nargs="*", default=[], help="mutants to try again, by name")
     parser.add_argument("--minutes", type=float, default=40, help="no further mutant is begun after this time")
     parser.add_argument("--processes", type=int, default=1, help="mutants at a time, each in a copy of its own")
@@ -239,14 +244,14 @@ def main() -> None:
         mutant for mutant in sample(arguments.each) if arguments.modules is None or mutant.module in arguments.modules
     ]
     again = [mutant for name in arguments.again for mutant in mutants_of(name.split(":")[0]) if mutant.name == name]
-    chosen = [*again, *(mutant for mutant in drawn if mutant.name not in tried)]
+    chosen = [*again, *(mutant for mutant in drawn if mutant not in again and is_open(mutant, tried, arguments.quick))]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.processes) as pool:
         trials, writing = Trials(Path(folder), arguments.processes), threading.Lock()
 
         def attempt(mutant: Mutant) -> None:
             if time.monotonic() > end:
                 return
-            found = trials.outcome(mutant)
+            found = trials.outcome(mutant, is_quick=arguments.quick)
             with writing:
                 why = tried.get(mutant.name, {}).get("why")
                 tried[mutant.name] = found | ({"why": why} if why and not found["killed"] else {})
@@ -259,7 +264,7 @@ def main() -> None:
 def tests_of(module: str) -> tuple[str, str]:
     """The quick tests of a module, and all of its subject."""
     return next(
-        (modules[module], ALL_TESTS[subject]) for subject, modules in SUBJECTS.items() if module in modules
+        (modules[module], " ".join(ALL_TESTS[subject])) for subject, modules in SUBJECTS.items() if module in modules
     )  # fmt: skip
 
 
@@ -281,6 +286,12 @@ def mutants_of(module: str) -> list[Mutant]:
         places = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
         found += [Mutant(module, name, number, line) for number, (line, _) in enumerate(places)]
     return found
+
+
+def is_open(mutant: Mutant, tried: dict[str, Any], is_quick: bool) -> bool:
+    """Whether it was not tried yet, or has met the quick tests alone and survived them."""
+    row = tried.get(mutant.name)
+    return row is None or not (is_quick or row["killed"] or row["tests"] == tests_of(mutant.module)[1])
 
 
 def texts(mutant: Mutant) -> tuple[str, str]:
