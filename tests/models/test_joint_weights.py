@@ -67,3 +67,27 @@ def test_released_weights_lie_apart_with_their_values(layers):
     assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 3
     assert all(torch.equal(layer.weight, want) for layer, want in zip(layers, wanted, strict=True))
     assert not joint.runs(layers)
+
+
+@pytest.mark.parametrize("last_apart", [False, True])
+def test_its_gradient_is_the_sum_over_all_layers(layers, last_apart):
+    upstream = [torch.randn(3, layer.out_features, generator=torch.Generator().manual_seed(2)) for layer in layers]
+    wanted = sum(g.double() @ layer.weight.double() for g, layer in zip(upstream, layers, strict=True))
+    x = X.clone().requires_grad_()
+    torch.autograd.backward(JointWeights.of(layers, last_apart=last_apart).together(x), upstream)
+    assert (x.grad.double() - wanted).abs().max() < 1e-5
+
+
+def test_only_frozen_plain_layers_of_one_kind_are_joined(layers):
+    class Wrapped(nn.Linear):
+        pass
+
+    frozen = [layer.requires_grad_(False) for layer in (
+        Wrapped(5, 3), nn.Linear(4, 3), nn.Linear(5, 3, bias=False), nn.Linear(5, 3, dtype=torch.float64),
+        nn.Linear(5, 3, device="meta"),
+    )]  # fmt: skip
+    for other in (*frozen, nn.Linear(5, 3)):
+        assert JointWeights.of([*layers, other]) is None
+    joint = JointWeights.of([nn.Linear(5, width, bias=False).requires_grad_(False) for width in (2, 3)])
+    assert joint.bias is None
+    assert [part.shape[-1] for part in joint.together(X)] == [2, 3]

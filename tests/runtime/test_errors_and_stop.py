@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fdfo_engine.runtime import errors
+from fdfo_engine.runtime import stop as stop_module
 from fdfo_engine.runtime.console import visible
 from fdfo_engine.runtime.environment import describe_environment, package_version
+from fdfo_engine.runtime.progress import Progress
 from fdfo_engine.runtime.stop import StopRequest
 from fdfo_engine.runtime.timing import PhaseTimer
 
@@ -128,6 +130,8 @@ def test_signals_only_set_a_flag():
         ([signal.SIGTERM], 1000.0, False),  # SIGKILL follows
         ([signal.SIGTERM], None, False),
         ([signal.SIGTERM], 5.0, True),
+        ([signal.SIGTERM], 20.0, True),
+        ([signal.SIGTERM], 20.1, False),
         ([signal.SIGINT, signal.SIGTERM], 1000.0, False),  # of a launcher, to which Ctrl-C was passed on
         ([signal.SIGHUP], 1000.0, False),
     ],
@@ -151,8 +155,34 @@ def test_while_a_model_loads_a_signal_leaves_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_second_ctrl_c_hurries_once_it_is_no_echo_of_the_first(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    request = StopRequest()
+    for later, urgent in ((0.0, False), (0.9, False), (1.0, True)):
+        now[0] = 100.0 + later
+        if urgent:
+            with pytest.raises(KeyboardInterrupt):
+                request._note(signal.SIGINT, None)
+        else:
+            request._note(signal.SIGINT, None)
+        assert request.is_urgent == urgent
+        assert request.is_patient, "a person, who kills nobody"
+    request.begin()
+    request._note(signal.SIGINT, None)
+    assert not request.lets_finish(0.0)
+
+
+def test_what_took_longer_than_a_stop_may_wait_is_remembered():
+    stopping = stop_module.Stopping(Progress(), StopRequest())
+    for seconds, late in ((20.0, False), (20.1, True), (1.0, True)):
+        stopping.took(seconds)
+        assert stopping.comes_late == late
+
+
 ORPHAN = """
 import os, sys, time
+from fdfo_engine.runtime.progress import Progress
 from fdfo_engine.runtime.stop import StopRequest
 if os.fork():
     time.sleep(0.3)
