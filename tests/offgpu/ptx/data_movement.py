@@ -1,0 +1,137 @@
+"""Instructions that move numbers: between registers, and to and from memory."""
+
+import numpy as np
+
+from offgpu.ptx.numbers import UNSIGNED, number_bits
+from offgpu.ptx.program import Immediate, PtxError
+from offgpu.ptx.table import entry
+
+TABLE = {}
+SPACES = ("shared", "global", "param")
+CACHES = "ca cg cs lu cv nc L1::evict_first L1::evict_last L1::no_allocate L2::cache_hint"
+
+
+@entry(TABLE, "mov")
+def _move(machine, instruction):
+    kind, (into, source) = instruction.modifiers[-1], instruction.operands
+    if isinstance(source, tuple):
+        machine.put(into, _packed(machine, source, kind), kind)
+    elif isinstance(into, tuple):
+        _unpack(machine, into, machine.spread(source, kind))
+    else:
+        machine.put(into, machine.value(source, kind), kind)
+
+
+def _packed(machine, parts, kind):
+    part = number_bits(kind) // len(parts)
+    columns = [machine.spread(each, f"b{part}") for each in parts]
+    return np.stack(columns, 1).view(UNSIGNED[number_bits(kind)])[:, 0]
+
+
+def _unpack(machine, parts, values):
+    bits = values.itemsize * 8 // len(parts)
+    columns = np.ascontiguousarray(values)[:, None].view(UNSIGNED[bits])
+    for register, column in zip(parts, columns.T, strict=True):
+        machine.put(register, column, f"b{bits}")
+
+
+@entry(TABLE, "cvta", "to global shared")
+def _to_space(machine, instruction):
+    into, source = instruction.operands
+    machine.put(into, machine.value(source, "u64"), "u64")
+
+
+@entry(TABLE, "ld", f"param global shared volatile v2 v4 {CACHES}")
+def _load(machine, instruction):
+    kind, (into, address) = instruction.modifiers[-1], instruction.operands
+    registers = into if isinstance(into, tuple) else (into,)
+    size = number_bits(kind) // 8 * len(registers)
+    space = space_of(instruction)
+    if space == "param":
+        rows = machine.parameters[machine.address(address)[:, None] + np.arange(size)]
+    else:
+        memory, at = machine.places(space, machine.address(address))
+        ordered = "volatile" in instruction.modifiers
+        rows = memory.load(at, size, machine.of_active(machine.stamp), ordered=ordered)
+    numbers = np.ascontiguousarray(machine.for_all(rows)).view(UNSIGNED[number_bits(kind)])
+    for register, column in zip(registers, numbers.T, strict=True):
+        machine.put(register, column, kind)
+
+
+@entry(TABLE, "st", f"global shared v2 v4 {CACHES}")
+def _store(machine, instruction):
+    kind, (address, source) = instruction.modifiers[-1], instruction.operands
+    parts = source if isinstance(source, tuple) else (source,)
+    columns = np.stack([machine.of_active(machine.spread(part, f"b{number_bits(kind)}")) for part in parts], 1)
+    memory, at = machine.places(space_of(instruction), machine.address(address))
+    memory.store(at, columns.view(np.uint8), machine.of_active(machine.stamp))
+
+
+def space_of(instruction):
+    """Which memory an instruction names."""
+    found = [space for space in SPACES if space in instruction.modifiers]
+    if not found:
+        raise PtxError("an address in no space is not known")
+    return found[0]
+
+
+@entry(TABLE, "atom", "global gpu acq_rel relaxed add")
+def _atomic(machine, instruction):
+    kind, (into, address, value) = instruction.modifiers[-1], instruction.operands
+    if "add" not in instruction.modifiers:
+        raise PtxError("only additions are known")
+    memory, at = machine.places(space_of(instruction), machine.address(address))
+    found = memory.add(at, machine.of_active(machine.spread(value, kind)))
+    machine.put(into, machine.for_all(found), kind)
+
+
+class _Copy:
+    """One cp.async of some threads: what arrives once a thread waits for the group that its copy belongs to."""
+
+    def __init__(self, threads, at, data, group):
+        self.threads, self.at, self.data, self.group = threads, at, data, group
+
+    def part(self, mask):
+        return _Copy(self.threads[mask], self.at[mask], self.data[mask], self.group[mask])
+
+
+@entry(TABLE, "cp", f"async shared global commit_group wait_group wait_all L2::128B L2::64B {CACHES}")
+def _copy(machine, instruction):
+    if "commit_group" in instruction.modifiers:
+        machine.copy_groups += 1 if machine.active is None else machine.active
+    elif "wait_group" in instruction.modifiers:
+        _wait(machine, instruction.operands[0].value)
+    elif "wait_all" in instruction.modifiers:
+        raise PtxError("waiting for all copies is not known")
+    else:
+        _begin_copy(machine, *instruction.operands)
+
+
+def _begin_copy(machine, into, source, size, given=None):
+    """Reads now, and writes when it is waited for; of `given` bytes fewer than `size`, only none at all is known."""
+    size = size.value
+    length = machine.of_active(machine.spread(given or Immediate(size), "u32"))
+    if ((length != 0) & (length != size)).any():
+        raise PtxError("a copy of some of its bytes is not known")
+    threads = machine.of_active(np.arange(machine.threads))
+    memory, at = machine.places("shared", machine.address(into))
+    tensors, start = machine.places("global", machine.address(source))
+    data, some = np.zeros((len(threads), size), np.uint8), length > 0
+    stamp = machine.of_active(machine.stamp)
+    data[some] = tensors.load(start[some], size, stamp[some])
+    memory.reserve(at, size, stamp)
+    machine.copies.append(_Copy(threads, at, data, machine.copy_groups[threads]))
+
+
+def _wait(machine, newest):
+    """Until all groups but the newest few have arrived."""
+    waits = np.zeros(machine.threads, bool)
+    waits[machine.of_active(np.arange(machine.threads))] = True
+    left = []
+    for copy in machine.copies:
+        done = waits[copy.threads] & (copy.group < machine.copy_groups[copy.threads] - newest)
+        here = copy.part(done)
+        machine.shared.store(here.at, here.data, machine.stamp[here.threads])
+        if not done.all():
+            left.append(copy.part(~done))
+    machine.copies = left

@@ -1,0 +1,88 @@
+"""Triton's kernels as they are compiled for sm_80 pass their ops' own tests, their PTX executed by numpy.
+
+Beyond what the interpreter can tell: layouts, matrix products, shuffles, masks, copies and barriers. What this can't tell
+either: how an assembler schedules it, races within a warp, and speed. The tests of `offgpu/ptx/` plant faults.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = {
+    "philox_normal": {"philox_normal"},
+    "paired_noise": {"paired_noise"},
+    "paired_step": {"paired_step"},
+    "replay": {"replay"},
+    "pair_direction": {"pair_direction"},
+    "fdfo_loss": {"fdfo_loss_forward", "fdfo_loss_backward"},
+    "gated_residual": {
+        "gated_residual_forward", "gated_residual_backward", "layer_norm_modulate_forward",
+        "layer_norm_modulate_backward",
+    },
+    "layer_norm_modulate": {"layer_norm_modulate_forward", "layer_norm_modulate_backward"},
+    "qk_rms_norm": {"qk_rms_norm_forward", "qk_rms_norm_backward"},
+    "adapted_projection": {
+        "lora_linear", "lora_linear_input", "lora_linear_rank_product", "lora_linear_rank_gradient",
+        "lora_linear_factors", "lora_linear_sum", "gelu_backward",
+    },
+    "adapted_projections": {"lora_linear", "lora_linear_input"},
+    "projections_into_residuals": {"lora_linear", "lora_linear_rank_gradient"},
+    "projections_to_heads": {"lora_linear", "lora_linear_rank_gradient"},
+    "feed_forward": {"lora_linear", "gelu_forward", "gelu_backward"},
+}  # fmt: skip
+"""Kernels that the tests of each op must have launched, `tests/ops/test_NAME.py`."""
+
+SHORT = [
+    "tests/ops/test_pair_direction.py::test_value[triton-(1,)-1.0]",
+]
+"""A test of each family, beside those of `offgpu/ptx/` that are not slow."""
+
+
+def executed(report, *pytest_arguments):
+    """Runs tests in a process whose kernels are compiled; how often each kernel was launched."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    variables |= {
+        "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "TRITON_CACHE_DIR": str(ROOT / "build/offgpu/triton"), "FDFO_PTX_REPORT": str(report),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-p", "offgpu.ptx.plugin", "-p", "no:xdist", *pytest_arguments]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return {name.removesuffix("_kernel") for name in json.loads(report.read_text())}
+
+
+def kernels():
+    """Names of all Triton kernels: functions of kernels/ that a launch names."""
+    names = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        names |= {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {name.removesuffix("_kernel") for name in names if name.endswith("_kernel")}
+
+
+def test_the_tests_are_to_launch_every_kernel():
+    assert set().union(*OPS.values()) == kernels()
+
+
+def test_compiled_kernels_in_short(tmp_path):
+    executed(tmp_path / "report.json", "tests/offgpu/ptx", *SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_faults_planted_in_compiled_kernels(tmp_path):
+    executed(tmp_path / "report.json", "tests/offgpu/ptx", "-m", "slow", "--timeout", "900")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_kernels_pass_the_tests_of_their_op(op, tmp_path):
+    arguments = [f"tests/ops/test_{op}.py", "-k", "triton", "-m", "slow or not slow", "--timeout", "900"]
+    missing = OPS[op] - executed(tmp_path / "report.json", *arguments)
+    assert not missing, f"not launched: {sorted(missing)}"
