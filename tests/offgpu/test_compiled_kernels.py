@@ -1,7 +1,7 @@
 """Triton's kernels as they are compiled for sm_80 pass their ops' own tests, their PTX executed by numpy.
 
-Beyond what the interpreter can tell: layouts, matrix products, shuffles, masks, copies and barriers. What this can't tell
-either: how an assembler schedules it, races within a warp, and speed. The tests of `offgpu/ptx/` plant faults.
+That shows what the interpreter can't: layouts, matrix products, shuffles, masks, copies and barriers. It doesn't show
+what an assembler makes of them, races within a warp, and speed. The tests of `offgpu/ptx/` plant faults.
 """
 
 import ast
@@ -38,10 +38,13 @@ OPS = {
 }  # fmt: skip
 """Kernels that the tests of each op must have launched, `tests/ops/test_NAME.py`."""
 
-SHORT = [
-    "tests/ops/test_pair_direction.py::test_value[triton-(1,)-1.0]",
-]
-"""A test of each family, beside those of `offgpu/ptx/` that are not slow."""
+SHORT = (
+    "fdfo_loss.py::test_value_and_gradient[triton-torch.bfloat16-(1025,)]",
+    "gated_residual.py::test_value_and_gradient[triton-(2, 33, 17)-torch.bfloat16-two norms]",
+    "qk_rms_norm.py::test_values_and_gradients[triton-tokens2-9-32-torch.bfloat16-rotary]",
+    "adapted_projection.py::test_value_and_gradients[triton-torch.bfloat16-((65,), 65, 129, 17)-gelu]",
+)
+"""A test of each family beside the pair ops, which have theirs in `offgpu/ptx/`."""
 
 
 def executed(report, *pytest_arguments):
@@ -70,7 +73,7 @@ def test_the_tests_are_to_launch_every_kernel():
 
 
 def test_compiled_kernels_in_short(tmp_path):
-    executed(tmp_path / "report.json", "tests/offgpu/ptx", *SHORT)
+    executed(tmp_path / "report.json", "tests/offgpu/ptx", *(f"tests/ops/test_{test}" for test in SHORT))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Instructions that compute a number of each thread from numbers of the same thread."""
 
 import numpy as np
-
 from offgpu.ptx.numbers import FLOATS, PACKED, SIGNED, UNSIGNED, is_float, number_bits
 from offgpu.ptx.program import PtxError
 from offgpu.ptx.table import entry

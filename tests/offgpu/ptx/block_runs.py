@@ -33,16 +33,14 @@ def gated_residual_norm():
     tokens = [leaf(BATCH, 40, 300, seed=seed) for seed in range(2)]
     rows = [leaf(BATCH, 300, seed=seed) for seed in range(2, 7)]
     second = dict(zip(("scale2", "shift2"), rows[3:], strict=True))
-    return with_gradients(
-        ops.gated_residual_norm(*tokens, *rows[:3], **second, backend=BACKEND), [*tokens, *rows]
-    )
+    return with_gradients(ops.gated_residual_norm(*tokens, *rows[:3], **second, backend=BACKEND), [*tokens, *rows])
 
 
 def qk_rms_norm():
-    streams = [
-        ops.QKV(*(leaf(BATCH, count, WIDTH, seed=5 * count + n) for n in range(3)), *(leaf(HEAD, seed=n) for n in (3, 4)))
-        for count in TOKENS
-    ]
+    streams = []
+    for count in TOKENS:
+        x = [leaf(BATCH, count, WIDTH, seed=5 * count + n) for n in range(3)]
+        streams.append(ops.QKV(*x, *(leaf(HEAD, seed=n) for n in (3, 4))))
     rotary = tuple(draw(sum(TOKENS), HEAD, seed=seed) for seed in (90, 91))
     outputs = ops.qk_rms_norm(streams, head_size=HEAD, rotary=rotary, backend=BACKEND)
     return with_gradients(outputs, [t for stream in streams for t in stream])

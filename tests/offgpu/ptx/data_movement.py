@@ -1,7 +1,6 @@
 """Instructions that move numbers: between registers, and to and from memory."""
 
 import numpy as np
-
 from offgpu.ptx.numbers import UNSIGNED, number_bits
 from offgpu.ptx.program import Immediate, PtxError
 from offgpu.ptx.table import entry

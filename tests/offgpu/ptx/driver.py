@@ -7,11 +7,10 @@ from collections import Counter
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-
 from offgpu.ptx.machine import WARP, Machine, min_access
 from offgpu.ptx.memory import Memory
 from offgpu.ptx.program import parsed
+from triton.backends.compiler import GPUTarget
 
 FORMATS = {
     "i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B", "u16": "<H", "u32": "<I",
@@ -92,10 +91,10 @@ def _flat(types, arguments):
 def launch(program, grid, metadata, arguments):
     """Runs a program on tensors and numbers, pairs of a type and a value."""
     tensors = DeviceMemory([value for _, value in arguments if isinstance(value, torch.Tensor)], program)
-    values = [
-        struct.pack("<Q", tensors.address(value)) if isinstance(value, torch.Tensor) else struct.pack(FORMATS[kind], value)
-        for kind, value in arguments
-    ]
+    values = []
+    for kind, value in arguments:
+        is_pointer = isinstance(value, torch.Tensor)
+        values.append(struct.pack(*(("<Q", tensors.address(value)) if is_pointer else (FORMATS[kind], value))))
     parameters = bytearray(program.parameter_bytes)  # with scratch that Triton passes last, and nobody uses
     for (offset, size), value in zip(program.parameters, values, strict=False):
         assert len(value) == size, f"{program.name}: a parameter of {size} bytes gets {len(value)}"
@@ -105,7 +104,7 @@ def launch(program, grid, metadata, arguments):
 
 
 class DeviceMemory:
-    """Copies of what the tensors are views of, between gaps. Only elements of the tensors themselves may be accessed."""
+    """Copies of what the tensors are views of, between gaps. Only the tensors' own elements may be accessed."""
 
     BASE, GAP = 1 << 20, 4096
 
@@ -136,11 +135,12 @@ class DeviceMemory:
         return self.memory.data[start : start + self.storages[address].nbytes()]
 
     def _open(self, tensor):
-        marks = torch.zeros(tensor.untyped_storage().nbytes() // tensor.itemsize, tensor.itemsize, dtype=torch.bool)
-        shape, strides = tensor.shape, [stride * tensor.itemsize for stride in tensor.stride()]
-        marks.as_strided((*shape, tensor.itemsize), (*strides, 1), tensor.storage_offset() * tensor.itemsize).fill_(True)
+        size = tensor.itemsize
+        marks = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.bool)
+        strides = [stride * size for stride in tensor.stride()]
+        marks.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size).fill_(True)
         start = self.starts[tensor.untyped_storage().data_ptr()]
-        self.memory.inside[start : start + marks.numel()] |= marks.flatten().numpy()
+        self.memory.inside[start : start + len(marks)] |= marks.numpy()
 
 
 def _as_array(storage):

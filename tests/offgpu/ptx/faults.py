@@ -4,7 +4,6 @@ import re
 from contextlib import contextmanager
 
 import torch
-
 from offgpu.ptx.plugin import DRIVER
 from offgpu.ptx.program import PtxError
 

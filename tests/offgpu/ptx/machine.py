@@ -1,21 +1,20 @@
 """Runs a program: all threads of a launch take a step together, those at the earliest instruction first.
 
-Registers are numpy arrays of one number a thread. Threads in step hide a missing barrier, so memory is told by whom it is
-accessed, and between which barriers (`memory.py`).
+Registers are numpy arrays of one number a thread. Threads in step would hide a missing barrier, so memory is told who
+accesses it, and between which barriers (`memory.py`).
 """
 
 import numpy as np
-
 from offgpu.ptx import arithmetic, data_movement, warps
 from offgpu.ptx.memory import Memory, stamps
 from offgpu.ptx.numbers import from_bits, number_bits, to_bits, unsigned
 from offgpu.ptx.program import Immediate, PtxError
 
 WARP = 32
-TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE
-"""What executes an instruction, by name, and the modifiers that it knows beside types."""
+CONTROL = {"bra": (None, {"uni"}), "ret": (None, set()), "exit": (None, set()), "bar": (None, {"sync"})}
+TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE | CONTROL
+"""What executes an instruction, by name, and the modifiers that it knows beside types; `CONTROL` is the machine's."""
 
-CONTROL = {"bra": {"uni"}, "ret": set(), "exit": set(), "bar": {"sync"}, "barrier": {"sync"}}
 KINDS = {"pred", *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)), "f16", "f32", "f64", "bf16"}
 KINDS |= {"f16x2", "bf16x2"}
 
@@ -186,10 +185,11 @@ class Machine:
 def check(program):
     """Refuses a program with an instruction that is not in the table, before it runs."""
     for instruction in program.code:
-        known = CONTROL.get(instruction.name) if instruction.name in CONTROL else TABLE.get(instruction.name, (0, None))[1]
-        unknown = instruction.modifiers if known is None else set(instruction.modifiers) - known - KINDS
-        if known is None or unknown:
-            raise PtxError(f"{program.name}: {instruction.text}: the executor doesn't know {instruction.name} {unknown}")
+        if instruction.name not in TABLE:
+            raise PtxError(f"{program.name}: {instruction.text}: {instruction.name} is not known")
+        _, known = TABLE[instruction.name]
+        if unknown := set(instruction.modifiers) - known - KINDS:
+            raise PtxError(f"{program.name}: {instruction.text}: {sorted(unknown)} of {instruction.name} is not known")
 
 
 def min_access(program, space):

@@ -1,7 +1,6 @@
 """Memory of a launch as bytes, of which each knows who wrote and who read it: wrong accesses are errors, not values."""
 
 import numpy as np
-
 from offgpu.ptx.program import PtxError
 
 BLOCK_SHIFT, INTERVAL_SHIFT = 40, 8

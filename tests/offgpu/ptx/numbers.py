@@ -40,7 +40,7 @@ def from_bits(bits, kind):
 
 
 def to_bits(values, kind, width):
-    """Numbers, rounded to the type, as unsigned ones of `width` bits: signed integers keep their sign, others get zeros."""
+    """Numbers, rounded to the type, as unsigned ones of `width` bits: extended by their sign, or by zeros."""
     values = np.asarray(values)
     if kind in PACKED:
         return np.ascontiguousarray(to_bits(values, kind[:-2], 16)).view(np.uint32)[..., 0]

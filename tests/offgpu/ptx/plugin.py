@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p offgpu.ptx.plugin`: backend "triton" takes CPU tensors, compiles its kernels and executes their PTX.
+"""A pytest plugin, `-p offgpu.ptx.plugin`: backend "triton" takes CPU tensors, and the PTX of its kernels is executed.
 
 It takes a process of its own, without TRITON_INTERPRET. FDFO_PTX_REPORT names a file for the launches of each kernel.
 """
@@ -8,8 +8,9 @@ import json
 import os
 from pathlib import Path
 
-from fdfo_engine.ops import _dispatch, _projection_launch, _projection_tiles
 from offgpu.ptx.driver import install
+
+from fdfo_engine.ops import _dispatch, _projection_launch, _projection_tiles
 
 assert not _dispatch.interpreted(), "kernels that the interpreter decorated can't be compiled"
 DRIVER = install()

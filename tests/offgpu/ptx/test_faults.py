@@ -2,7 +2,6 @@
 
 import pytest
 from offgpu import pair_runs
-
 from offgpu.ptx import block_runs
 from offgpu.ptx.faults import contracted, everywhere, moved, outcome, replaced, without_barrier
 from offgpu.ptx.plugin import DRIVER
@@ -70,7 +69,9 @@ FAULTS = {
     ),
     "noise with contraction": ("noise", "paired_noise", contracted, DIFFERENT),
     "a step with contraction": ("step", "paired_step", contracted, DIFFERENT),
-    "masks of tokens ignored": ("gated_residual", "gated_residual_backward", everywhere(GUARD.format("ld")), OUT_OF_BOUNDS),
+    "masks of tokens ignored": (
+        "gated_residual", "gated_residual_backward", everywhere(GUARD.format("ld")), OUT_OF_BOUNDS,
+    ),
 }  # fmt: skip
 
 LARGE = {
@@ -88,7 +89,9 @@ LARGE = {
         "adapted_projection", "lora_linear",
         replaced(r"(mma\S+\s*\{[^}]*\},\s*\{\s*)(%\w+), (%\w+)", r"\1\3, \2"), DIFFERENT,
     ),
-    "results stored one row late": ("adapted_projection", "lora_linear", moved(r"st\.global", 2 * 136), "race in global"),
+    "results stored one row late": (
+        "adapted_projection", "lora_linear", moved(r"st\.global", 2 * 136), "race in global",
+    ),
     "heads of the other stream": ("projections_to_heads", "lora_linear", moved(r"st\.shared", 16), RACE),
 }  # fmt: skip
 

@@ -1,16 +1,17 @@
 """Pair ops as compiled: to the bit what their arithmetic says, and no multiplication contracted with an addition."""
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from offgpu import pair_runs
+from offgpu.ptx.plugin import DRIVER
+from offgpu.ptx.program import parsed
 from ops.exact import draw
 
 from fdfo_engine import ops
-from offgpu.ptx.plugin import DRIVER
-from offgpu.ptx.program import parsed
 
 SHAPES = [(1,), (3, 5, 7), (2, 33, 63)]
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,12 +66,13 @@ def test_a_replay_is_its_steps(solver):
     for i in range(2):
         step = {"sigma": sigmas[i], "sigma_next": sigmas[i + 1], "gamma": 0.2, "pair_ids": [3, 8], "step": i}
         x.append(ops.paired_step(x[-1], velocities[:, :, i], **step, **common))
-    rows = [(pair, branch, step) for pair in range(2) for branch in range(2) for step in range(3)]
-    pair, branch, step = map(torch.tensor, zip(*rows, strict=True))
+    rows = list(itertools.product(range(2), range(2), range(3)))
+    places = dict(zip(("pair", "branch", "step"), torch.tensor(rows).T, strict=True))
     found = ops.replay(
-        velocities, pair_ids=[3, 8], pair=pair, branch=branch, step=step, sigmas=torch.tensor(sigmas), gammas=0.2, **common
-    )
-    assert all(found[i].equal(x[n][p, b]) for i, (p, b, n) in enumerate(rows))
+        velocities, pair_ids=[3, 8], sigmas=torch.tensor(sigmas), gammas=0.2, **places, **common,
+    )  # fmt: skip
+    for latent, (pair, branch, steps) in zip(found, rows, strict=True):
+        assert latent.equal(x[steps][pair, branch])
 
 
 def fused(text):

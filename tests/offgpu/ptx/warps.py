@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-
 from offgpu.ptx.numbers import FLOATS, from_bits
 from offgpu.ptx.program import PtxError
 from offgpu.ptx.table import entry
@@ -50,7 +49,7 @@ def _load_matrices(machine, instruction):
 
 LANE, ELEMENT = np.meshgrid(np.arange(WARP), np.arange(8), indexing="ij")
 ROW, COLUMN = LANE // 4, LANE % 4 * 2
-"""Of m16n8k16, by PTX's manual: lane l holds two neighbours of row l / 4, from column 2 (l % 4) on, in each register."""
+"""Of m16n8k16, by PTX's manual: lane l holds two neighbours of row l / 4, from column 2 (l % 4), in each register."""
 
 A_ROWS, A_COLUMNS = ROW + ELEMENT // 2 % 2 * 8, COLUMN + ELEMENT % 2 + ELEMENT // 4 * 8
 B_ROWS, B_COLUMNS = (COLUMN + ELEMENT % 2 + ELEMENT // 2 * 8)[:, :4], ROW[:, :4]
