@@ -3,6 +3,7 @@
 bfloat16, which numpy lacks, is taken as float32. A packed pair of 16-bit floats is an array with a last axis of 2.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ def unsigned(bits):
     return UNSIGNED[bits]
 
 
+@functools.cache
 def number_bits(kind):
     """Width of a type, both of a packed pair."""
     return 32 if kind in PACKED else int(re.sub(r"\D", "", kind))

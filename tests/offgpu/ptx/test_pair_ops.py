@@ -15,7 +15,11 @@ from fdfo_engine import ops
 
 SHAPES = [(1,), (3, 5, 7), (2, 33, 63)]
 ROOT = Path(__file__).resolve().parents[3]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SLOW = pytest.mark.slow
+STEPS = [(dtype, guided) for dtype in (torch.float32, torch.bfloat16, torch.float16) for guided in (False, True)]
+STEPS.remove((torch.bfloat16, True))
+ONE_SHAPE_IN_SHORT = [pytest.param(shape, marks=() if shape == SHAPES[1] else SLOW) for shape in SHAPES]
+RUNS = ("philox", "step", "direction")
 COMPUTED = {"add", "sub", "mul", "fma", "mad"}
 LIBRARY_FUNCTION = re.compile(r"tl\.(log|exp)\(")
 """Of Triton, in float32 and float64: their polynomials are made of fused operations, wherever they run."""
@@ -26,8 +30,9 @@ def test_directions_are_those_of_cpp(shape):
     assert pair_runs.direction(shape, "triton").equal(pair_runs.direction(shape, "cpp"))
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "guided"), [(torch.bfloat16, True), *(pytest.param(*case, marks=SLOW) for case in STEPS)], ids=str
+)
 def test_steps_without_noise_are_those_of_cpp(dtype, guided):
     shape = (2, 2, *SHAPES[1])
     x, v, uncond = draw(*shape), draw(*shape, seed=1, dtype=dtype), draw(*shape, seed=2, dtype=dtype)
@@ -43,7 +48,7 @@ def test_steps_without_noise_are_those_of_cpp(dtype, guided):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", ONE_SHAPE_IN_SHORT, ids=str)
 def test_noise_is_added_with_two_roundings(shape):
     pairs, gamma = torch.tensor([2, 7]), torch.tensor(0.3, dtype=torch.float64)
     found = ops.paired_noise(pairs, shape, seed=4, gamma=0.3, device="cpu", backend="triton")
@@ -56,11 +61,11 @@ def test_noise_is_added_with_two_roundings(shape):
         assert found[:, branch].equal(keep * shared + noise * own[branch])
 
 
-@pytest.mark.parametrize("solver", ["churn", "antithetic"])
+@pytest.mark.parametrize("solver", ["churn", pytest.param("antithetic", marks=SLOW)])
 def test_a_replay_is_its_steps(solver):
     """The arithmetic of both is one, as compiled too."""
-    shape, sigmas, dtype = SHAPES[1], [1.0, 0.75, 0.5, 0.0], torch.bfloat16
-    velocities = draw(2, 2, 3, *shape, dtype=dtype)
+    shape, sigmas = SHAPES[1], [1.0, 0.75, 0.5, 0.0]
+    velocities = draw(2, 2, 3, *shape, dtype=torch.bfloat16)
     common = {"seed": 5, "backend": "triton", "solver": solver}
     x = [ops.paired_noise([3, 8], shape, gamma=0.2, device="cpu", **common)]
     for i in range(2):
@@ -100,7 +105,7 @@ def source_lines(name):
     return path.read_text().splitlines() if path.exists() else [""] * 10_000
 
 
-@pytest.mark.parametrize("run", ["philox", "noise", "step", "replay", "direction", "loss"])
+@pytest.mark.parametrize("run", ["noise", "replay", "loss", *(pytest.param(run, marks=SLOW) for run in RUNS)])
 def test_no_product_is_rounded_with_a_sum(run):
     DRIVER.texts.clear()
     getattr(pair_runs, run)(SHAPES[1], "triton")
