@@ -11,7 +11,7 @@ from offgpu.ptx.numbers import from_bits, number_bits, to_bits, unsigned
 from offgpu.ptx.program import Immediate, PtxError
 
 WARP = 32
-CONTROL = {"bra": (None, {"uni"}), "ret": (None, set()), "exit": (None, set()), "bar": (None, {"sync"})}
+CONTROL = {"bra": (None, {"uni"}), "ret": (None, set()), "exit": (None, set()), "bar": (None, {"sync", "warp"})}
 TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE | CONTROL
 """What executes an instruction, by name, and the modifiers that it knows beside types; `CONTROL` is the machine's."""
 
@@ -87,6 +87,8 @@ class Machine:
         elif instruction.name in ("ret", "exit"):
             self.alive &= ~taken
             self._go(instruction.place + 1, threads & ~taken)
+        elif "warp" in instruction.modifiers:
+            self._go(instruction.place + 1, threads)  # a warp is in step
         elif instruction.operands != (Immediate(0),) or (taken != threads).any():
             raise PtxError(f"{self.program.name}: {instruction.text}: only whole blocks at barrier 0 are known")
         elif self._whole_blocks(threads):
