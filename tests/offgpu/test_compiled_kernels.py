@@ -42,7 +42,7 @@ SHORT = (
     "fdfo_loss.py::test_value_and_gradient[triton-torch.bfloat16-(1025,)]",
     "gated_residual.py::test_value_and_gradient[triton-(2, 33, 17)-torch.bfloat16-two norms]",
     "qk_rms_norm.py::test_values_and_gradients[triton-tokens2-9-32-torch.bfloat16-rotary]",
-    "adapted_projection.py::test_value_and_gradients[triton-torch.bfloat16-((65,), 65, 129, 17)-gelu]",
+    "projections_to_heads.py::test_values[triton-torch.bfloat16-(65, 3)-3-64-(0, 1, 2)]",
 )
 """A test of each family beside the pair ops, which have theirs in `offgpu/ptx/`."""
 

@@ -5,6 +5,7 @@ Sizes are past a warp and no multiples of a tile, so that masks, barriers and lo
 
 import torch
 from ops.exact import draw
+from ops.test_projections_to_heads import make, project
 
 from fdfo_engine import ops
 from fdfo_engine.ops import Adapter, Gelu, HeadNorm, IntoResidual, Packed, Projection
@@ -58,6 +59,11 @@ def adapted_projection():
     x = leaf(BATCH, 70, WIDTH, seed=0)
     projection, factors = linear(WIDTH, 136, 10, Gelu())
     return with_gradients([ops.adapted_projection(x, projection, backend=BACKEND)], [x, *factors])
+
+
+def heads():
+    """As `projections_to_heads`, forward only: the test of that op compiles the same kernels."""
+    return project(*make((65, 3), 3, 64, dtype=torch.bfloat16), head_size=64, backend=BACKEND)
 
 
 def projections_to_heads():

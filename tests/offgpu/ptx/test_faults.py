@@ -19,7 +19,14 @@ def pair_run(name, shape=(2, 9, 63)):
 RUNS = {name: pair_run(name) for name in ("philox", "noise", "step", "replay", "direction", "loss")}
 RUNS |= {
     name: getattr(block_runs, name)
-    for name in ("gated_residual", "gated_residual_norm", "qk_rms_norm", "adapted_projection", "projections_to_heads")
+    for name in (
+        "gated_residual",
+        "gated_residual_norm",
+        "qk_rms_norm",
+        "adapted_projection",
+        "heads",
+        "projections_to_heads",
+    )
 }
 
 REDUNDANT_BARRIERS = {
@@ -68,7 +75,12 @@ FAULTS = {
         "direction", "pair_direction", everywhere(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )16", r"\g<1>8"), DIFFERENT,
     ),
     "noise with contraction": ("noise", "paired_noise", contracted, DIFFERENT),
-    "a step with contraction": ("step", "paired_step", contracted, DIFFERENT),
+    "rows of a product swapped": (
+        "heads", "lora_linear", replaced(r"(mma\S+\s*\{[^}]*\},\s*\{\s*)(%\w+), (%\w+)", r"\1\3, \2"), DIFFERENT,
+    ),
+    "a copy that nobody waits for": (
+        "heads", "lora_linear", replaced(r"cp\.async\.wait_group\s+\d;", "cp.async.wait_group 4;"), DIFFERENT,
+    ),
     "masks of tokens ignored": (
         "gated_residual", "gated_residual_backward", everywhere(GUARD.format("ld")), OUT_OF_BOUNDS,
     ),
@@ -78,17 +90,10 @@ LARGE = {
     "a copy that is not masked": (
         "adapted_projection", "lora_linear", replaced(r"(cp\.async\.c[^;]*, 0x\w+), %r\d+;", r"\1;", -1), OUT_OF_BOUNDS,
     ),
-    "a copy that nobody waits for": (
-        "adapted_projection", "lora_linear", replaced(r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 4;"),
-        DIFFERENT,
-    ),
     "a matrix not transposed": (
         "adapted_projection", "lora_linear_input", replaced(r"(ldmatrix\S*)\.trans", r"\1"), DIFFERENT,
     ),
-    "rows of a product swapped": (
-        "adapted_projection", "lora_linear",
-        replaced(r"(mma\S+\s*\{[^}]*\},\s*\{\s*)(%\w+), (%\w+)", r"\1\3, \2"), DIFFERENT,
-    ),
+    "a step with contraction": ("step", "paired_step", contracted, DIFFERENT),
     "results stored one row late": (
         "adapted_projection", "lora_linear", moved(r"st\.global", 2 * 136), "race in global",
     ),
