@@ -20,7 +20,7 @@ TEST_PROCESSES ?= 2
 free_port = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 launch = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(free_port) fdfo_engine/train.py --config configs/shapes.yaml
 
-.PHONY: help setup build demo demo-short test test-all gpu-packages gpu-check lint clean
+.PHONY: help setup build demo demo-short test test-all cuda-torch gpu-packages gpu-check lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -51,6 +51,12 @@ test: setup  ## the tests
 
 test-all: setup  ## the tests with the slow ones
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow or not slow" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+# Beside the torch of .venv: 1.1 GB of it without NVIDIA's libraries, which tests/offgpu/recording_driver stands in for.
+cuda-torch: setup  ## a CUDA build of torch in .cuda-torch, for tests that record what a GPU is asked; needs no GPU
+	rm -rf .cuda-torch
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--target .cuda-torch --no-deps --no-compile -c constraints.txt torch
 
 GPU_PACKAGES := diffusers peft accelerate pybind11 pydantic pydantic-core annotated-types typing-inspection pytest \
 	pytest-timeout iniconfig pluggy tenacity jinja2 markupsafe tqdm

@@ -27,6 +27,7 @@ def deepspeed_config(optimizer: OptimizerConfig, zero: ZeroConfig, values: int) 
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,
         "steps_per_print": 1 << 30,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before each forward, to time what we time
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own for the CPU is compiled for minutes at the first start
         "zero_optimization": {

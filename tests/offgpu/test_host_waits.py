@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 from offgpu.null_device import GPU, NullDevice, present, tensors_alive
 from tiny_sd3 import PROMPTS, tiny_config
 
@@ -18,6 +19,7 @@ from fdfo_engine.rollout import sampler as sampling
 from fdfo_engine.rollout.blocks import JoinedBlocks
 from fdfo_engine.rollout.sampler import PairedSampler
 from fdfo_engine.update import updater as updating
+from fdfo_engine.update.deepspeed_settings import deepspeed_config
 from fdfo_engine.update.totals import Totals
 from fdfo_engine.update.updater import Updater
 
@@ -161,6 +163,13 @@ def test_nor_do_the_other_algorithms_wait(algorithm, tiny_sd3, tmp_path):
     other = Rig(tiny_sd3, tmp_path, algorithm={"name": algorithm}, churn={})
     assert set(other.happened(other.sample).waits) == READS_OF_A_BLOCK
     assert not other.happened(other.training()).waits
+
+
+def test_deepspeeds_own_clock_is_off(rig):
+    """It synchronises before each forward from the third step on; which torch on a CPU does not show."""
+    settings = deepspeed_config(rig.config.optimizer, rig.config.zero, values=1)
+    assert not get_timers_config(settings).enabled
+    assert get_timers_config({}).enabled
 
 
 FAULTS = {
