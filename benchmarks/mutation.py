@@ -333,7 +333,7 @@ def copied_checkout(folder: Path) -> Path:
     """The files that git knows, compiled, and the compiled extension."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "fdfo_engine").glob("*.so")]
-    for name in [*listed.splitlines(), *compiled]:
+    for name in filter(lambda name: (ROOT / name).is_file(), [*listed.splitlines(), *compiled]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     for package in ("fdfo_engine", "tests"):  # valid by content: two changes in one second would look alike by date
