@@ -98,3 +98,28 @@ def test_answers_of_next_to_no_mass_are_no_opinion():
 
 def test_a_tie_is_an_opinion():
     assert read(("Yes", -0.7), ("No", -0.7)).difference == 0.0
+
+
+def test_just_enough_mass_is_an_opinion():
+    mass = math.exp(-4.0) + math.exp(-5.0)
+    rows = [("Yes", -4.0), ("No", -5.0), ("x", -0.1)]
+    assert read(*rows, least_mass=mass).mass == mass
+    with pytest.raises(LittleMassError):
+        read(*rows, least_mass=mass * (1 + 1e-12))
+
+
+def test_rounding_above_zero_and_above_one_is_let_pass():
+    assert read(("Yes", 0.01), ("No", -5.0)).difference == pytest.approx(5.01)
+    with pytest.raises(NoOpinionError, match="logits or probabilities where"):
+        read(("Yes", 0.0101), ("No", -5.0))
+    assert read(("Yes", 0.0), ("No", math.log(0.4999))).difference == pytest.approx(-math.log(0.4999))
+    with pytest.raises(NoOpinionError, match="add up to a probability above 1"):
+        read(("Yes", 0.0), ("No", math.log(0.5001)))
+
+
+def test_equal_answers_are_a_floor_below_a_thousandth():
+    little, enough = math.log(0.000499), math.log(0.000501)
+    with pytest.raises(LittleMassError, match="both answers are at -"):
+        read(("x", -0.1), ("Yes", little), ("No", little), least_mass=1e-6)
+    assert read(("x", -0.1), ("Yes", enough), ("No", enough), least_mass=1e-6).difference == 0.0
+    assert read(("x", -0.1), ("Yes", little), ("No", little - 0.1), least_mass=1e-6).difference == pytest.approx(0.1)

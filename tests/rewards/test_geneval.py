@@ -113,7 +113,7 @@ def test_each_object_has_its_own_colour(colors, facts):
         (-40, 0, {"left of"}), (40, 0, {"right of"}), (0, -40, {"above"}), (0, 40, {"below"}),
         (30, 30, {"right of", "below"}), (-30, 30, {"left of", "below"}), (40, -10, {"right of"}),
         (0, 0, set()), (2, 0, set()), (-2, -2, set()), (3.9, 0, set()), (4.1, 0, {"right of"}),
-        (20, 11, {"right of"}),
+        (20, 11, {"right of"}), (4, 0, set()), (0, -4, set()), (0, 4.1, {"below"}),
     ],
 )  # fmt: skip
 def test_places_by_the_papers_formula(dx, dy, expected):
@@ -121,6 +121,24 @@ def test_places_by_the_papers_formula(dx, dy, expected):
     assert relations(at(100 + dx, 100 + dy).box, at(100, 100).box) == expected
     mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert relations(at(100, 100).box, at(100 + dx, 100 + dy).box) == {mirrored[name] for name in expected}
+
+
+def test_a_place_holds_for_each_object_of_both_entries():
+    entries = [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "position": ["right of", 0]}]
+    both = Requirements.model_validate({"prompt": "x", "include": entries})
+    cats = [at(0, 0), at(0, 30)]
+    assert fulfilled(both, {"cat": cats, "dog": [at(90, 0), at(90, 30)]}, never) == [True, True, True]
+    assert fulfilled(both, {"cat": cats, "dog": [at(90, 0), at(-90, 30)]}, never) == [True, True, False]
+    assert fulfilled(both, {"cat": [at(0, 0), at(180, 0)], "dog": [at(90, 0), at(90, 9)]}, never)[2] is False
+    assert fulfilled(both, {"cat": cats[:1], "dog": [at(90, 0), at(90, 30)]}, never) == [False, True, False]
+
+
+def test_boxes_that_share_just_so_much_are_two():
+    half_over = [at(0, 0), at(5, 0, confidence=0.8)]  # 50 of 150
+    assert without_doubles(half_over, 1 / 3) == half_over
+    assert without_doubles(half_over, 0.33) == half_over[:1]
+    apart = [at(0, 0), at(10, 0, confidence=0.8)]
+    assert without_doubles(apart, 0.0) == apart
 
 
 def test_doubles_are_one_object():

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from rewards.server_clients import IMAGES, PROMPTS, brightness, completion, http, pixels_of, vlm_server
+from tenacity import RetryCallState
 
+from fdfo_engine.rewards import json_server
 from fdfo_engine.runtime.errors import RewardError
 
 
@@ -132,3 +134,56 @@ def test_what_a_second_request_mended_is_told(serve, capsys):
     assert torch.isfinite(http(server.url)(PROMPTS[:2], IMAGES[:2])).all()
     (line,) = capsys.readouterr().err.splitlines()
     assert "asked once more about 2 images: no JSON" in line
+
+
+class Reply:
+    """As urllib3 gives it."""
+
+    def __init__(self, status, **headers):
+        self.status, self.headers = status, {"Content-Type": "application/json", **headers}
+
+
+def kind_of(status):
+    """What a status costs, by the protocol's words."""
+    if status in (408, 425, 429, 502, 503, 504):
+        return json_server._AwayError  # asked again until it is there
+    if status in (401, 403):
+        return RewardError  # the run stops: no request will do better
+    if status // 100 == 4:
+        return json_server.NoOpinionError  # the same again would be refused again
+    return json_server._BrokenError if status // 100 == 5 else json_server.BadReplyError
+
+
+def test_every_status_is_of_the_kind_that_it_says():
+    server = json_server.JsonServer(json_server.ServerOptions(url="http://a/"))
+    for status in (*range(201, 227), *range(300, 309), *range(400, 452), *range(500, 512), 599):
+        with pytest.raises((json_server._ServerError, RewardError)) as caught:
+            server._judged(Reply(status), b'{"scores": []}')
+        assert caught.type is kind_of(status), status
+    assert server._judged(Reply(200), b'{"scores": []}') == {"scores": []}
+    with pytest.raises(json_server._AwayError) as caught:
+        server._judged(Reply(503, **{"Retry-After": "9"}), b"x" * 300)
+    assert (caught.value.retry_after_s, caught.value.shown) == (9.0, "x" * 200)
+
+
+def test_a_client_without_a_key_sends_none(monkeypatch):
+    monkeypatch.delenv("FDFO_REWARD_KEY", raising=False)
+    assert "Authorization" not in json_server._headers()
+    monkeypatch.setenv("FDFO_REWARD_KEY", "k")
+    assert json_server._headers()["Authorization"] == "Bearer k"
+    assert json_server.ServerOptions(url="http://a/score//").url == "http://a/score"
+
+
+def test_pauses_grow_at_random_up_to_half_a_minute():
+    def longest(attempt, error):
+        state = RetryCallState(None, None, (), {})
+        state.attempt_number = attempt
+        state.set_exception((type(error), error, None))
+        return max(json_server._pause_s(state) for _ in range(400))
+
+    away = json_server._AwayError("x")
+    assert 0.4 < longest(1, away) <= 0.5
+    assert 3.0 < longest(4, away) <= 4.0
+    assert 25.0 < longest(30, away) <= 30.0
+    assert longest(1, json_server._AwayError("x", retry_after_s=77.0)) == 77.0
+    assert longest(1, json_server._BrokenError("x")) <= 0.5
