@@ -36,6 +36,19 @@ from cosmic_ray.plugins import get_operator
 
 from benchmarks import RESULTS, ROOT
 
+_IN_AN_ENGINE = " ".join(
+    f"update/test_{file}.py::test_{name}"
+    for file, names in {
+        "primitives": (
+            "a_gradient_tells_the_methods_figures_of_its_items", "refusals_change_nothing",
+            "progress_counts_micro_batches_of_all_shares_and_the_network_trains_meanwhile",
+        ),
+        "optimizer_steps": ("an_applied_step_ends_the_count_of_dropped_ones", "nothing_to_learn_moves_nothing"),
+    }.items()
+    for name in names
+)  # fmt: skip
+_OF_ZERO = "update/test_zero.py::test_a_restored_engine_goes_on_to_the_bit"
+_OF_SAVING = "engine/test_saving.py::test_training_goes_on_meanwhile_and_what_is_written_is_of_before"
 SUBJECTS = {
     "update": {
         "update/advantage.py": "update/test_advantage.py",
@@ -45,15 +58,15 @@ SUBJECTS = {
         "update/items.py": "update/test_micro_batches.py",
         "update/objective.py": "update/test_micro_batches.py",
         "update/half_precision.py": "update/test_half_precision.py::test_the_scale_is_a_power_of_two_for_each_backward",
-        "update/updater.py": "update/test_optimizer_steps.py update/test_primitives.py",
-        "update/primitives.py": "update/test_primitives.py",
-        "update/zero.py": "update/test_optimizer_steps.py update/test_zero.py",
-        "algorithms/fdfo.py": "algorithms/test_fdfo.py",
-        "algorithms/groups.py": "algorithms/test_flow_grpo.py",
+        "update/updater.py": "update/test_micro_batches.py " + _IN_AN_ENGINE,
+        "update/primitives.py": _IN_AN_ENGINE,
+        "update/zero.py": "update/test_optimizer_steps.py::test_nothing_to_learn_moves_nothing " + _OF_ZERO,
+        "algorithms/fdfo.py": "algorithms/test_formulas.py",
+        "algorithms/groups.py": "algorithms/test_formulas.py",
         "algorithms/flow_grpo.py": "algorithms/test_flow_grpo.py",
-        "algorithms/clipped_ratio.py": "algorithms/test_flow_grpo.py algorithms/test_renoised.py",
-        "algorithms/nft.py": "algorithms/test_renoised.py",
-        "algorithms/ablation.py": "algorithms/test_ablation.py",
+        "algorithms/clipped_ratio.py": "algorithms/test_formulas.py",
+        "algorithms/nft.py": "algorithms/test_formulas.py",
+        "algorithms/ablation.py": "algorithms/test_formulas.py",
     },
     "rollout": {
         "rollout/prompts.py": "rollout/test_prompt_order.py rollout/test_prompt_files.py",
@@ -66,14 +79,14 @@ SUBJECTS = {
     },
     "trajectory": {
         "trajectory/rollout.py": "rollout/test_kept_rollouts.py",
-        "trajectory/renoised.py": "algorithms/test_renoised.py",
+        "trajectory/renoised.py": "algorithms/test_formulas.py",
         "trajectory/unscored.py": "rollout/test_kept_rollouts.py",
     },
     "checkpoint": {
         "runtime/checkpoint.py": "runtime/test_durable.py runtime/test_checkpoint_store.py",
         "runtime/durable.py": "runtime/test_durable.py",
         "runtime/best_checkpoint.py": "runtime/test_best_checkpoint.py",
-        "runtime/run_checkpoints.py": "engine/test_saving.py",
+        "runtime/run_checkpoints.py": _OF_SAVING,
         "runtime/lost_checkpoints.py": "runtime/test_lost_checkpoints.py",
     },
     "run folder": {
@@ -86,10 +99,10 @@ SUBJECTS = {
     },
     "rewards": {
         "rewards/weighted.py": "rewards/test_weighted.py rewards/test_composition.py",
-        "rewards/registry.py": "rewards/test_own_reward.py rewards/test_weighted.py",
+        "rewards/registry.py": "rewards/test_registry.py rewards/test_own_reward.py",
         "rewards/background.py": "rewards/test_background.py",
         "rewards/isolated.py": "rewards/test_isolated.py",
-        "rewards/json_server.py": "rewards/test_server_rewards.py rewards/test_server_readiness.py",
+        "rewards/json_server.py": "rewards/test_server_readiness.py rewards/test_server_rewards.py",
         "rewards/http_reward.py": "rewards/test_server_rewards.py rewards/test_server_readiness.py",
         "rewards/first_token.py": "rewards/test_first_token.py",
         "rewards/geneval_rules.py": "rewards/test_geneval.py",
