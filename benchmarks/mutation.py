@@ -48,6 +48,13 @@ _IN_AN_ENGINE = " ".join(
     for name in names
 )  # fmt: skip
 _OF_ZERO = "update/test_zero.py::test_a_restored_engine_goes_on_to_the_bit"
+_OF_OVERLAP = "evaluation/test_overlap.py::test_it_counts_and_shows_one " + " ".join(
+    f"evaluation/test_overlap.py::test_{name}"
+    for name in (
+        "a_run_without_evaluations_says_nothing", "sets_that_results_are_measured_on_are_told",
+        "evaluating_a_run_on_its_training_prompts_is_told",
+    )
+)  # fmt: skip
 _OF_SAVING = "engine/test_saving.py::test_training_goes_on_meanwhile_and_what_is_written_is_of_before"
 SUBJECTS = {
     "update": {
@@ -119,7 +126,7 @@ SUBJECTS = {
     },
     "evaluation": {
         "evaluation/guard.py": "evaluation/test_guard_findings.py",
-        "evaluation/overlap.py": "evaluation/test_overlap.py",
+        "evaluation/overlap.py": _OF_OVERLAP,
         "evaluation/compare.py": "evaluation/test_summaries.py",
         "evaluation/heldout.py": "evaluation/test_summaries.py",
         "evaluation/measures.py": "evaluation/test_summaries.py",
