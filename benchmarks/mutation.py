@@ -41,6 +41,7 @@ _IN_AN_ENGINE = " ".join(
     for file, names in {
         "primitives": (
             "a_gradient_tells_the_methods_figures_of_its_items", "refusals_change_nothing",
+            "a_loss_by_weights_has_the_gradient_of_the_same_loss_in_process",
             "progress_counts_micro_batches_of_all_shares_and_the_network_trains_meanwhile",
         ),
         "optimizer_steps": ("an_applied_step_ends_the_count_of_dropped_ones", "nothing_to_learn_moves_nothing"),
