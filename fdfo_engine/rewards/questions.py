@@ -28,7 +28,7 @@ class QuestionOptions(Section):
     target: str = Field(default="Yes", min_length=1)
     """The answer that is wanted; one token."""
 
-    contrast: str = Field(default="No", min_length=1)
+    contrast: str = Field(default="No", min_length=1, validate_default=True)
     """The answer it is weighed against; one token."""
 
     least_mass: float = Field(default=0.01, gt=0, le=1)
