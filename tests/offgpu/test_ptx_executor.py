@@ -73,8 +73,6 @@ UNARY = {
     "mul.hi.u32 3528531795": (np.uint32, lambda a: a * 3528531795 >> 32),
     "mul.hi.s32 -77777777": (np.int32, lambda a: a * -77777777 >> 32),
     "mul.lo.s32 77777777": (np.uint32, lambda a: a * 77777777 & 0xFFFFFFFF),
-    "prmt.b32 0 0x0123": (np.uint32, lambda a: int.from_bytes(int(a).to_bytes(4, "little"), "big")),
-    "lop3.b32 0xFF00FF00 0x12345678 0x96": (np.uint32, lambda a: a ^ 0xFF00FF00 ^ 0x12345678),
 }
 """An instruction of one number, then its constants; by Python's own numbers, which are exact."""
 

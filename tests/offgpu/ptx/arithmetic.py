@@ -26,7 +26,7 @@ def elementwise(names, modifiers=""):
 
 
 def widened(kind):
-    """Takes 16-bit floats to float32, in which one operation on them is exact enough to be rounded once."""
+    """Takes 16-bit floats to float64, in which one operation on them is exact enough to be rounded once."""
     half = kind in ("f16", "bf16", *PACKED)
     return (lambda values: values.astype(np.float64)) if half else lambda values: values
 
@@ -43,17 +43,17 @@ def flushed(instruction, values):
     return np.where(np.abs(values) < SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)
 
 
-@elementwise("add", "rn ftz")
+@elementwise("add", "rn")
 def _add(a, b):
     return a + b
 
 
-@elementwise("sub", "rn ftz")
+@elementwise("sub", "rn")
 def _sub(a, b):
     return a - b
 
 
-@elementwise("neg", "ftz")
+@elementwise("neg")
 def _neg(a):
     return -a
 
@@ -63,12 +63,12 @@ def _abs(a):
     return np.abs(a)
 
 
-@elementwise("min", "ftz")
+@elementwise("min")
 def _min(a, b):
     return np.fmin(a, b)
 
 
-@elementwise("max", "ftz")
+@elementwise("max")
 def _max(a, b):
     return np.fmax(a, b)
 
@@ -93,37 +93,17 @@ def _not(a):
     return ~a
 
 
-@elementwise("sqrt", "rn approx ftz")
+@elementwise("sqrt", "rn")
 def _sqrt(a):
     return np.sqrt(a)
 
 
-@elementwise("rsqrt", "approx ftz")
-def _rsqrt(a):
-    return 1 / np.sqrt(a.astype(np.float64))
-
-
-@elementwise("rcp", "rn approx ftz")
-def _rcp(a):
-    return 1 / a
-
-
-@elementwise("ex2", "approx ftz")
+@elementwise("ex2", "approx")
 def _ex2(a):
     return np.exp2(a.astype(np.float64))
 
 
-@elementwise("lg2", "approx ftz")
-def _lg2(a):
-    return np.log2(a.astype(np.float64))
-
-
-@elementwise("tanh", "approx")
-def _tanh(a):
-    return np.tanh(a.astype(np.float64))
-
-
-@elementwise("div", "rn full approx ftz")
+@elementwise("div", "rn full")
 def _div(a, b):
     if a.dtype.kind == "f":
         return a / b
@@ -161,24 +141,17 @@ def _halves(a):
     return high.astype(np.longdouble), (a - high).astype(np.longdouble)
 
 
-@elementwise("copysign")
-def _copysign(a, b):
-    return np.copysign(b, a)
-
-
-@entry(TABLE, "mul", "rn ftz lo hi wide")
+@entry(TABLE, "mul", "rn lo hi wide")
 def _mul(machine, instruction):
     kind, (into, *operands) = instruction.modifiers[-1], instruction.operands
     a, b = (machine.value(operand, kind) for operand in operands)
     if is_float(kind):
-        a, b = flushed(instruction, a), flushed(instruction, b)
-        product = rounded(widened(kind)(a) * widened(kind)(b), kind)
-        machine.put(into, flushed(instruction, product), kind)
+        machine.put(into, rounded(widened(kind)(a) * widened(kind)(b), kind), kind)
     else:
         machine.put(into, *_integer_product(a, b, kind, instruction.modifiers))
 
 
-@entry(TABLE, "mad", "lo hi wide")
+@entry(TABLE, "mad", "lo wide")
 def _mad(machine, instruction):
     kind, (into, *factors, addend) = instruction.modifiers[-1], instruction.operands
     a, b = (machine.value(operand, kind) for operand in factors)
@@ -229,80 +202,25 @@ def _extract(machine, instruction):
     machine.put(into, field, f"u{bits}")
 
 
-@entry(TABLE, "bfi")
-def _insert(machine, instruction):
-    """Bits of one number in the place of bits of another."""
-    kind, (into, field, value, start, length) = instruction.modifiers[-1], instruction.operands
-    wide = UNSIGNED[number_bits(kind)]
-    a, b = machine.value(field, kind), machine.value(value, kind)
-    start, length = (machine.value(operand, "u32").astype(wide) for operand in (start, length))
-    mask = ((wide(1) << length) - wide(1)) << start
-    machine.put(into, b & ~mask | a << start & mask, kind)
-
-
-@entry(TABLE, "shf", "l r wrap")
-def _funnel(machine, instruction):
-    """32 of the 64 bits of two numbers."""
-    into, low, high, by = instruction.operands
-    low, high, by = (machine.value(operand, "u32").astype(np.uint64) for operand in (low, high, by))
-    both, by = high << np.uint64(32) | low, by & np.uint64(31)
-    shifted = both << by >> np.uint64(32) if "l" in instruction.modifiers else both >> by
-    machine.put(into, shifted.astype(np.uint32), "u32")
-
-
-@entry(TABLE, "prmt")
-def _permute(machine, instruction):
-    """Four of eight bytes, or their signs."""
-    into, *operands = instruction.operands
-    low, high, choice = (machine.spread(operand, "b32") for operand in operands)
-    eight = np.stack([low, high], 1).view(np.uint8)
-    chosen = choice[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
-    four = np.take_along_axis(eight, (chosen & 7).astype(np.int64), 1)
-    four = np.where(chosen & 8, np.where(four & 128, 255, 0), four).astype(np.uint8)
-    machine.put(into, four.view(np.uint32)[:, 0], "b32")
-
-
-@entry(TABLE, "lop3")
-def _logic(machine, instruction):
-    """Any function of three bits: the last operand says for which of their eight values it is 1."""
-    into, *operands, ones = instruction.operands
-    a, b, c = (machine.value(operand, "b32") for operand in operands)
-    found = np.zeros((), np.uint32)
-    for case in range(8):
-        if ones.value >> case & 1:
-            found = found | (a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c)
-    machine.put(into, found, "b32")
-
-
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
-UNORDERED = {f"{name}u": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-"""True where an operand is NaN; all others but `ne` of integers are false there."""
-
-COMBINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+"""False where an operand is NaN; with a `u` behind its name it is true there."""
 
 
-@entry(TABLE, "setp", " ".join([*COMPARISONS, *UNORDERED, *COMBINED, "num", "nan", "ftz"]))
+@entry(TABLE, "setp", " ".join([*COMPARISONS, *(f"{name}u" for name in COMPARISONS), "num"]))
 def _compare(machine, instruction):
-    comparison, *more = instruction.modifiers
-    kind, (into, a, b, *other) = more[-1], instruction.operands
-    if isinstance(into, tuple):
-        raise PtxError("the opposite of a comparison is not known")
-    result = _compared(comparison, machine.value(a, kind), machine.value(b, kind))
-    for name in COMBINED.keys() & set(more):
-        result = COMBINED[name](result, machine.value(other[0], "pred"))
-    machine.put(into, result, "pred")
-
-
-def _compared(comparison, a, b):
+    comparison, kind = instruction.modifiers
+    into, *operands = instruction.operands
+    a, b = (machine.value(operand, kind) for operand in operands)
     nan = (a != a) | (b != b)
-    if comparison in ("num", "nan"):
-        return nan == (comparison == "nan")
-    if comparison in UNORDERED:
-        return COMPARISONS[UNORDERED[comparison]](a, b) | nan
-    return COMPARISONS[comparison](a, b) & ~nan
+    if comparison == "num":
+        result = ~nan
+    elif comparison[-1] == "u":
+        result = COMPARISONS[comparison[:-1]](a, b) | nan
+    else:
+        result = COMPARISONS[comparison](a, b) & ~nan
+    machine.put(into, result, "pred")
 
 
 @entry(TABLE, "selp")
@@ -312,28 +230,13 @@ def _select(machine, instruction):
     machine.put(into, chosen, kind)
 
 
-ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-
-
-@entry(TABLE, "cvt", " ".join(["rn", "ftz", *ROUNDINGS]))
+@entry(TABLE, "cvt", "rn")
 def _convert(machine, instruction):
-    (into, *operands), (*how, target, source) = instruction.operands, instruction.modifiers
+    (into, *operands), (*_, target, source) = instruction.operands, instruction.modifiers
+    if is_float(source) and not is_float(target):
+        raise PtxError("a float as an integer is not known")
     if target in PACKED:
         low, high = (machine.value(operand, source) for operand in reversed(operands))
         machine.put(into, np.stack(np.broadcast_arrays(low, high), -1), target)
         return
-    values = machine.value(operands[0], source)
-    rounding = next((ROUNDINGS[name] for name in how if name in ROUNDINGS), None)
-    if rounding is not None:
-        values = rounding(values)
-        if not is_float(target):
-            values = _saturated(values, target)
-    machine.put(into, flushed(instruction, rounded(values, target)), target)
-
-
-def _saturated(values, target):
-    """The nearest number that an integer of the type can be; 0 for NaN."""
-    integer = np.dtype((SIGNED if target[0] == "s" else UNSIGNED)[number_bits(target)])
-    limits = np.iinfo(integer)
-    inside = np.clip(np.where(np.isnan(values), 0, values), limits.min, limits.max)
-    return np.where(inside >= 2.0 ** (limits.bits - (target[0] == "s")), limits.max, inside.astype(integer))
+    machine.put(into, rounded(machine.value(operands[0], source), target), target)

@@ -1,5 +1,7 @@
 """Instructions that move numbers: between registers, and to and from memory."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from offgpu.ptx.numbers import UNSIGNED, number_bits
 from offgpu.ptx.program import Immediate, PtxError
@@ -7,7 +9,6 @@ from offgpu.ptx.table import entry
 
 TABLE = {}
 SPACES = ("shared", "global", "param")
-CACHES = "ca cg cs lu cv nc L1::evict_first L1::evict_last L1::no_allocate L2::cache_hint"
 
 
 @entry(TABLE, "mov")
@@ -34,13 +35,7 @@ def _unpack(machine, parts, values):
         machine.put(register, column, f"b{bits}")
 
 
-@entry(TABLE, "cvta", "to global shared")
-def _to_space(machine, instruction):
-    into, source = instruction.operands
-    machine.put(into, machine.value(source, "u64"), "u64")
-
-
-@entry(TABLE, "ld", f"param global shared volatile v2 v4 {CACHES}")
+@entry(TABLE, "ld", "param global shared volatile v2 v4")
 def _load(machine, instruction):
     kind, (into, address) = instruction.modifiers[-1], instruction.operands
     registers = into if isinstance(into, tuple) else (into,)
@@ -57,7 +52,7 @@ def _load(machine, instruction):
         machine.put(register, column, kind)
 
 
-@entry(TABLE, "st", f"global shared v2 v4 {CACHES}")
+@entry(TABLE, "st", "global shared v2 v4")
 def _store(machine, instruction):
     kind, (address, source) = instruction.modifiers[-1], instruction.operands
     parts = source if isinstance(source, tuple) else (source,)
@@ -74,40 +69,40 @@ def space_of(instruction):
     return found[0]
 
 
-@entry(TABLE, "atom", "global gpu acq_rel relaxed add")
+@entry(TABLE, "atom", "global gpu acq_rel add")
 def _atomic(machine, instruction):
     kind, (into, address, value) = instruction.modifiers[-1], instruction.operands
-    if "add" not in instruction.modifiers:
-        raise PtxError("only additions are known")
     memory, at = machine.places(space_of(instruction), machine.address(address))
     found = memory.add(at, machine.of_active(machine.spread(value, kind)))
     machine.put(into, machine.for_all(found), kind)
 
 
+@dataclass
 class _Copy:
-    """One cp.async of some threads: what arrives once a thread waits for the group that its copy belongs to."""
+    """One cp.async: of each of its threads where its bytes go to, the bytes, and which of its groups they belong to."""
 
-    def __init__(self, threads, at, data, group):
-        self.threads, self.at, self.data, self.group = threads, at, data, group
+    threads: np.ndarray
+    at: np.ndarray
+    data: np.ndarray
+    group: np.ndarray
 
     def part(self, mask):
+        """Of some of the threads."""
         return _Copy(self.threads[mask], self.at[mask], self.data[mask], self.group[mask])
 
 
-@entry(TABLE, "cp", f"async shared global commit_group wait_group wait_all L2::128B L2::64B {CACHES}")
+@entry(TABLE, "cp", "async ca cg shared global commit_group wait_group")
 def _copy(machine, instruction):
     if "commit_group" in instruction.modifiers:
         machine.copy_groups += 1 if machine.active is None else machine.active
     elif "wait_group" in instruction.modifiers:
         _wait(machine, instruction.operands[0].value)
-    elif "wait_all" in instruction.modifiers:
-        raise PtxError("waiting for all copies is not known")
     else:
         _begin_copy(machine, *instruction.operands)
 
 
 def _begin_copy(machine, into, source, size, given=None):
-    """Reads now, and writes when it is waited for; of `given` bytes fewer than `size`, only none at all is known."""
+    """Reads now, and writes when it is waited for: `given` of `size` bytes, which is all or none, and zeros."""
     size = size.value
     length = machine.of_active(machine.spread(given or Immediate(size), "u32"))
     if ((length != 0) & (length != size)).any():

@@ -11,7 +11,7 @@ from offgpu.ptx.numbers import from_bits, number_bits, to_bits, unsigned
 from offgpu.ptx.program import Immediate, PtxError
 
 WARP = 32
-CONTROL = {"bra": (None, {"uni"}), "ret": (None, set()), "exit": (None, set()), "bar": (None, {"sync", "warp"})}
+CONTROL = {"bra": (None, {"uni"}), "ret": (None, set()), "bar": (None, {"sync", "warp"})}
 TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE | CONTROL
 """What executes an instruction, by name, and the modifiers that it knows beside types; `CONTROL` is the machine's."""
 
@@ -84,7 +84,7 @@ class Machine:
         if instruction.name == "bra":
             self._go(self.program.labels[instruction.operands[0]], taken)
             self._go(instruction.place + 1, threads & ~taken)
-        elif instruction.name in ("ret", "exit"):
+        elif instruction.name == "ret":
             self.alive &= ~taken
             self._go(instruction.place + 1, threads & ~taken)
         elif "warp" in instruction.modifiers:

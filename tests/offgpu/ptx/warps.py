@@ -29,7 +29,7 @@ def _shuffle(machine, instruction):
         machine.put(predicate, inside.reshape(-1), "pred")
 
 
-@entry(TABLE, "ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared")
+@entry(TABLE, "ldmatrix", "sync aligned m8n8 x1 x4 trans shared")
 def _load_matrices(machine, instruction):
     """8 x 8 matrices of 16 bits, whose rows lie where 8 lanes each say: lane t gets two elements of row t / 4."""
     warps = machine.whole_warps()
