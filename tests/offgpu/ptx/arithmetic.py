@@ -27,7 +27,7 @@ def elementwise(names, modifiers=""):
 
 def widened(kind):
     """Takes 16-bit floats to float64, in which one operation on them is exact enough to be rounded once."""
-    half = kind in ("f16", "bf16", *PACKED)
+    half = "f16" in kind
     return (lambda values: values.astype(np.float64)) if half else lambda values: values
 
 

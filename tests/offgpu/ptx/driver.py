@@ -1,4 +1,4 @@
-"""In the place of Triton's driver: a kernel is compiled for sm_80 as ever, and its PTX runs on tensors of the CPU."""
+"""In the place of Triton's driver: a kernel is compiled as ever, for sm_80, and its PTX runs on tensors of the CPU."""
 
 import functools
 import hashlib
@@ -24,10 +24,11 @@ class Driver:
     Attributes:
         executed: how often each kernel was launched. texts: PTX of each, the newest.
         edit: takes a kernel's name and its PTX and returns the text that is run, to plant a fault.
+        capability: of the GPU that is compiled for; kernels with matrix products have their own instructions above 80.
     """
 
     def __init__(self):
-        self.executed, self.texts, self.edit = Counter(), {}, lambda name, text: text
+        self.executed, self.texts, self.edit, self.capability = Counter(), {}, lambda name, text: text, 80
         self.utils, self.launcher_cls = self, functools.partial(_Launcher, self)
 
     def get_device_properties(self, device):
@@ -37,13 +38,13 @@ class Driver:
         return None, binary.decode(), 0, 0, 1024
 
     def get_current_device(self):
-        return 0
+        return self.capability  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device):
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 80, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 def install():

@@ -7,7 +7,7 @@ accesses it, and between which barriers (`memory.py`).
 import numpy as np
 from offgpu.ptx import arithmetic, data_movement, warps
 from offgpu.ptx.memory import Memory, stamps
-from offgpu.ptx.numbers import from_bits, number_bits, to_bits, unsigned
+from offgpu.ptx.numbers import PACKED, from_bits, number_bits, to_bits, unsigned
 from offgpu.ptx.program import Immediate, PtxError
 
 WARP = 32
@@ -16,7 +16,7 @@ TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE | CONTROL
 """What executes an instruction, by name, and the modifiers that it knows beside types; `CONTROL` is the machine's."""
 
 KINDS = {"pred", *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)), "f16", "f32", "f64", "bf16"}
-KINDS |= {"f16x2", "bf16x2"}
+KINDS |= set(PACKED)
 
 
 class Machine:
@@ -141,8 +141,8 @@ class Machine:
             return
         bits = values if register.bits == 1 else to_bits(values, kind, register.bits)
         if self.active is not None:
-            before = self.registers.get(register.name)
-            bits = np.where(self.active, bits, bits.dtype.type(0) if before is None else before)
+            unset = ~np.zeros((), bits.dtype)  # NaN as a float
+            bits = np.where(self.active, bits, self.registers.get(register.name, unset))
         self.registers[register.name] = np.broadcast_to(bits, self.threads)
 
     def address(self, operand):

@@ -88,7 +88,7 @@ def fused(text):
 
 
 def may_fuse(instruction):
-    if instruction.name not in COMPUTED or not {"f32", "f64"} & set(instruction.modifiers):
+    if instruction.name not in COMPUTED or not {"f32", "f64", "f32x2"} & set(instruction.modifiers):
         return False
     return instruction.name in ("fma", "mad") or "rn" not in instruction.modifiers
 
@@ -105,10 +105,13 @@ def source_lines(name):
     return path.read_text().splitlines() if path.exists() else [""] * 10_000
 
 
+@pytest.mark.parametrize("capability", [80, *(pytest.param(newer, marks=SLOW) for newer in (90, 100))])
 @pytest.mark.parametrize("run", ["noise", "replay", "loss", *(pytest.param(run, marks=SLOW) for run in RUNS)])
-def test_no_product_is_rounded_with_a_sum(run):
+def test_no_product_is_rounded_with_a_sum(run, capability, monkeypatch):
+    on_sm_80 = getattr(pair_runs, run)(SHAPES[1], "triton")
+    monkeypatch.setattr(DRIVER, "capability", capability)
     DRIVER.texts.clear()
-    getattr(pair_runs, run)(SHAPES[1], "triton")
+    assert getattr(pair_runs, run)(SHAPES[1], "triton").equal(on_sm_80)
     assert DRIVER.texts
     for name, text in DRIVER.texts.items():
         assert not fused(text), name
