@@ -1,4 +1,4 @@
-"""Triton's kernels as they are compiled for sm_80 pass their ops' own tests, their PTX executed by numpy.
+"""Triton's kernels as they are compiled for sm_80 and sm_90 pass their ops' own tests, their PTX executed by numpy.
 
 That shows what the interpreter can't: layouts, matrix products, shuffles, masks, copies and barriers. It doesn't show
 what an assembler makes of them, races within a warp, and speed. The tests of `offgpu/ptx/` plant faults.
@@ -47,12 +47,13 @@ SHORT = (
 """A test of each family beside the pair ops, which have theirs in `offgpu/ptx/`."""
 
 
-def executed(report, *pytest_arguments):
-    """Runs tests in a process whose kernels are compiled; how often each kernel was launched."""
+def executed(report, *pytest_arguments, capability=80):
+    """Runs tests in a process whose kernels are compiled; the kernels that were launched."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     variables |= {
         "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "TRITON_CACHE_DIR": str(ROOT / "build/offgpu/triton"), "FDFO_PTX_REPORT": str(report),
+        "FDFO_PTX_CAPABILITY": str(capability),
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-p", "offgpu.ptx.plugin", "-p", "no:xdist", *pytest_arguments]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -84,8 +85,9 @@ def test_faults_planted_in_compiled_kernels(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("op", OPS)
-def test_compiled_kernels_pass_the_tests_of_their_op(op, tmp_path):
+def test_compiled_kernels_pass_the_tests_of_their_op(op, capability, tmp_path):
     arguments = [f"tests/ops/test_{op}.py", "-k", "triton", "-m", "slow or not slow", "--timeout", "900"]
-    missing = OPS[op] - executed(tmp_path / "report.json", *arguments)
+    missing = OPS[op] - executed(tmp_path / "report.json", *arguments, capability=capability)
     assert not missing, f"not launched: {sorted(missing)}"

@@ -1,7 +1,5 @@
 """Instructions that move numbers: between registers, and to and from memory."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from offgpu.ptx.numbers import UNSIGNED, number_bits
 from offgpu.ptx.program import Immediate, PtxError
@@ -77,26 +75,12 @@ def _atomic(machine, instruction):
     machine.put(into, machine.for_all(found), kind)
 
 
-@dataclass
-class _Copy:
-    """One cp.async: of each of its threads where its bytes go to, the bytes, and which of its groups they belong to."""
-
-    threads: np.ndarray
-    at: np.ndarray
-    data: np.ndarray
-    group: np.ndarray
-
-    def part(self, mask):
-        """Of some of the threads."""
-        return _Copy(self.threads[mask], self.at[mask], self.data[mask], self.group[mask])
-
-
 @entry(TABLE, "cp", "async ca cg shared global commit_group wait_group")
 def _copy(machine, instruction):
     if "commit_group" in instruction.modifiers:
-        machine.copy_groups += 1 if machine.active is None else machine.active
+        machine.copies.commit(machine.mask())
     elif "wait_group" in instruction.modifiers:
-        _wait(machine, instruction.operands[0].value)
+        machine.finish(machine.copies, instruction.operands[0].value)
     else:
         _begin_copy(machine, *instruction.operands)
 
@@ -107,25 +91,15 @@ def _begin_copy(machine, into, source, size, given=None):
     length = machine.of_active(machine.spread(given or Immediate(size), "u32"))
     if ((length != 0) & (length != size)).any():
         raise PtxError("a copy of some of its bytes is not known")
-    threads = machine.of_active(np.arange(machine.threads))
-    memory, at = machine.places("shared", machine.address(into))
     tensors, start = machine.places("global", machine.address(source))
-    data, some = np.zeros((len(threads), size), np.uint8), length > 0
-    stamp = machine.of_active(machine.stamp)
+    stamp, some = machine.of_active(machine.stamp), length > 0
+    data = np.zeros((len(start), size), np.uint8)
     data[some] = tensors.load(start[some], size, stamp[some])
+    memory, at = machine.places("shared", machine.address(into))
     memory.reserve(at, size, stamp)
-    machine.copies.append(_Copy(threads, at, data, machine.copy_groups[threads]))
+    at, data = machine.for_all(at), machine.for_all(data)
 
+    def arrive():
+        memory.store(machine.of_active(at), machine.of_active(data), machine.of_active(machine.stamp))
 
-def _wait(machine, newest):
-    """Until all groups but the newest few have arrived."""
-    waits = np.zeros(machine.threads, bool)
-    waits[machine.of_active(np.arange(machine.threads))] = True
-    left = []
-    for copy in machine.copies:
-        done = waits[copy.threads] & (copy.group < machine.copy_groups[copy.threads] - newest)
-        here = copy.part(done)
-        machine.shared.store(here.at, here.data, machine.stamp[here.threads])
-        if not done.all():
-            left.append(copy.part(~done))
-    machine.copies = left
+    machine.copies.begin(machine.mask(), arrive)

@@ -1,4 +1,4 @@
-"""In the place of Triton's driver: a kernel is compiled as ever, for sm_80, and its PTX runs on tensors of the CPU."""
+"""In the place of Triton's driver: a kernel is compiled as ever, and its PTX runs on tensors of the CPU."""
 
 import functools
 import hashlib
@@ -24,15 +24,21 @@ class Driver:
     Attributes:
         executed: how often each kernel was launched. texts: PTX of each, the newest.
         edit: takes a kernel's name and its PTX and returns the text that is run, to plant a fault.
-        capability: of the GPU that is compiled for; kernels with matrix products have their own instructions above 80.
+        capability: of the GPU that is compiled for: 80 or 90, or any for kernels without matrix products.
     """
 
-    def __init__(self):
-        self.executed, self.texts, self.edit, self.capability = Counter(), {}, lambda name, text: text, 80
+    def __init__(self, capability):
+        self.executed, self.texts, self.edit = Counter(), {}, lambda name, text: text
+        self.capability = capability
         self.utils, self.launcher_cls = self, functools.partial(_Launcher, self)
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": 163 * 1024, "multiprocessor_count": 108, "warpSize": 32, "max_num_regs": 65536}
+        return {
+            "max_shared_mem": (163 if self.capability < 90 else 227) * 1024,
+            "multiprocessor_count": 108,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
 
     def load_binary(self, name, binary, shared, device):
         return None, binary.decode(), 0, 0, 1024
@@ -47,10 +53,10 @@ class Driver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def install():
+def install(capability):
     """Makes a `Driver` the one that Triton asks from now on."""
     triton.knobs.runtime.add_stages_inspection_hook = _without_assembler
-    triton.runtime.driver.set_active(driver := Driver())
+    triton.runtime.driver.set_active(driver := Driver(capability))
     return driver
 
 

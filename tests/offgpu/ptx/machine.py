@@ -5,14 +5,15 @@ accesses it, and between which barriers (`memory.py`).
 """
 
 import numpy as np
-from offgpu.ptx import arithmetic, data_movement, warps
+from offgpu.ptx import arithmetic, data_movement, warpgroups, warps
 from offgpu.ptx.memory import Memory, stamps
 from offgpu.ptx.numbers import PACKED, from_bits, number_bits, to_bits, unsigned
+from offgpu.ptx.pending import Pending
 from offgpu.ptx.program import Immediate, PtxError
 
 WARP = 32
 CONTROL = {"bra": (None, {"uni"}), "ret": (None, set()), "bar": (None, {"sync", "warp"})}
-TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE | CONTROL
+TABLE = arithmetic.TABLE | data_movement.TABLE | warps.TABLE | warpgroups.TABLE | CONTROL
 """What executes an instruction, by name, and the modifiers that it knows beside types; `CONTROL` is the machine's."""
 
 KINDS = {"pred", *(f"{kind}{bits}" for kind in "bsu" for bits in (8, 16, 32, 64)), "f16", "f32", "f64", "bf16"}
@@ -41,7 +42,7 @@ class Machine:
         self.barriers = np.zeros(self.blocks, np.int64)
         self.stamp = stamps(self.block, self.barriers[self.block], self.warp)
         self.active, self.alive = None, np.ones(self.threads, bool)
-        self.copies, self.copy_groups = [], np.zeros(self.threads, np.int64)
+        self.copies, self.products = Pending(self.threads), Pending(self.threads)
 
     def run(self):
         """To the end of all threads."""
@@ -175,13 +176,23 @@ class Machine:
             raise PtxError(f"shared memory: out of bounds of its {self.shared_size} bytes")
         return self.shared, address + self.of_active(self.block) * self.shared_size
 
+    def mask(self):
+        """The active threads as a mask."""
+        return np.ones(self.threads, bool) if self.active is None else self.active
+
+    def finish(self, pending, newest):
+        """The active threads wait for what they began, but for their newest groups."""
+        waiting = self.active
+        for threads, finish in pending.due(self.mask(), newest):
+            self.active = None if threads.all() else threads
+            finish()
+        self.active = waiting
+
     def whole_warps(self):
-        """The active threads as a mask of warps; an error if some of a warp are not there."""
-        active = np.ones(self.threads, bool) if self.active is None else self.active
-        active = active.reshape(-1, WARP)
+        """An error if some of a warp are not there."""
+        active = self.mask().reshape(-1, WARP)
         if (active.any(1) != active.all(1)).any():
             raise PtxError("only some threads of a warp are there")
-        return active[:, 0]
 
 
 def check(program):

@@ -108,3 +108,19 @@ LARGE = {
 )
 def test_a_planted_fault_shows(run, kernel, edit, shows):
     assert shows in outcome(RUNS[run], f"{kernel}_kernel", edit)
+
+
+ON_SM_90 = {
+    "a product that nobody waits for": (r"(wgmma\.wait_group\S+\s+)0;", r"\g<1>4;", DIFFERENT),
+    "a product before its operands are there": (r"(fence\.proxy\S*;\s*)bar\.sync\s+0;", r"\1", RACE),
+    "operands swapped": (r"(wgmma\.mma_async[^}]*\}, )(%rd\d+), (%rd\d+)", r"\1\3, \2", DIFFERENT),
+    "an operand not transposed": (r"(wgmma\.mma_async[^;]*, 1, 1, 0), 0;", r"\1, 1;", DIFFERENT),
+    "a sum from the start": (r"(wgmma\.mma_async[^;]*), %p\d+, 1, 1", r"\1, 0, 1, 1", DIFFERENT),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pattern", "by", "shows"), ON_SM_90.values(), ids=ON_SM_90)
+def test_a_fault_in_a_product_of_warpgroups_shows(pattern, by, shows, monkeypatch):
+    monkeypatch.setattr(DRIVER, "capability", 90)
+    assert shows in outcome(RUNS["adapted_projection"], "lora_linear_kernel", replaced(pattern, by, nth=-1))

@@ -32,7 +32,7 @@ def _shuffle(machine, instruction):
 @entry(TABLE, "ldmatrix", "sync aligned m8n8 x1 x4 trans shared")
 def _load_matrices(machine, instruction):
     """8 x 8 matrices of 16 bits, whose rows lie where 8 lanes each say: lane t gets two elements of row t / 4."""
-    warps = machine.whole_warps()
+    machine.whole_warps()
     into, address = instruction.operands
     memory, at = machine.places("shared", machine.address(address))
     at, stamp = at.reshape(-1, WARP), machine.of_active(machine.stamp).reshape(-1, WARP)
@@ -42,9 +42,24 @@ def _load_matrices(machine, instruction):
         matrix = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, 8, 8)
         if "trans" in instruction.modifiers:
             matrix = matrix.transpose(0, 2, 1)
-        found = np.zeros((len(warps), WARP), np.uint32)
-        found[warps] = np.ascontiguousarray(matrix).view(np.uint32).reshape(-1, WARP)
-        machine.put(register, found.reshape(-1), "b32")
+        elements = np.ascontiguousarray(matrix).view(np.uint32).reshape(-1)
+        machine.put(register, machine.for_all(elements), "b32")
+
+
+@entry(TABLE, "stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared")
+def _store_matrices(machine, instruction):
+    """The other way round."""
+    machine.whole_warps()
+    address, source = instruction.operands
+    memory, at = machine.places("shared", machine.address(address))
+    at, stamp = at.reshape(-1, WARP), machine.of_active(machine.stamp).reshape(-1, WARP)
+    for i, register in enumerate(source):
+        lanes = slice(8 * i, 8 * i + 8)
+        matrix = machine.of_active(machine.spread(register, "b32")).view(np.uint16).reshape(-1, 8, 8)
+        if "trans" in instruction.modifiers:
+            matrix = matrix.transpose(0, 2, 1)
+        rows = np.ascontiguousarray(matrix).reshape(-1, 8).view(np.uint8)
+        memory.store(at[:, lanes].reshape(-1), rows, stamp[:, lanes].reshape(-1))
 
 
 LANE, ELEMENT = np.meshgrid(np.arange(WARP), np.arange(8), indexing="ij")
