@@ -83,3 +83,37 @@ def test_the_one_who_finds_it_dead_goes_on_with_its_status(tmp_path):
     assert run_status.RunStatus.taken_over(tmp_path).field("epoch") == 0
     status.update("failed", exit_code=0)
     assert run_status.RunStatus.taken_over(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "taken", "refused"),
+    [
+        ("pid", (0, 2**31 - 1), (-1, 2**31, 1.0, "7", True)),
+        ("heartbeat", (0.0, 1.5), (-0.5, "now", None)),
+        ("exit_code", (None, 0, 5), ("5", 1.5)),
+        ("state", ("running", ""), (None, 3)),
+        ("done", (None, 3), (0.5, "3")),
+        ("eta_s", (None, 0.5), ("soon",)),
+    ],
+)
+def test_a_damaged_status_is_one_kind_of_error(tmp_path, field, taken, refused):
+    for value in (*taken, *refused):
+        (tmp_path / "status.json").write_text(json.dumps({"state": "failed", field: value}))
+        if value in refused and (type(value), value) not in [(type(other), other) for other in taken]:
+            with pytest.raises(ValueError, match=field):
+                read_status(tmp_path)
+        else:
+            assert read_status(tmp_path)[field] == value
+
+
+def test_a_heartbeat_is_a_number_or_nothing(tmp_path):
+    assert run_status.heartbeat(tmp_path) is None
+    for text, wanted in (
+        ("{half", None),
+        ("[]", None),
+        ("{}", None),
+        ('{"heartbeat": "1"}', None),
+        ('{"heartbeat": 2.5}', 2.5),
+    ):
+        (tmp_path / "status.json").write_text(text)
+        assert run_status.heartbeat(tmp_path) == wanted
