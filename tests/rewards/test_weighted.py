@@ -159,3 +159,56 @@ def test_rewards_that_said_they_are_ready_are_not_asked_again():
     rewards.require_ready()
     rewards.require_ready()
     assert reward.asked == 2
+
+
+class Sized(Reward):
+    def __init__(self, size, notes=()):
+        self.size, self.notes = size, list(notes)
+
+    def gpu_bytes(self):
+        return self.size
+
+    def take_notes(self):
+        taken, self.notes = self.notes, []
+        return {"light": torch.tensor(taken)}
+
+
+def test_what_models_take_is_added_up_and_what_is_not_known_is_named():
+    rewards = weighted(a=(1.0, Sized(3)), b=(1.0, Sized(None)), c=(1.0, Sized(0)), d=(1.0, Sized(4)))
+    assert rewards.gpu_bytes() == (7, ["b"])
+    assert rewards.without(["a", "b"]).gpu_bytes() == (4, [])
+    kept = WeightedRewards({"a": (2.0, Sized(1)), "b": (3.0, Sized(2))}, normalize={"b": "pair"}).without({"a"})
+    assert ({name: weight for name, (weight, _) in kept.rewards.items()}, kept.normalize) == ({"b": 3.0}, {"b": "pair"})
+
+
+def test_notes_are_means_over_what_is_known_once():
+    rewards = weighted(
+        a=(1.0, Sized(0, [0.25, math.nan, 0.75, math.inf])), b=(1.0, Sized(0, [math.nan])), c=(1.0, Sized(0))
+    )
+    assert rewards.note_means() == {"light_a": 0.5}
+    assert rewards.note_means() == {}
+
+
+def test_the_sum_of_logged_means_is_unknown_where_one_is():
+    rewards = weighted(a=(2.0, None), b=(-1.0, None))
+    assert rewards.plain_mean({"reward_a_mean": 3.0, "reward_b_mean": 5.0}) == 1.0
+    assert math.isnan(rewards.plain_mean({"reward_a_mean": 3.0}))
+    assert math.isnan(rewards.plain_mean({"reward_a_mean": 3.0, "reward_b_mean": None}))
+
+
+def test_a_log_is_named_by_what_a_file_may_be_called_and_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("FDFO_REWARD_KEY", "very-secret-key")
+
+    def fails(prompts, images):
+        raise OSError("no entry for very-secret-key")
+
+    weighted(tmp_path, **{"http://a:1/b c": (1.0, fails)})(PROMPTS, IMAGES)
+    (log,) = tmp_path.iterdir()
+    assert log.name == "reward_http___a_1_b_c.log"
+    assert log.read_text().count("OSError: no entry for ***") == 2
+    assert "very-secret-key" not in log.read_text()
+
+
+def test_disagreements_need_two_opinions_of_any_size():
+    a, b = torch.tensor([[1e-30, 0.0], [0.0, 5.0], [1.0, 1.0]]), torch.tensor([[9.0, 8.0], [3.0, 2.0], [0.0, 1.0]])
+    assert weighted(a=(0.1, None), b=(7.0, None)).disagreements({"a": a, "b": b}) == {"disagreement_a_b": 0.5}

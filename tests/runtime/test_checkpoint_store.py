@@ -329,3 +329,35 @@ def test_the_newest_state_is_known_without_its_tensors(tmp_path, monkeypatch):
     path.write_bytes(data)
     assert store.newest_state() is None
     assert CheckpointStore(tmp_path / "nowhere").newest_state() is None
+
+
+def test_a_pinned_one_stays_beside_the_newest_until_it_is_let_go(tmp_path):
+    for epoch in (1, 2, 3, 4, 5):
+        CheckpointStore(tmp_path, 2, ["epoch_000002"]).save(f"epoch_{epoch:06d}", *contents(epoch))
+    assert CheckpointStore(tmp_path).names() == ["epoch_000002", "epoch_000004", "epoch_000005"]
+    assert CheckpointStore(tmp_path).newest_state()["epoch"] == 5
+    saved(tmp_path, 6)
+    assert CheckpointStore(tmp_path).names() == ["epoch_000005", "epoch_000006"]
+
+
+def test_one_set_aside_goes_where_its_successor_is_there(tmp_path):
+    """Killed after the second of its two renames: the new one counts, the old one is removed at the next save."""
+    saved(tmp_path, 1, 2)
+    (tmp_path / "epoch_000002").rename(tmp_path / ".replaced-epoch_000002")
+    CheckpointStore(tmp_path / "other").save("epoch_000002", *contents(22))
+    (tmp_path / "other" / "epoch_000002").rename(tmp_path / "epoch_000002")
+    (tmp_path / "other").rmdir()
+    store = CheckpointStore(tmp_path)
+    assert store.load().state["epoch"] == 22
+    store.save("epoch_000003", *contents(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_000002", "epoch_000003"]
+    assert store.load("epoch_000002").state["epoch"] == 22
+
+
+def test_weights_that_are_trained_are_saved_without_their_graph(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    store = CheckpointStore(tmp_path)
+    store.save("a", {"w": {"x": weight, "y": (2 * weight).T}}, {})
+    found = store.load().tensors["w"]
+    assert torch.equal(found["x"], weight.detach())
+    assert torch.equal(found["y"], 2 * weight.detach().T)
