@@ -107,7 +107,7 @@ SUBJECTS = {
     },
     "rewards": {
         "rewards/weighted.py": "rewards/test_weighted.py rewards/test_composition.py",
-        "rewards/registry.py": "rewards/test_registry.py rewards/test_weighted.py",
+        "rewards/registry.py": "rewards/test_registry.py",
         "rewards/background.py": "test_figures.py rewards/test_background.py",
         "rewards/isolated.py": "rewards/test_isolated.py",
         "rewards/json_server.py": "test_figures.py rewards/test_server_readiness.py rewards/test_server_rewards.py",

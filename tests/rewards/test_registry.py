@@ -13,10 +13,13 @@ IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def forgets(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(registry_module, "_registered", dict(registry_module._registered))
-    monkeypatch.setattr(registry_module, "_own", set(registry_module._own))
+def forgets():
+    """What a test registers is gone after it, but for bundled rewards, whose modules are imported once."""
+    before, own = set(registry_module._registered), set(registry_module._own)
+    yield
+    for name in registry_module._registered.keys() - before - registry_module._BUILT_IN.keys():
+        del registry_module._registered[name]
+    registry_module._own.intersection_update(own)
 
 
 def sums(prompts, images, factor=1.0, shift=0.0):
