@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,11 +34,6 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 def application(backend: Backend, *, hosts: Iterable[str], origins: Iterable[str] = ()) -> Starlette:
     """The application for `backend`; `hosts` are the names it answers to."""
 
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        backend.bell.attach()
-        yield
-
     document = description(ENDPOINTS)
 
     async def openapi(_request: Request) -> Response:
@@ -50,7 +44,6 @@ def application(backend: Backend, *, hosts: Iterable[str], origins: Iterable[str
     return Starlette(
         routes=[*(endpoint.route(backend) for endpoint in ENDPOINTS), Route(_OPENAPI_PATH, openapi)],
         middleware=[access],
-        lifespan=lifespan,
         exception_handlers={HTTPException: _answer_http, Exception: _answer_bug},
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -50,38 +51,42 @@ def weighed_by_distance(
 
 
 class Bell:
-    """Wakes coroutines of one event loop from any thread."""
+    """Wakes coroutines from any thread, each in the event loop that it waits in."""
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._event = asyncio.Event()
-
-    def attach(self) -> None:
-        """Within the loop, before anybody waits."""
-        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._waiting: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
 
     def ring(self) -> None:
         """Wakes all who wait."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._swing)
-
-    def _swing(self) -> None:
-        rung, self._event = self._event, asyncio.Event()
-        rung.set()
+        with self._lock:  # nobody leaves meanwhile, and a loop that somebody waits in is open, unless it was torn down
+            for event, loop in self._waiting.items():
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(event.set)
 
     async def until(self, look: Callable[[], T | None], seconds: float) -> T | None:
         """What `look` (in a thread) gives, once that is not None; None when `seconds` are over."""
         deadline = time.monotonic() + seconds
-        while True:
-            event = self._event
-            found = await run_in_threadpool(look)
-            left = deadline - time.monotonic()
-            if found is not None or left <= 0:
-                return found
-            try:
-                await asyncio.wait_for(event.wait(), left)
-            except TimeoutError:
-                continue
+        with self._listening() as rung:
+            while True:
+                rung.clear()
+                found = await run_in_threadpool(look)
+                left = deadline - time.monotonic()
+                if found is not None or left <= 0:
+                    return found
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(rung.wait(), left)
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[asyncio.Event]:
+        event = asyncio.Event()
+        with self._lock:
+            self._waiting[event] = asyncio.get_running_loop()
+        try:
+            yield event
+        finally:
+            with self._lock:
+                del self._waiting[event]
 
 
 class Told(Protocol):
