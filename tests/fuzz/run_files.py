@@ -15,7 +15,8 @@ from fdfo_engine.label.link import EngineLink
 from fdfo_engine.label.strip import STRIP_NAME, Strip
 from fdfo_engine.runtime import events
 from fdfo_engine.runtime.base_record import BASE_NAME, BaseFile, BaseRecord, recorded_base
-from fdfo_engine.runtime.errors import FdfoError
+from fdfo_engine.runtime.best_checkpoint import BEST_NAME, Best, note_best, read_best
+from fdfo_engine.runtime.errors import CheckpointError, FdfoError
 from fdfo_engine.runtime.event_log import EVENTS_NAME, EventLog, truncate_events
 from fdfo_engine.runtime.events import EventStream
 from fdfo_engine.runtime.kernel_record import KERNELS_NAME, recorded_kernels, write_kernels
@@ -66,6 +67,7 @@ def filled_run(folder: Path) -> Path:
             checkpoint_store(folder).save(f"epoch_{epoch:06d}", tensors, state)
             stream.tell(events.Checkpoint(epoch=epoch, name=f"epoch_{epoch:06d}"))
         log.close()
+    assert note_best(folder, Best(CHECKPOINT, 0.4, 0.1))
     _rollout().save(folder / "unscored")
     Database(folder).close()
     (folder / STRIP_NAME).write_text(json.dumps({"0": [{"image": "a" * 32, "prompt": "a circle"}]}))
@@ -152,6 +154,12 @@ def _rollout_of(folder: Path) -> object:
     return {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(rollout).items()}
 
 
+def _best(folder: Path) -> object:
+    if (best := read_best(folder)) is None:
+        raise CheckpointError("not known any more")
+    return best
+
+
 def _strip(folder: Path) -> object:
     return Strip(EngineLink(folder), 2).view()
 
@@ -173,6 +181,7 @@ READINGS: dict[str, list[Reading]] = {
     ],
     f"checkpoints/{CHECKPOINT}/state.json": [Reading(_named_checkpoint, same_or_refused=True), Reading(_newest_state)],
     f"checkpoints/{CHECKPOINT}/weights.safetensors": [Reading(_named_checkpoint, same_or_refused=True)],
+    BEST_NAME: [Reading(_best, same_or_refused=True), Reading(_opened), STATUS, REPORT],
     "unscored/rollout_00000.json": [Reading(_rollout_of, same_or_refused=True)],
     "unscored/rollout_00000.safetensors": [Reading(_rollout_of, same_or_refused=True)],
     "images/evaluation_epoch_000001.json": [REPORT],

@@ -9,6 +9,8 @@ import pytest
 from fuzz.mutating import mutations_of
 from fuzz.run_files import READINGS, filled_run
 
+from fdfo_engine.runtime import run_lock
+
 FEW, MANY = range(2), range(2, 40)
 CASES = [(name, number) for name, readings in READINGS.items() for number in range(len(readings))]
 
@@ -20,7 +22,8 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_a_damaged_file_is_read_as_it_was_or_refused(run, tmp_path, name, number, seeds):
+def test_a_damaged_file_is_read_as_it_was_or_refused(run, tmp_path, monkeypatch, name, number, seeds):
+    monkeypatch.setattr(run_lock, "SILENCE_S", 0.01)
     read, may_raise, same_or_refused = READINGS[name][number]
     whole = read(run) if same_or_refused else None
     for seed in seeds:
