@@ -32,6 +32,7 @@ _OPTIMISER = {
     "advantage_abs_mean": "Mean |advantage|",
     "lr": "Learning rate",
     "skipped_steps": "Skipped optimiser steps",
+    "weights_changed": "Weights changed (1: yes)",
 }
 _NO_OPINION = {"tied_pairs": "tied", "lost_pairs": "lost opinion", "zero_direction_pairs": "identical latents"}
 _RECENT_EPOCHS = 5

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fdfo_engine.runtime.distributed import all_gather_rows, all_sum
+from fdfo_engine.runtime.console import warn
+from fdfo_engine.runtime.distributed import all_gather_rows, all_sum, any_rank
 from fdfo_engine.update.advantage import Advantage
 
 
@@ -31,6 +32,7 @@ class Totals:
         floor: mean magnitude of the log-ratios of the first micro-batch, on the device: 0 where training computes as
             sampling did.
         micro_batches: how many were computed, padding too.
+        weights_changed: whether any weight of this rank's has another value than before.
     """
 
     sums: Tensor
@@ -40,6 +42,7 @@ class Totals:
     skipped: int = 0
     left_out: int = 0
     micro_batches: int = 0
+    weights_changed: bool = False
 
     @classmethod
     def zero(cls, device: torch.device) -> Totals:
@@ -115,5 +118,15 @@ def update_metrics(totals: Totals, adv: Advantage, optimizer_steps: int, seconds
         "optimizer_steps": len(applied),
         "skipped_steps": totals.skipped,
         "left_out_steps": totals.left_out,
+        "weights_changed": int(any_rank(totals.weights_changed)),
         "seconds_update": seconds,
     }
+
+
+def warn_of_still_weights(metrics: dict[str, float], lr: float) -> None:
+    """Warns of optimiser steps that were applied and changed nothing: the run would go on so, and learn nothing."""
+    if metrics["optimizer_steps"] and not metrics["weights_changed"]:
+        warn(
+            f"{metrics['optimizer_steps']} optimiser steps were applied and no weight has changed: at optimizer.lr = "
+            f"{lr:g} every change is below what the weights' own rounding keeps"
+        )

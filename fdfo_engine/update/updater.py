@@ -25,7 +25,7 @@ from fdfo_engine.update.deal import deal_steps
 from fdfo_engine.update.half_precision import GradientScale
 from fdfo_engine.update.items import Items
 from fdfo_engine.update.objective import Objective, WeightedLogRatios
-from fdfo_engine.update.totals import StepResult, Totals, update_metrics
+from fdfo_engine.update.totals import StepResult, Totals, update_metrics, warn_of_still_weights
 from fdfo_engine.update.zero import ZeroTrainer
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -81,6 +81,7 @@ class Updater:
         self.micro_batch = config.update.micro_batch_items
         self._guidance = config.sampling.guidance_scale
         self._seed = config.run.seed
+        self._lr = config.optimizer.lr
         self._conditioner = conditioner
         self.algorithm = algorithm
         self._skipped_in_a_row = 0
@@ -98,7 +99,7 @@ class Updater:
         Raises:
             NumericsError: ten optimiser steps in a row had a gradient that was not finite.
         """
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._trainer.weight_bits()
         adv = self.algorithm.advantage(rewards, rollout)
         totals = Totals.zero(self.device)
         shares = self.deal(rollout)
@@ -106,7 +107,10 @@ class Updater:
         for share in shares:
             self.accumulate(rollout, objective, share, totals, reach, parts=len(shares))
             totals.count_step(self.step())
-        return update_metrics(totals, adv, len(shares), time.perf_counter() - started)
+        totals.weights_changed = self._trainer.weight_bits() != before
+        metrics = update_metrics(totals, adv, len(shares), time.perf_counter() - started)
+        warn_of_still_weights(metrics, self._lr)
+        return metrics
 
     def deal(self, rollout: Rollout, parts: int | None = None) -> Tensor:
         """The solver steps of every sample for every optimiser step, int64 `[parts, P, 2, S]` (METHOD, 'Update')."""

@@ -27,6 +27,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _AT_STAGE_3: WeakSet[ZeroTrainer] = WeakSet()
 """Trainers not closed yet whose weights are split over the ranks."""
 
+_CHUNK = 1 << 24
+"""Weights that are looked at together: what is counted in eight bytes would else be a copy of all of them."""
+
 _KEPT = -1
 """A module that is none of DeepSpeed's numbers: a weight that it uses stays gathered."""
 
@@ -34,7 +37,7 @@ _KEPT = -1
 class ZeroTrainer:
     """Wraps a network for training at a ZeRO stage, and gives its state by parameter name, whole and in float32.
 
-    Every method but `step_count` is collective: all ranks call it, in the same order.
+    Every method but `step_count` and `weight_bits` is collective: all ranks call it, in the same order.
     """
 
     def __init__(
@@ -186,6 +189,13 @@ class ZeroTrainer:
     def step_count(self) -> int:
         """Optimiser steps applied so far."""
         return int(max((slot["step"].item() for slot in self._inner.state.values()), default=0))
+
+    def weight_bits(self) -> int:
+        """A sum over the bits of this rank's master weights: another one once a weight has changed."""
+        masters = [master.detach().flatten() for master in self._masters()]
+        whole = [master.view(torch.int32 if master.element_size() == 4 else torch.int16) for master in masters]
+        sums = [part.sum(dtype=torch.int64) for bits in whole for part in bits.split(_CHUNK)]
+        return int(torch.stack(sums).sum())
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:

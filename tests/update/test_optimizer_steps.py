@@ -70,6 +70,18 @@ def test_ties_cost_nothing_and_still_count_in_the_mean(engine, tiny_sd3, tmp_pat
     assert norm(difference) < 1e-4 * norm(captured["alone"])
 
 
+@pytest.mark.parametrize("lr", [1e-50, 1e-3])
+def test_steps_that_change_no_weight_are_warned_of(tiny_sd3, tmp_path, capsys, lr):
+    """AdamW's step is at most about lr, and 1e-50 is no float32: it moves not even a LoRA's zeros."""
+    engine = Engine(tiny_config(tiny_sd3, tmp_path, optimizer={"lr": lr}))
+    before = engine.trainer.weights()
+    metrics = engine.update(engine.rollout(PROMPTS), REWARDS)
+    has_changed = any(not torch.equal(w, before[name]) for name, w in engine.trainer.weights().items())
+    assert metrics["optimizer_steps"] == 2
+    assert metrics["weights_changed"] == has_changed == (lr == 1e-3)
+    assert ("no weight has changed: at optimizer.lr = 1e-50" in capsys.readouterr().err) == (lr == 1e-50)
+
+
 def test_nothing_to_learn_moves_nothing(engine):
     engine.update(engine.rollout(PROMPTS), REWARDS)  # moments that a further step would move weights by
     before = copy_of(engine)

@@ -74,7 +74,7 @@ def trace(pipeline, out, stage, train="lora", algorithm="fdfo", **zero):
                     own = rollout.latents(rows, torch.full_like(rows, branch), torch.full_like(rows, k))
                     tensors[f"latents.{branch}.{k}"] = all_gather_rows(own)
         metrics = engine.update(rollout, torch.tensor(rewards))
-        assert metrics["optimizer_steps"] == 2, metrics
+        assert (metrics["optimizer_steps"], metrics["weights_changed"]) == (2, 1), metrics
     tensors |= {f"weights.{n}": w for n, w in engine.trainer.weights().items()}
     tensors |= {f"moments.{n}": s for n, s in engine.trainer.state().items()}
     engine.save()
