@@ -15,7 +15,8 @@ _SHOWN = 80
 
 def describe_overlap(trained: Sequence[str], held_out: Sequence[str]) -> str | None:
     """How many of `held_out` are among `trained`, but for case and white space, with an example; None where none is."""
-    known = {_plain(prompt) for prompt in trained}
+    asked = {_plain(prompt) for prompt in held_out}  # these and not the trained ones, which may be millions
+    known = {plain for plain in map(_plain, trained) if plain in asked}
     common = [prompt for prompt in held_out if _plain(prompt) in known]
     if not common:
         return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from fdfo_engine.models.advice import without_advice
 from fdfo_engine.models.flow_model import FlowModel, TokenLimit
-from fdfo_engine.runtime.console import visible, warn
+from fdfo_engine.runtime.console import say, visible, warn
 
+MOST_AT_ONCE = 100_000
+"""A minute of a tokenizer's time."""
 _SHOWN = 60
 
 
@@ -19,8 +22,11 @@ class CutPrompts:
         self._seen: set[str] = set()
 
     def tell(self, prompts: Sequence[str]) -> None:
-        """Looks at those of `prompts` that it has not seen yet."""
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._seen]
+        """Looks at those of `prompts` that it has not seen yet; of very many at the first, as it then says."""
+        if len(prompts) > MOST_AT_ONCE:
+            say(f"the first {MOST_AT_ONCE} of {len(prompts)} prompts are counted in tokens, others as they are encoded")
+        first = itertools.islice(prompts, MOST_AT_ONCE)
+        fresh = [prompt for prompt in dict.fromkeys(first) if prompt not in self._seen]
         if not fresh:
             return
         self._seen.update(fresh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fdfo_engine.runtime.errors import EnvironmentProblem, PromptError
-from fdfo_engine.runtime.text_file import lines_of, read_text
+from fdfo_engine.runtime.text_file import lines_in, read_text, whole_lines
 
 _MAX_NAMES = 20  # of columns that a message lists
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -48,12 +48,12 @@ def format_of(path: Path) -> Format:
 
 def _read_plain_text(path: Path, column: str) -> Iterator[Entry]:
     del column  # a line of text is one prompt
-    for number, line in enumerate(lines_of(read_text(path)), 1):
+    for number, line in enumerate(lines_in(path), 1):
         yield Entry(f"{path}:{number}", line)
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Entry]:
-    return _rows_of_lines(path, column, lines_of(read_text(path)))
+    return _rows_of_lines(path, column, lines_in(path))
 
 
 def _rows_of_lines(path: Path, column: str, lines: Iterable[str]) -> Iterator[Entry]:
@@ -64,12 +64,11 @@ def _rows_of_lines(path: Path, column: str, lines: Iterable[str]) -> Iterator[En
 
 def _read_json(path: Path, column: str) -> Iterator[Entry]:
     """One list of rows; or an object a line, for many files of that form are named .json."""
-    text = read_text(path)
-    lines = lines_of(text)
-    if len(lines) > 1 and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
-        yield from _rows_of_lines(path, column, lines)
+    start = list(itertools.islice(lines_in(path), 2))
+    if len(start) == 2 and start[0].lstrip().startswith("{") and start[0].rstrip().endswith("}"):
+        yield from _rows_of_lines(path, column, lines_in(path))
         return
-    rows = _parsed(text, str(path), column)
+    rows = _parsed(read_text(path), str(path), column)
     if not isinstance(rows, list):
         raise PromptError(f"{path}: a {type(rows).__name__}; takes a list of texts or of objects")
     for number, row in enumerate(rows, 1):
@@ -123,16 +122,15 @@ def _read_csv(path: Path, column: str) -> Iterator[Entry]:
 
 def _read_tsv(path: Path, column: str) -> Iterator[Entry]:
     """Tabs part the cells and line ends the rows. There is no quoting: a quote is a character as others are."""
-    lines = enumerate(lines_of(read_text(path)), 1)
+    lines = enumerate(lines_in(path), 1)
     rows = (_Cells(number, line.split("\t")) for number, line in lines)
     return _column_of(path, column, rows, "cells of .tsv files hold neither tabs nor line ends, and have no quoting")
 
 
 def _csv_rows(path: Path) -> Iterator[_Cells]:
-    text = read_text(path)
     # of the whole process, and never lowered: another column may hold whole images
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
+    reader = csv.reader(whole_lines(path), strict=True)
     while True:
         line = reader.line_num + 1
         try:

@@ -1,6 +1,7 @@
 """The prompt list of a run, and which prompt each global pair takes."""
 
 import hashlib
+import itertools
 import json
 import unicodedata
 from collections import Counter
@@ -9,17 +10,21 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
 from fdfo_engine.rollout.prompt_files import PLAIN_TEXT, Entry, Format, format_of
 from fdfo_engine.rollout.prompt_sets import PROMPT_SETS, STARTER, local_files, named_set, starter_file
+from fdfo_engine.rollout.texts import Texts, repeated
 from fdfo_engine.runtime.errors import PromptError, UsageError
 from fdfo_engine.shapes.scene import Split, captions
 
 MAX_PROMPT_BYTES = 16 * 1024
 _COMMENT = "#"
+_WORDS_AT_ONCE = 1 << 18
 _UNSEEN = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 """Unicode categories of characters that show nothing: control and format characters, separators."""
 
@@ -55,7 +60,7 @@ class PromptList:
     """N prompts, and a fresh permutation of them for each pass, keyed by (seed, pass).
 
     Attributes:
-        prompts: in the source's order.
+        prompts: in the source's order; few bytes of memory each, however many there are.
         reading: what was left out of the source, or changed.
     """
 
@@ -64,7 +69,7 @@ class PromptList:
     ) -> None:
         """`pairs_per_prompt` neighbouring pairs take the same prompt."""
         self._pairs_per_prompt = pairs_per_prompt
-        self.prompts = list(prompts)
+        self.prompts = prompts if isinstance(prompts, Texts) else Texts(prompts)
         self.reading = reading or Reading()
         self._seed = seed
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -85,11 +90,16 @@ class PromptList:
         """The prompt of each global pair p: `order[p mod N]` of pass `p // N`, a group of pairs counted as one."""
         n = len(self.prompts)
         groups = [pair // self._pairs_per_prompt for pair in pair_ids]
-        return [self.prompts[self._order(p // n)[p % n]] for p in groups]
+        return [self.prompts[int(self._order(p // n)[p % n])] for p in groups]
 
-    def _permutation(self, number: int) -> list[int]:
-        words = philox_words(torch.arange(len(self.prompts)), PROMPT_ORDER_STREAM, number, seed=self._seed)
-        return words.argsort(stable=True).tolist()
+    def _permutation(self, number: int) -> npt.NDArray[np.uint32]:
+        """The order of pass `number`. Words are drawn a part at a time: what they are made from takes far more room."""
+        words = np.empty(len(self.prompts), dtype=np.uint32)
+        for first in range(0, len(words), _WORDS_AT_ONCE):
+            part = words[first : first + _WORDS_AT_ONCE]
+            index = torch.arange(first, first + len(part))
+            part[:] = philox_words(index, PROMPT_ORDER_STREAM, number, seed=self._seed).numpy()
+        return words.argsort(kind="stable").astype(np.uint32)
 
 
 def load_prompts(
@@ -113,17 +123,17 @@ def load_prompts(
     reading = Reading()
     prompts = _read(settings, reading, split)
     if settings.dedup:
-        read = len(prompts)
-        prompts = list(dict.fromkeys(prompts))
-        reading.left_out["repeated"] = read - len(prompts)
+        is_repeated = repeated(prompts)
+        prompts = Texts(itertools.compress(prompts, ~is_repeated))
+        reading.left_out["repeated"] = int(is_repeated.sum())
     return PromptList(prompts, seed, reading, pairs_per_prompt=pairs_per_prompt)
 
 
 def describe_prompts(prompts: PromptList, pairs_per_epoch: int = 0) -> str:
     """One line on how many prompts there are, what was left out, and how often they repeat."""
     notes = prompts.reading.notes()
-    if repeated := sum(count - 1 for count in Counter(prompts.prompts).values()):
-        notes.append(f"{repeated} duplicates kept as weights; prompts.dedup=true drops them")
+    if again := int(repeated(prompts.prompts).sum()):
+        notes.append(f"{again} duplicates kept as weights; prompts.dedup=true drops them")
     line = f"{len(prompts)} prompts"
     if notes:
         line += f" ({'; '.join(notes)})"
@@ -138,17 +148,19 @@ def refuse_text(prompts: Sequence[str]) -> None:
         raise UsageError(f"prompts: the text {prompts!r}; takes a list of texts")
 
 
-def _read(settings: PromptsConfig, reading: Reading, split: Split) -> list[str]:
+def _read(settings: PromptsConfig, reading: Reading, split: Split) -> Texts:
     files, column = _files_and_column(settings, split)
-    prompts: list[str] = []
-    for path in files:
-        form = format_of(path)
-        has_comments = settings.comments and form is PLAIN_TEXT
-        prompts += _usable(form.read(path, column), reading, form, has_comments=has_comments)
+    prompts = Texts(prompt for path in files for prompt in _of_file(path, column, reading, settings))
     if not prompts:
-        amount = "".join([f"{reading.entries} {form.unit}", *(f" ({note})" for note in reading.notes())])
+        amount = "".join([f"{reading.entries} {format_of(files[0]).unit}", *(f" ({note})" for note in reading.notes())])
         raise PromptError(f"prompts.source = {settings.source!r}: 0 usable prompts in {amount}")
     return prompts
+
+
+def _of_file(path: Path, column: str, reading: Reading, settings: PromptsConfig) -> Iterator[str]:
+    form = format_of(path)
+    has_comments = settings.comments and form is PLAIN_TEXT
+    return _usable(form.read(path, column), reading, form, has_comments=has_comments)
 
 
 def _files_and_column(settings: PromptsConfig, split: Split) -> tuple[list[Path], str]:

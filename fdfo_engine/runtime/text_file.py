@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fdfo_engine.runtime.errors import PromptError
 
+_MARK = "\ufeff"
 _LINE_END = re.compile("\r\n|\n|\r")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -29,6 +31,25 @@ def read_text(path: Path) -> str:
         raise PromptError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def whole_lines(path: Path) -> Iterator[str]:
+    r"""The lines of a UTF-8 file with their ends (\n, \r\n or \r), one after another: it may be larger than memory.
+
+    Raises:
+        PromptError: as `read_text`; after the lines before the one that is no UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except (UnicodeDecodeError, OSError):
+        read_text(path)  # says which line it is
+        raise
+
+
+def lines_in(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file as `lines_of` gives them, one after another; raises as `whole_lines`."""
+    return (_LINE_END.sub("", line).removeprefix(_MARK) for line in whole_lines(path))
+
+
 def lines_of(text: str) -> list[str]:
     r"""The lines of a text, which end at \n, \r\n or \r only.
 
@@ -38,4 +59,4 @@ def lines_of(text: str) -> list[str]:
     lines = _LINE_END.split(text)
     if not lines[-1]:
         del lines[-1]
-    return [line.removeprefix("\ufeff") for line in lines]
+    return [line.removeprefix(_MARK) for line in lines]

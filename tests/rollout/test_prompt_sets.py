@@ -193,7 +193,7 @@ def test_the_set_that_comes_with_the_engine_is_two_lists():
     settings = PromptsConfig(source="starter")
     trained, held_out = (load_prompts(settings, 0, split=split).prompts for split in ("train", "heldout"))
     assert (len(trained), len(held_out)) == (336, 64)
-    plain = [prompt.casefold() for prompt in trained + held_out]
+    plain = [prompt.casefold() for prompt in (*trained, *held_out)]
     assert len(set(plain)) == 400, "no line twice, nor in both"
     assert all(3 <= len(prompt.split()) <= 20 for prompt in plain)
 
