@@ -1,5 +1,7 @@
 import pytest
 import torch
+from tiny_flux import build_tiny_flux
+from tiny_qwen_image import build_tiny_qwen_image
 from tiny_sd3 import tiny_config
 
 from fdfo_engine import Engine
@@ -66,6 +68,17 @@ def test_a_wrong_op_of_a_block_ends_the_start(tiny_sd3, tmp_path, monkeypatch):
     monkeypatch.setattr(self_check, "_results", perturbed)
     with pytest.raises(NumericsError, match=f"{last} .*: the backend cpp gives something else"):
         check_ops(model, None, "cpp")
+
+
+@needs_cpp
+@pytest.mark.parametrize("build", [build_tiny_flux, pytest.param(build_tiny_qwen_image, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_it_looks_at_the_ops_of_every_family_and_dtype(tmp_path, monkeypatch, build, dtype):
+    results, asked = self_check._results, set()
+    monkeypatch.setattr(self_check, "_results", lambda call, backend: asked.add(call.op) or results(call, backend))
+    config = tiny_config(build(tmp_path / "model"), tmp_path / "run", model={"dtype": dtype})
+    check_ops(load_model(config, torch.device("cpu")), None, "cpp")
+    assert asked >= {"adapted_projections", "gated_residual_norms"}
 
 
 class Forced:
