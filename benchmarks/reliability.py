@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.nursery import HOLDS_THE_INTERPRETER, WAITS_FOR_A_LOCK, Nursery, status_of
+from benchmarks.soak import soak
 from benchmarks.training_kills import TRAINED, lost, planted_failures, training_kills
 from fdfo_engine import Engine, load_config
 from fdfo_engine.bench.record import header, write
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--save-kills", type=int, default=120, help="of a process that does nothing but save")
     parser.add_argument("--kills", type=int, default=16, help="of a training run of one rank; half of them of two")
     parser.add_argument("--epochs", type=int, default=2, help="of the shapes run, to see what saving costs")
+    parser.add_argument("--soak-epochs", type=int, default=300, help="short ones, of one run that nobody kills")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.json")
     arguments = parser.parse_args()
@@ -146,6 +148,12 @@ def save_cost(_nursery: Nursery, base: Path, arguments: argparse.Namespace) -> d
     return {"bytes": size, "epochs": rows, "share_of_an_epoch": max(share), "share_if_waited_for": max(whole)}
 
 
+def long_run(nursery: Nursery, base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Many short epochs; and of a run that leaks."""
+    found = soak(nursery, base / "soak", arguments.soak_epochs)
+    return found | {"planted_leaks": soak(nursery, base / "leaks", max(12, arguments.soak_epochs // 10), leaks=True)}
+
+
 def _train(engine: Engine, prompts: list[str]) -> None:
     rollout = engine.rollout(prompts)
     engine.update(rollout, torch.randn(len(prompts), 2, generator=torch.Generator().manual_seed(0)))
@@ -169,6 +177,7 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
         "faults_tried": len(rows),
         "seconds_to_notice_a_dead_rank": max(dead, default=None),
         "seconds_to_notice_a_hung_rank": max(hung, default=None),
+        "soaked_epochs": parts.get("soak", {}).get("epochs"),
         "save_share_of_an_epoch": parts.get("save_cost", {}).get("share_of_an_epoch"),
         "failures": failures(parts),
     }  # fmt: skip
@@ -184,6 +193,8 @@ def failures(parts: dict[str, Any]) -> list[str]:
         found += [] if any(naive[kind] for kind in kinds) else ["the writer in place was not found out"]
     if "kills_of_one_rank" in parts and not parts["kills_of_one_rank"]["planted"]["found"]:
         found.append("the run that tells too early was not found out")
+    if "soak" in parts and len(parts["soak"]["planted_leaks"]["failures"]) < 3:
+        found.append("what a leaking reward keeps was not found out")
     if "faults" in parts:
         found += [f"fault: {row}" for row in parts["faults"]["faults"] if not _holds(row)]
         planted = parts["faults"]["planted_without_watchdog"]
@@ -198,7 +209,7 @@ def _holds(row: dict[str, Any]) -> bool:
 
 PARTS: dict[str, Part] = {
     "saves": saves, "faults": faults, "kills_of_one_rank": one_rank, "save_cost": save_cost,
-    "kills_of_two_ranks": two_ranks,
+    "kills_of_two_ranks": two_ranks, "soak": long_run,
 }  # fmt: skip
 
 if __name__ == "__main__":

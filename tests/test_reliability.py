@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.nursery import Nursery
 from benchmarks.reliability import failures, summary
+from benchmarks.soak import Look, growth, soak
 from benchmarks.training_kills import differences, killed_once, lost, planted_failures, training_kills
 from fdfo_engine.runtime.event_log import EventLog
 from fdfo_engine.runtime.events import Checkpoint, EventStream
@@ -23,6 +24,7 @@ SOUND = {
     "faults": {"faults": [ROW], "planted_without_watchdog": ROW | {"exit_code_of_the_other": None}},
     "kills_of_one_rank": {"kills": 8, "kills_during_saves": 4, "failures": [], "planted": {"found": ["gone"]}},
     "save_cost": {"share_of_an_epoch": 0.01},
+    "soak": {"epochs": 300, "failures": [], "planted_leaks": {"failures": ["files", "threads", "memory"]}},
 }
 SPOILED = {
     "a lost save": ("saves", "store", "lost", 1),
@@ -32,6 +34,8 @@ SPOILED = {
     "a rank that is not named": ("faults", "faults", [ROW | {"named_with_phase": False}]),
     "another exit code": ("faults", "faults", [ROW | {"exit_code_told": 1}]),
     "nothing to go on from": ("faults", "faults", [ROW | {"resumable": False}]),
+    "a run that grows": ("soak", "failures", ["memory: 600 MB before, 900 MB after"]),
+    "a blind harness of growth": ("soak", "planted_leaks", {"failures": ["files", "threads"]}),
     "a blind harness of faults": ("faults", "planted_without_watchdog", ROW),
 }
 
@@ -71,6 +75,29 @@ def test_other_bits_and_other_logs_are_told(tmp_path):
     (tmp_path / "two/run/metrics.jsonl").write_text("")
     assert differences(tmp_path / "one", tmp_path / "two")[0] == "the logs of epochs differ"
     assert "other checkpoints" in differences(tmp_path / "one", tmp_path / "nowhere")[-1]
+
+
+def look(epoch, **changes):
+    flat = Look(epoch, memory_mb=600.0, files=19, threads=12, disk_bytes=9000, checkpoints=3, log_bytes=100 * epoch)
+    return flat._replace(**changes)
+
+
+def test_what_grows_is_told():
+    early, late = [look(10), look(20)], [look(30), look(40)]
+    assert growth(early, late) == []
+    for changes in (
+        {"memory_mb": 620.0}, {"files": 20}, {"threads": 13}, {"disk_bytes": 10_000}, {"checkpoints": 5},
+        {"log_bytes": 5000},
+    ):  # fmt: skip
+        assert len(growth(early, [look(30), look(40, **changes)])) == 1, changes
+
+
+@pytest.mark.slow
+def test_a_run_of_many_epochs_stays_flat_and_a_leak_is_found_out(tmp_path):
+    """`python -m benchmarks.reliability` is the long form."""
+    with Nursery() as nursery:
+        assert soak(nursery, tmp_path / "flat", 60)["failures"] == []
+        assert len(soak(nursery, tmp_path / "leaks", 16, leaks=True)["failures"]) >= 3
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from fdfo_engine.config import PromptsConfig
 from fdfo_engine.ops import PROMPT_ORDER_STREAM, philox_words
 from fdfo_engine.rollout.prompt_files import PLAIN_TEXT, Entry, Format, format_of
 from fdfo_engine.rollout.prompt_sets import PROMPT_SETS, STARTER, local_files, named_set, starter_file
-from fdfo_engine.rollout.texts import Texts, repeated
+from fdfo_engine.rollout.texts import Texts, order_of, repeated
 from fdfo_engine.runtime.errors import PromptError, UsageError
 from fdfo_engine.shapes.scene import Split, captions
 
@@ -94,12 +94,9 @@ class PromptList:
 
     def _permutation(self, number: int) -> npt.NDArray[np.uint32]:
         """The order of pass `number`. Words are drawn a part at a time: what they are made from takes far more room."""
-        words = np.empty(len(self.prompts), dtype=np.uint32)
-        for first in range(0, len(words), _WORDS_AT_ONCE):
-            part = words[first : first + _WORDS_AT_ONCE]
-            index = torch.arange(first, first + len(part))
-            part[:] = philox_words(index, PROMPT_ORDER_STREAM, number, seed=self._seed).numpy()
-        return words.argsort(kind="stable").astype(np.uint32)
+        indices = torch.split(torch.arange(len(self.prompts)), _WORDS_AT_ONCE)
+        words = (philox_words(part, PROMPT_ORDER_STREAM, number, seed=self._seed).numpy() for part in indices)
+        return order_of(words, len(self.prompts))[0]
 
 
 def load_prompts(

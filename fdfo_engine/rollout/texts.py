@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, overload
+from typing import IO, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from fdfo_engine.runtime.durable import storage_error
 
-_IN_MEMORY = 32 << 20
+_IN_MEMORY = 8 << 20
 _BLOCK = 64
 """Texts for which one position is kept; within a block sizes are added up."""
 _AT_ONCE = 16 * _BLOCK
@@ -25,7 +26,7 @@ _AT_ONCE = 16 * _BLOCK
 class Texts(Sequence[str]):
     """Texts in their order, as a list that never changes; ten million take 50 MB of memory.
 
-    What exceeds 32 MB lies in a temporary file without a name, which ends with the object. Safe to read from many
+    What exceeds 8 MB lies in a temporary file without a name, which ends with the object. Safe to read from many
     threads, and in a forked process.
     """
 
@@ -105,18 +106,43 @@ class Texts(Sequence[str]):
         return data + self._unwritten[max(begin - self._on_disk, 0) : max(end - self._on_disk, 0)]
 
 
+def order_of(words: Iterable[npt.NDArray[Any]], count: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+    """The order that sorts `count` words of 32 bits, equal ones as they stand, and which word repeats the one before.
+
+    Sorted in place together with their places: an argsort of as many takes twice the room.
+
+    Args:
+        words: integers in 0..2^32-1, in parts.
+        count: how many there are in all, below 2^32.
+
+    Returns:
+        uint32 `[count]`, and of the sorted words bool `[count - 1]`.
+    """
+    keys = np.empty(count, dtype=np.uint64)
+    place = 0
+    for part in words:
+        keys[place : place + len(part)] = part.astype(np.uint64) << 32 | np.arange(
+            place, place + len(part), dtype=np.uint64
+        )
+        place += len(part)
+    keys.sort()
+    order = keys.astype(np.uint32)
+    np.right_shift(keys, 32, out=keys)
+    return order, keys[1:] == keys[:-1]
+
+
 def repeated(texts: Texts) -> npt.NDArray[np.bool_]:
     """Which of `texts` stood among them before, bool `[len(texts)]`.
 
     Texts are sorted by four bytes of a hash, and compared in full where those are equal.
     """
-    hashes = np.fromiter((hash(text) & 0xFFFFFFFF for text in texts), np.uint32, len(texts))
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
+    hashes = (hash(text) & 0xFFFFFFFF for text in texts)
+    parts = (np.fromiter(itertools.islice(hashes, _AT_ONCE), np.uint32) for _ in range(0, len(texts), _AT_ONCE))
+    order, repeats_hash = order_of(parts, len(texts))
     is_repeated = np.zeros(len(texts), dtype=np.bool_)
     seen: set[str] = set()
     last = -2
-    for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+    for place in map(int, np.flatnonzero(repeats_hash)):
         if place != last + 1:
             seen = {texts[order[place]]}
         text = texts[order[place + 1]]

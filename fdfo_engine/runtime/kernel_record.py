@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdfo_engine.runtime.durable import replace_file
+from fdfo_engine.runtime.durable import replace_file, sealed_json, unsealed_json
 from fdfo_engine.runtime.errors import CheckpointError
-from fdfo_engine.runtime.json_text import json_object
 
 KERNELS_NAME = "kernels.json"
+_SEAL = "sha256"
 Backends = dict[str, str]
 """Backend by name of an op at a shape; an op that is not there takes the first that fits."""
 
@@ -26,12 +25,9 @@ def recorded_kernels(folder: Path | str) -> Backends | None:
     if not file.is_file():
         return None
     try:
-        found = backends_of(json_object(file.read_bytes()))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is no record of backends: {error}") from error
-    if found is None:
-        raise CheckpointError(f"{file}: is no record of backends")
-    return found
+        return Backends(unsealed_json(file, _SEAL))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"which backends the run goes by: {error}") from error
 
 
 def backends_of(value: Any) -> Backends | None:
@@ -48,4 +44,4 @@ def write_kernels(folder: Path | str, backends: Backends) -> None:
         CheckpointError: the storage refuses; the record that is there is damaged.
     """
     if recorded_kernels(folder) != backends:
-        replace_file(Path(folder) / KERNELS_NAME, json.dumps(backends, indent=1).encode())
+        replace_file(Path(folder) / KERNELS_NAME, sealed_json(backends, _SEAL))

@@ -18,6 +18,7 @@ from fdfo_engine.models.guidance import predict
 from fdfo_engine.ops import guided_velocity
 from fdfo_engine.runtime.distributed import max_over_ranks
 from fdfo_engine.runtime.errors import NumericsError, UsageError
+from fdfo_engine.runtime.heap import trim_heap
 from fdfo_engine.trajectory import Rollout
 from fdfo_engine.update.advantage import Advantage
 from fdfo_engine.update.algorithm import Algorithm
@@ -110,6 +111,7 @@ class Updater:
         totals.weights_changed = self._trainer.weight_bits() != before
         metrics = update_metrics(totals, adv, len(shares), time.perf_counter() - started)
         warn_of_still_weights(metrics, self._lr)
+        trim_heap()
         return metrics
 
     def deal(self, rollout: Rollout, parts: int | None = None) -> Tensor:

@@ -170,7 +170,7 @@ READINGS: dict[str, list[Reading]] = {
     LOCK_NAME: [Reading(_locked)],
     CONFIG_NAME: [Reading(run_config), Reading(_opened), REPORT, STATUS],
     BASE_NAME: [Reading(lambda folder: recorded_base(folder).text, same_or_refused=True), Reading(_opened), STATUS],
-    KERNELS_NAME: [Reading(recorded_kernels)],
+    KERNELS_NAME: [Reading(recorded_kernels, same_or_refused=True)],
     PROMPTS_NAME: [Reading(_opened)],
     METRICS_NAME: [REPORT, Reading(_opened)],
     EVALUATIONS_NAME: [REPORT, Reading(_opened)],

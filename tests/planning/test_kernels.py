@@ -15,6 +15,7 @@ from fdfo_engine.planning.kernel_cache import Batches, KernelCache
 from fdfo_engine.planning.kernels import Kernels
 from fdfo_engine.planning.measuring import Measurement, Timed, fastest
 from fdfo_engine.runtime.interleaved import Spread
+from fdfo_engine.runtime.kernel_record import recorded_kernels
 from fdfo_engine.runtime.run_checkpoints import kernels_of_run
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_a_run_measures_its_own_ops_and_keeps_that(tiny_sd3, tmp_path, capsys):
     assert names >= {"gated_residual_norms", "adapted_projections", "feed_forward", "attention", "pair_ops"}
     assert all(of[found.backends[name]].median <= 1.0 for name, of in found.measured.items())
     assert "pair_ops" in capsys.readouterr().out
-    recorded = json.loads((tmp_path / "run" / "kernels.json").read_text())
+    recorded = recorded_kernels(tmp_path / "run")
     (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
     assert recorded == json.loads(state.read_text())["kernels"] == found.backends
 
