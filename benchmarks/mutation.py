@@ -188,6 +188,10 @@ class Mutant(NamedTuple):
         return f"{self.module}:{self.line} {self.operator} {self.occurrence}"
 
 
+class ControlError(Exception):
+    """Tests that fail on unchanged code, and so say nothing of a mutant."""
+
+
 class Trials:
     """Copies of the checkout, one a process that runs tests in it, and the tests that passed on unchanged code."""
 
@@ -229,7 +233,7 @@ class Trials:
         started = time.monotonic()
         fails, told = self._failed(copy, tests, None)
         if fails:
-            raise SystemExit(f"{tests}: fails on unchanged code: {told}\n{(copy / 'output.txt').read_text()[-2000:]}")
+            raise ControlError(f"{tests}: fails on unchanged code: {told}\n{(copy / 'output.txt').read_text()[-2000:]}")
         self._limits_s[tests] = 30 + SLOWER * (time.monotonic() - started)
 
     def _failed(self, copy: Path, tests: str, limit_s: float | None) -> tuple[bool, str]:
@@ -272,7 +276,11 @@ def main() -> None:
         def attempt(mutant: Mutant) -> None:
             if time.monotonic() > end:
                 return
-            found = trials.outcome(mutant, is_quick=arguments.quick)
+            try:
+                found = trials.outcome(mutant, is_quick=arguments.quick)
+            except ControlError as error:
+                print(f"{mutant.name} was not tried: {error}", flush=True)
+                return
             with writing:
                 why = tried.get(mutant.name, {}).get("why")
                 tried[mutant.name] = found | ({"why": why} if why and not found["killed"] else {})
