@@ -76,6 +76,27 @@ def test_guidance_kl_and_trained_steps_count(load):
     assert (plan.trained_steps, plan.items_per_optimizer_step, plan.micro_batch) == (20, 4320, 5)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "looks"),
+    [
+        ("fdfo", 40), ("flow_grpo", 40), ("awm", 60), ("nft", 60), ("ablation", 40),
+        ("ablation algorithm.states=renoised", 60),
+    ],
+)  # fmt: skip
+def test_an_algorithm_that_noises_again_runs_the_model_once_more_for_each_trained_step(load, algorithm, looks):
+    plan = BatchPlan.from_config(load("", *f"algorithm.name={algorithm} update.train_steps=20".split()), 1)
+    assert plan.sampling_evaluations == 864 * looks
+    assert plan.training_evaluations == 864 * 20
+
+
+@pytest.mark.parametrize("term", ["update.kl_weight", "update.velocity_hinge"])
+def test_each_term_that_looks_at_the_base_runs_it_too(load, term):
+    config = load("", f"{term}=0.1")
+    assert config.update.needs_base
+    assert BatchPlan.from_config(config, 1).training_evaluations == 2 * 864 * 40
+    assert not load().update.needs_base
+
+
 def test_a_short_last_block_is_told(load):
     plan = BatchPlan.from_config(load("", "sampling.pairs_per_epoch=50", "sampling.block_pairs=12"), 2)
     assert "5 of 12 pairs, the last one of 2; 2 or 3 a rank on 2 ranks" in plan.describe()
