@@ -52,8 +52,8 @@ def small_ops(device: torch.device) -> None:
         AssertionError: a backend is too far off; names the op.
     """
     dtypes = (torch.float32, torch.bfloat16)
-    cases = {f"{name}, {dtype}": (call, dtype) for dtype in dtypes for name, call in _block_cases(device, dtype)}
-    cases |= {name: (call, torch.float32) for name, call in _pair_cases(device)}
+    cases = {f"{name}, {dtype}": (call, dtype) for dtype in dtypes for name, call in block_cases(device, dtype)}
+    cases |= {name: (call, torch.float32) for name, call in pair_cases(device)}
     for name, (call, dtype) in cases.items():
         exact = call("torch")
         offered = ops.candidates(ops.implementations()[name.split(",")[0]], device)
@@ -67,7 +67,8 @@ def small_ops(device: torch.device) -> None:
 Call = Callable[[str], Tensor]
 
 
-def _block_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Call]]:
+def block_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Call]]:
+    """Ops of a transformer block, forward and backward, each with a call by the name of a backend."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, grads: bool = False) -> Tensor:
@@ -102,7 +103,8 @@ def _block_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Ca
     ]
 
 
-def _pair_cases(device: torch.device) -> list[tuple[str, Call]]:
+def pair_cases(device: torch.device) -> list[tuple[str, Call]]:
+    """Ops of pairs, each with a call by the name of a backend."""
     generator = torch.Generator().manual_seed(0)
     x, v = (torch.randn(2, 2, 4, 5, 7, generator=generator).to(device) for _ in range(2))
     velocity = torch.randn(3, 4, 5, 7, generator=generator).to(device).requires_grad_()

@@ -157,12 +157,12 @@ def _rank_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
     xs, stream = STREAMS * (x,), STREAMS * ("i32",)
     layers, layer, masters = STREAMS * LAYERS * (x,), STREAMS * LAYERS * ("i32",), STREAMS * LAYERS * (f32,)
     tile = {"WIDE": x == f32, "ROWS": rank.rows, "RANK": block, "INNER": rank.inner}
-    types = [xs, masters, layers, *5 * [stream], layer, STREAMS * LAYERS * ("fp32",), "i32"]
+    types = [xs, masters, layers, "i32", *4 * [stream], layer, STREAMS * LAYERS * ("fp32",), "i32"]
     yield Case(kernels.lora_linear_rank_product_kernel, types, known | tile, _options(rank))
     yield from _rank_gradient_cases(kernels, dtype)
     known["SPLITS"] = _projection_tiles.SPLITS
     tile = {"WIDE": x == f32, "ROWS": factors.rows, "RANK": block, "COLUMNS": factors.columns}
-    types = [xs, layers, layers, layers, f32, *6 * [stream], *4 * [layer], "i32", "i32"]
+    types = [xs, layers, layers, layers, f32, "i32", *5 * [stream], *4 * [layer], "i32", "i32"]
     yield Case(kernels.lora_linear_factors_kernel, types, known | tile, _options(factors))
 
 
@@ -176,7 +176,7 @@ def _rank_gradient_cases(kernels: Any, dtype: torch.dtype) -> Iterator[Case]:
         layers, none, masters = STREAMS * count * (x,), STREAMS * count * ("none",), STREAMS * count * (f32,)
         norms = [layers, layers, masters] if normed else 3 * [none]
         types = [layers, masters, layers, layers if gated else none, *norms, layers if gated or normed else none]
-        types += [*3 * [stream], *6 * [layer], STREAMS * count * ("fp32",)]
+        types += ["i32", *2 * [stream], *6 * [layer], STREAMS * count * ("fp32",)]
         tile, head = _projection_tiles.rank_tile(dtype, through_end=gated or normed > 0), HEAD if normed else 1
         known = {"STREAMS": STREAMS, "LAYERS": count, "NORMED": normed, "HEAD": head, "WIDE": x == f32}
         sizes = {"ROWS": tile.rows, "RANK": _projection_tiles.rank_block(RANK), "INNER": max(tile.inner, head)}
@@ -200,12 +200,13 @@ def _large_cases(kernels: Any, dtype: torch.dtype, rank: int, architecture: int)
             layers if head else none,
             roots if head else none,
             layers,
-            *5 * [stream],
+            "i32",
+            *4 * [stream],
             *6 * [layer],
             "i32",
             "fp32",
         ]
-        backward = [layers, layers, *adapter, x if gelu else "none", xs, *4 * [stream], *5 * [layer], "i32"]
+        backward = [layers, layers, *adapter, x if gelu else "none", xs, "i32", *3 * [stream], *5 * [layer], "i32"]
         known = {"STREAMS": streams, "LAYERS": count}
         for kernel, types, more in (
             (kernels.lora_linear_kernel, forward, gelu or added), (kernels.lora_linear_input_kernel, backward, True),

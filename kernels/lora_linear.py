@@ -38,9 +38,9 @@ def starts_of(m, S, batch, row):
     return (m // S).to(tl.int64) * batch + (m % S).to(tl.int64) * row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def lora_linear_kernel(
-    xs, weights, biases, rank_products, factors, hs, residuals, gates, norms, rstds, outs, Ms, Ss, x_batches, x_rows,
+    xs, weights, biases, rank_products, factors, hs, residuals, gates, norms, rstds, outs, B, Ss, x_batches, x_rows,
     rank_rows, Ns, Rs, residual_batches, residual_rows, gate_rows, out_batches, K, eps,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, HEAD: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
@@ -52,9 +52,10 @@ def lora_linear_kernel(
     # there, keep 1 / rms and lie as out does
     dtype: tl.constexpr = xs[0].dtype.element_ty
     COUNT: tl.constexpr = STREAMS * LAYERS
-    layer, tile = layer_of(tl.program_id(0), Ms, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
+    layer, tile = layer_of(tl.program_id(0), B, Ss, Ns, STREAMS, LAYERS, ROWS, COLUMNS)
     stream = layer // LAYERS
-    M, S, N = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS), size_of(Ns, layer, COUNT)
+    S, N = size_of(Ss, stream, STREAMS), size_of(Ns, layer, COUNT)
+    M = B * S
     x_ptr, weight_ptr = pointer_of(xs, stream, STREAMS), pointer_of(weights, layer, COUNT)
     tile_m, tile_n = tile_of(tile, tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
     m = tile_m * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -112,7 +113,9 @@ def by_head(x, eps, HEAD: tl.constexpr):
 
 
 @triton.jit
-def layer_of(program, Ms, Ns, STREAMS: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def layer_of(
+    program, B, Ss, Ns, STREAMS: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Layer of a program, counted through both streams, and its tile there."""
     layer, tile = 0, program
     before = 0
@@ -120,7 +123,7 @@ def layer_of(program, Ms, Ns, STREAMS: tl.constexpr, LAYERS: tl.constexpr, ROWS:
         if j > 0:
             inside = program >= before
             layer, tile = tl.where(inside, j, layer), tl.where(inside, program - before, tile)
-        before += tl.cdiv(Ms[j // LAYERS], ROWS) * tl.cdiv(Ns[j], COLUMNS)
+        before += tl.cdiv(B * Ss[j // LAYERS], ROWS) * tl.cdiv(Ns[j], COLUMNS)
     return layer, tile
 
 
@@ -133,9 +136,9 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def lora_linear_input_kernel(
-    grads, weights, rank_grads, factors, h_ptr, outs, Ms, Ss, rank_rows, out_batches, Ns, Rs, grad_batches, grad_rows,
+    grads, weights, rank_grads, factors, h_ptr, outs, B, Ss, rank_rows, out_batches, Ns, Rs, grad_batches, grad_rows,
     weight_rows, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
@@ -143,9 +146,10 @@ def lora_linear_input_kernel(
     # grid: as above, a stream in the place of a layer: out [M, K] = the sum over layers of grad W + rank_grad A, times
     # the slope of GELU at h where that is given; W is [N, K], A [R, K]; without any adapter RANK is 0
     dtype: tl.constexpr = grads[0].dtype.element_ty
-    tiles_k, first_tiles = tl.cdiv(K, COLUMNS), tl.cdiv(Ms[0], ROWS) * tl.cdiv(K, COLUMNS)
+    tiles_k, first_tiles = tl.cdiv(K, COLUMNS), tl.cdiv(B * Ss[0], ROWS) * tl.cdiv(K, COLUMNS)
     stream = (tl.program_id(0) >= first_tiles).to(tl.int32)
-    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    S = size_of(Ss, stream, STREAMS)
+    M = B * S
     tile = tl.program_id(0) - tl.where(stream == 1, first_tiles, 0)
     tile_m, tile_k = tile_of(tile, tl.cdiv(M, ROWS), tiles_k, GROUP)
     m = tile_m * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -181,17 +185,18 @@ def lora_linear_input_kernel(
     tl.store(pointer_of(outs, stream, STREAMS) + at, rounded(acc, dtype), mask=in_m & in_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def lora_linear_rank_product_kernel(
-    xs, factors, outs, Ms, Ss, x_batches, x_rows, out_rows, Rs, scales, K,
+    xs, factors, outs, B, Ss, x_batches, x_rows, out_rows, Rs, scales, K,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     # grid (tiles of the rows of both streams, cdiv(max R, RANK)): out [M, R] = scale * x A^T of every layer of a
     # stream, whose x is read once; A is [R, K]
     dtype: tl.constexpr = xs[0].dtype.element_ty
-    stream, m = rows_of(tl.program_id(0), Ms, STREAMS, ROWS)
-    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    stream, m = rows_of(tl.program_id(0), B, Ss, STREAMS, ROWS)
+    S = size_of(Ss, stream, STREAMS)
+    M = B * S
     x_ptr, in_m = pointer_of(xs, stream, STREAMS), (m < M)[:, None]
     x_at = starts_of(m, S, size_of(x_batches, stream, STREAMS), size_of(x_rows, stream, STREAMS))
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)  # [RANK]
@@ -228,16 +233,16 @@ def transposed_factor(
 
 
 @triton.jit
-def rows_of(program, Ms, STREAMS: tl.constexpr, ROWS: tl.constexpr):
+def rows_of(program, B, Ss, STREAMS: tl.constexpr, ROWS: tl.constexpr):
     """Stream of a program, and its rows, `[ROWS]`."""
-    first = tl.cdiv(Ms[0], ROWS)
+    first = tl.cdiv(B * Ss[0], ROWS)
     stream = (program >= first).to(tl.int32)
     return stream, (program - tl.where(stream == 1, first, 0)) * ROWS + tl.arange(0, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def lora_linear_rank_gradient_kernel(
-    grads, factors, outs, gates, norms, normed, rstds, product_grads, Ms, Ss, out_rows, Ns, Rs, grad_batches, grad_rows,
+    grads, factors, outs, gates, norms, normed, rstds, product_grads, B, Ss, out_rows, Ns, Rs, grad_batches, grad_rows,
     gate_rows, normed_batches, scales,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, NORMED: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr,
@@ -247,10 +252,11 @@ def lora_linear_rank_gradient_kernel(
     # each sample; or, for layers whose bit is in NORMED, through their norms by HEAD columns, whose outputs are normed.
     # Then it is stored
     dtype: tl.constexpr = grads[0].dtype.element_ty
-    stream, m = rows_of(tl.program_id(0), Ms, STREAMS, ROWS)
+    stream, m = rows_of(tl.program_id(0), B, Ss, STREAMS, ROWS)
     layer = stream * LAYERS + tl.program_id(2)
     COUNT: tl.constexpr = STREAMS * LAYERS
-    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    S = size_of(Ss, stream, STREAMS)
+    M = B * S
     N, R = size_of(Ns, layer, COUNT), size_of(Rs, layer, COUNT)
     grad_ptr, factor_ptr = pointer_of(grads, layer, COUNT), pointer_of(factors, layer, COUNT)
     grad_at = starts_of(m, S, size_of(grad_batches, layer, COUNT), size_of(grad_rows, layer, COUNT))
@@ -299,9 +305,9 @@ def before_norm(grad, y, weight, rstd, HEAD: tl.constexpr):
     return tl.reshape(slope, [grad.shape[0], grad.shape[1]])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def lora_linear_factors_kernel(
-    xs, grads, rank_products, rank_grads, partial_ptr, Ms, Ss, x_batches, x_rows, rank_rows, rank_grad_rows,
+    xs, grads, rank_products, rank_grads, partial_ptr, B, Ss, x_batches, x_rows, rank_rows, rank_grad_rows,
     Ns, Rs, grad_batches, grad_rows, K, TOTAL,
     STREAMS: tl.constexpr, LAYERS: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -313,7 +319,8 @@ def lora_linear_factors_kernel(
     COUNT: tl.constexpr = STREAMS * LAYERS
     layer, tile, place = factors_of(tl.program_id(0), Ns, Rs, K, COUNT, COLUMNS)
     stream, of_a = layer // LAYERS, tile < tl.cdiv(K, COLUMNS)
-    M, S = size_of(Ms, stream, STREAMS), size_of(Ss, stream, STREAMS)
+    S = size_of(Ss, stream, STREAMS)
+    M = B * S
     N, R = size_of(Ns, layer, COUNT), size_of(Rs, layer, COUNT)
     wide_ptr, narrow_ptr, size = pointer_of(xs, stream, STREAMS), pointer_of(rank_grads, layer, COUNT), K
     batch, row = size_of(x_batches, stream, STREAMS), size_of(x_rows, stream, STREAMS)

@@ -279,7 +279,7 @@ def tuned(name: str, architecture: Architecture, network: Any, device: torch.dev
 def graphed(name: str, architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> Candidate:
     """G: forward, and forward with backward, captured once for each batch."""
     fuse_measured(architecture, network, device, dtype)
-    return _Graphed(name, architecture, network, device, dtype)
+    return Graphed(name, architecture, network, device, dtype)
 
 
 def fuse_measured(architecture: Architecture, network: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -289,7 +289,7 @@ def fuse_measured(architecture: Architecture, network: Any, device: torch.device
     put_in_force(network, measured_architecture(architecture, network, device, dtype, batches))
 
 
-class _Graphed(Candidate):
+class Graphed(Candidate):
     """Replays graphs of the network."""
 
     def __init__(self, name: str, architecture: Architecture, network: Any, *where: Any) -> None:
@@ -298,6 +298,7 @@ class _Graphed(Candidate):
         self._training = GraphedTraining(network, network, list(self._adapter.values()))
 
     def call_network(self, **inputs: Any) -> tuple[Tensor, ...]:
+        """The network's forward, and its backward with it where there are gradients."""
         return self._training(**inputs) if torch.is_grad_enabled() else self._sampling(**inputs)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fdfo_engine.ops.projection import PACKING, IntoResidual, Operands, Projection
@@ -105,7 +104,9 @@ class Description:
     def by_projection(self, outputs: Outputs) -> list[list[Any]]:
         """Of each projection of each stream its output; of a packed one the part of that stream."""
         found, sums = [], iter(outputs.sums)
-        parts = [[None] * len(self.tokens) if t is None else t.split(self.tokens, 1) for t in outputs.packed]
+        parts = [
+            [None] * len(self.tokens) if t is None else t.split_with_sizes(list(self.tokens), 1) for t in outputs.packed
+        ]
         for stream, of_stream in enumerate(self.projections):
             alone, packed = iter(outputs.streams[stream]), iter([of_streams[stream] for of_streams in parts])
             sources = [_source(p, alone=alone, packed=packed, sums=sums) for p in of_stream]
@@ -128,4 +129,4 @@ def packed_of(projections: Sequence[Projection]) -> list[Projection]:
 def stream_parts(x: Tensor, tokens: Sequence[int]) -> list[Tensor]:
     """The streams that lie in x one after the other; it may hold more than them."""
     sizes = [*tokens, x.shape[1] - sum(tokens)]
-    return list(torch.split(x, sizes, 1)[:-1])
+    return list(x.split_with_sizes(sizes, 1)[:-1])

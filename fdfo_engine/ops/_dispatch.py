@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -116,9 +116,19 @@ def _triton_refusals(device: torch.device) -> list[str]:
 
 
 def _old_gpu(device: torch.device) -> list[str]:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:
+    if device.type != "cuda" or capability(device) >= MIN_CAPABILITY:
         return []
-    return [f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below 8.0"]
+    return [f"{device} has compute capability {capability(device)}, below 8.0"]
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, which torch looks up anew at each call: ops ask in each of theirs."""
+    return _answer(torch.cuda.get_device_capability, device)
+
+
+@functools.cache
+def _answer(ask: Callable[[torch.device], tuple[int, int]], device: torch.device) -> tuple[int, int]:
+    return ask(device)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from fdfo_engine.ops._description import Description, packed_of
 from fdfo_engine.ops.projection import Adapter, End, HeadNorm, IntoResidual, Packed, Projection
 
 MASTER_DTYPES = (torch.float32,)
+ENDS = get_args(End)
 
 
 def check_projection(op: str, name: str, x: Tensor, projection: Projection) -> None:
@@ -35,8 +36,8 @@ def check_projection(op: str, name: str, x: Tensor, projection: Projection) -> N
 
 
 def _check_end(op: str, name: str, end: Any) -> None:
-    if end is not None and not isinstance(end, get_args(End)):
-        kinds = ", ".join(kind.__name__ for kind in get_args(End))
+    if end is not None and not isinstance(end, ENDS):
+        kinds = ", ".join(kind.__name__ for kind in ENDS)
         _checks.refuse(op, name, f"a {type(end).__name__}", f"None or one of {kinds}")
 
 
@@ -67,8 +68,8 @@ def check_streams(op: str, inputs: Sequence[Tensor], streams: Sequence[Sequence[
         _checks.refuse(op, "x", f"{len(inputs)} tensors", f"{len(streams)}, one a stream; one alone with tokens")
     for i, x in enumerate(inputs):
         _checks.tokens(op, f"x[{i}]", x)
-        if len(x) != len(inputs[0]) or x.shape[2] != inputs[0].shape[2]:
-            takes = f"[{len(inputs[0])}, any, {inputs[0].shape[2]}], as of x[0]"
+        if x.shape[0] != inputs[0].shape[0] or x.shape[2] != inputs[0].shape[2]:
+            takes = f"[{inputs[0].shape[0]}, any, {inputs[0].shape[2]}], as of x[0]"
             _checks.refuse(op, f"x[{i}]", list(x.shape), takes)
     if tokens is not None:
         _check_tokens(op, inputs[0].shape[1], streams, tokens)
@@ -95,7 +96,7 @@ def check_description(op: str, description: Description) -> None:
 
 
 def _check_residual(op: str, name: str, x: Tensor, projection: Projection, end: IntoResidual) -> None:
-    shape = (*x.shape[:2], len(projection.weight))
+    shape = (*x.shape[:2], projection.width)
     _checks.tensor(op, f"{name}residual", end.residual, (x.dtype,), shape=shape, device=x.device)
     _checks.per_sample(op, f"{name}gate", end.gate, end.residual)
 
@@ -104,8 +105,8 @@ def _check_norm(op: str, name: str, x: Tensor, projection: Projection, end: Head
     size = end.size
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _checks.MAX_HEAD_SIZE:
         _checks.refuse(op, f"{name}size", repr(size), f"an int in 1..{_checks.MAX_HEAD_SIZE}")
-    if len(projection.weight) % size:
-        _checks.refuse(op, f"{name}size", size, f"a divisor of {len(projection.weight)}, the columns")
+    if projection.width % size:
+        _checks.refuse(op, f"{name}size", size, f"a divisor of {projection.width}, the columns")
     _checks.not_negative(op, f"{name}eps", end.eps)
     if end.weight is not None:
         dtypes = (x.dtype, torch.float32)
@@ -115,7 +116,7 @@ def _check_norm(op: str, name: str, x: Tensor, projection: Projection, end: Head
 def _check_packing(op: str, description: Description) -> None:
     """Refuses packed projections that have no counterpart in other streams."""
     packed = [packed_of(of_stream) for of_stream in description.projections]
-    sizes = [[len(p.weight) for p in of_stream] for of_stream in packed]
+    sizes = [[p.width for p in of_stream] for of_stream in packed]
     if any(of_stream != sizes[0] for of_stream in sizes):
         _checks.refuse(op, "projections", f"packed to sizes {sizes}", "as many of the same sizes in each stream")
     norms = [p.end for of_stream in packed for p in of_stream if isinstance(p.end, HeadNorm)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ def products(streams: Sequence[ForwardStream]) -> None:
             tuple(xs), _contiguous(_column(projections, "weight")), _biases(projections),
             _stood_in(_column(layers, "rank_product")), _contiguous(_stood_in(_column(projections, "lora_b"))),
             *_end_tensors(layers), _column(layers, "out"), *_tokens(xs), _rank_strides(streams, "rank_product"),
-            tuple(len(p.weight) for p in projections), ranks, *_residual_strides(projections),
+            _column(projections, "width"), ranks, *_residual_strides(projections),
             tuple(map(_sample_stride, _column(layers, "out"))), xs[0].shape[2], eps,
             **_counts(streams), HEAD=head, GELU=isinstance(end, Gelu), **_blocks(xs[0], t, ranks),
         )  # fmt: skip
@@ -161,7 +162,7 @@ def rank_gradients(streams: Sequence[BackwardStream]) -> None:
         lora_linear_rank_gradient_kernel[_row_tiles(firsts, t), -(-rank // block), len(streams[0].layers)](
             _column(layers, "grad"), _second_factors(layers), _stood_in(_column(layers, "rank_gradient"), firsts[0]),
             _column(layers, "gate"), *_norm_tensors(normed), _stood_in(_column(layers, "product_grad")),
-            tuple(_row_counts(firsts)), tuple(first.shape[1] for first in firsts),
+            firsts[0].shape[0], tuple(first.shape[1] for first in firsts),
             _rank_strides(streams, "rank_gradient"), *_gradients(layers),
             tuple(map(_sample_stride, _column(layers, "gate"))),
             tuple(0 if n is None else _sample_stride(n.y) for n in normed), _column(projections, "scale"),
@@ -181,7 +182,7 @@ def input_gradients(streams: Sequence[BackwardStream], *, pre_activation: Tensor
     with torch.cuda.device_of(into[0]):
         lora_linear_input_kernel[(_row_tiles(into, t) * -(-K // t.columns),)](
             _column(layers, "grad"), tuple(weights), _stood_in(_column(layers, "rank_gradient")),
-            _contiguous(_stood_in(_column(projections, "lora_a"))), pre_activation, into, tuple(_row_counts(into)),
+            _contiguous(_stood_in(_column(projections, "lora_a"))), pre_activation, into, into[0].shape[0],
             tuple(dx.shape[1] for dx in into), _rank_strides(streams, "rank_gradient"),
             tuple(map(_sample_stride, into)), *_gradients(layers), tuple(weight.stride(0) for weight in weights), K,
             **_counts(streams), **_blocks(into[0], t, _column(projections, "rank")),
@@ -220,7 +221,7 @@ def _layers(streams: Sequence[Any]) -> list[Any]:
 
 def _column(records: Sequence[Any], name: str) -> Tuple:
     """Field `name` of each record: what a kernel takes as a tuple."""
-    return tuple(getattr(record, name) for record in records)
+    return tuple(map(attrgetter(name), records))
 
 
 def _counts(streams: Sequence[Any]) -> dict[str, int]:
@@ -238,7 +239,7 @@ def _biases(projections: Sequence[Projection]) -> Tuple:
     """Zeros where one is missing; Nones where all are."""
     if all(p.bias is None for p in projections):
         return (None,) * len(projections)
-    return _contiguous(p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in projections)
+    return _contiguous(p.weight.new_zeros(p.width) if p.bias is None else p.bias for p in projections)
 
 
 def _norm_tensors(normed: Sequence[Normed | None]) -> Sequence[Tuple]:
@@ -288,7 +289,7 @@ def _tiles(out: Tensor, t: Tile) -> int:
 
 def _sample_stride(x: Tensor | None) -> int:
     """Stride from sample to sample; 0 where there is one, whose stride may be past 32 bits, or no tensor."""
-    return 0 if x is None or len(x) == 1 else x.stride(0)
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
 def _row_stride(x: Tensor) -> int:
@@ -296,10 +297,13 @@ def _row_stride(x: Tensor) -> int:
     return x.stride(1)
 
 
-def _tokens(xs: Sequence[Tensor]) -> Sequence[Tuple]:
-    """Rows, tokens a sample, and strides of samples and rows of each stream."""
+def _tokens(xs: Sequence[Tensor]) -> Sequence[Any]:
+    """Samples, and of each stream tokens a sample and strides of samples and rows.
+
+    Not rows: Triton compiles a kernel again where a number in a tuple becomes a multiple of 16, or 1.
+    """
     tokens = tuple(x.shape[1] for x in xs)
-    return tuple(_row_counts(xs)), tokens, tuple(map(_sample_stride, xs)), tuple(map(_row_stride, xs))
+    return xs[0].shape[0], tokens, tuple(map(_sample_stride, xs)), tuple(map(_row_stride, xs))
 
 
 def _gradients(layers: Sequence[BackwardLayer]) -> Sequence[Tuple]:

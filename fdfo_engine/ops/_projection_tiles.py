@@ -50,7 +50,7 @@ def tile(dtype: torch.dtype, major: int, *, more: bool) -> Tile:
 
 def tile_of(x: Tensor, *, more: bool) -> Tile:
     """Tile of the large product on the device of x; elsewhere than on a GPU, for the interpreter, any."""
-    return tile(x.dtype, torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9, more=more)
+    return tile(x.dtype, _dispatch.capability(x.device)[0] if x.is_cuda else 9, more=more)
 
 
 def rank_tile(dtype: torch.dtype, *, through_end: bool = False) -> Tile:

@@ -200,7 +200,7 @@ def split_ranks(side_by_side: Tensor | None, projections: Sequence[Projection]) 
     """Of `[M, ranks]` the columns that belong to each projection; None without an adapter."""
     if side_by_side is None or len(projections) == 1:
         return [side_by_side] * len(projections)
-    parts = side_by_side.split([p.rank for p in projections], dim=1)
+    parts = side_by_side.split_with_sizes([p.rank for p in projections], dim=1)
     return [part if projection.rank else None for part, projection in zip(parts, projections, strict=True)]
 
 

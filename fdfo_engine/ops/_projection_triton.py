@@ -5,7 +5,6 @@ does what follows it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -103,7 +102,7 @@ def _allocated(description: Description, inputs: Sequence[Tensor], *, keep: bool
     sums = [p.end for p in description.every() if isinstance(p.end, IntoResidual)]
     outputs = Outputs(
         [_empty_outputs(*stream) for stream in zip(inputs, description.projections, strict=True)],
-        [x.new_empty(len(x), sum(description.tokens), len(p.weight)) for p in packing],
+        [x.new_empty(x.shape[0], sum(description.tokens), p.width) for p in packing],
         [_compiled.empty_contiguous(end.residual) for end in sums],
     )
     beside = description.outline()
@@ -118,7 +117,7 @@ def _allocated(description: Description, inputs: Sequence[Tensor], *, keep: bool
 def _empty_outputs(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """For those projections whose outputs stay with their stream."""
     alone = [p for p in projections if p.end is None or isinstance(p.end, Gelu)]
-    return [x.new_empty(*x.shape[:2], len(p.weight)) for p in alone]
+    return [x.new_empty(*x.shape[:2], p.width) for p in alone]
 
 
 def _empty_rstd(y: Tensor, end: End | None) -> Tensor | None:
@@ -134,7 +133,7 @@ def _readable(projection: Projection) -> Projection:
     if not isinstance(end, IntoResidual):
         return projection
     read = IntoResidual(_compiled.last_contiguous(end.residual), _compiled.last_contiguous(end.gate))
-    return replace(projection, end=read)
+    return projection.with_end(read)
 
 
 def _make_rank_products(streams: Sequence[ForwardStream]) -> None:
@@ -301,23 +300,26 @@ def _gradients_of(layer: BackwardLayer | None, x: Tensor | None, grad: Tensor | 
 
 def _gate_gradient(x: Tensor, projection: Projection, grad: Tensor) -> Tensor:
     """The product is made again for it: gates are trained seldom."""
-    alone = Description([x], [x.shape[1]], shared=False, projections=[[replace(projection, end=None)]])
+    alone = Description([x], [x.shape[1]], shared=False, projections=[[projection.with_end(None)]])
     ((y,),) = forward(alone, keep=False).outputs.streams
     gradient: Tensor = (grad.float() * y.float()).sum(1).to(grad.dtype)
     return gradient
 
 
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """`gelu(x W^T + bias)` of rows `[M, K]`, and what GELU was taken of if `keep`."""
-    alone = Description([x[None]], [len(x)], shared=False, projections=[[Projection(weight, bias, end=Gelu())]])
+    """`gelu(x W^T + bias)` of rows `[M, K]`, and what GELU was taken of if `keep`.
+
+    To a kernel each row is a sample of one token: it is compiled anew for another count of tokens, not of samples.
+    """
+    alone = Description([x[:, None]], [1], shared=False, projections=[[Projection(weight, bias, end=Gelu())]])
     made = forward(alone, keep=keep)
     ((out,),), ((h,),) = made.outputs.streams, made.beside.streams
-    return out[0], None if h is None else h[0]
+    return out[:, 0], None if h is None else h[:, 0]
 
 
 def gelu_gradient(grad: Tensor, weight: Tensor, h: Tensor) -> Tensor:
     """`(grad W) * gelu'(h)` of rows `[M, N]`: the backward of GELU and of the layer after it."""
-    out = torch.empty_like(h)[None]
-    layer = BackwardLayer(Projection(weight), Operands(), _compiled.last_contiguous(grad)[None], None)
+    out = torch.empty_like(h)[:, None]
+    layer = BackwardLayer(Projection(weight), Operands(), _compiled.last_contiguous(grad)[:, None], None)
     input_gradients([BackwardStream(None, out, [layer])], pre_activation=h)
-    return out[0]
+    return out[:, 0]

@@ -56,7 +56,7 @@ def _shape_of_one(x: Tensor, projection: Projection) -> Shape:
 def _outline(projection: Projection) -> str:
     """Of a projection its width, rank and end."""
     end = "" if projection.end is None else type(projection.end).__name__
-    return f"{len(projection.weight)}r{projection.rank}{end}"
+    return f"{projection.width}r{projection.rank}{end}"
 
 
 def _candidates(x: Tensor | Sequence[Tensor], *_rest: Any, **_settings: Any) -> list[str]:
@@ -130,7 +130,7 @@ def adapted_projection(x: Tensor, projection: Projection, *, backend: str | None
     check_projection(op, "", x, projection)
     if not (projection.end is None or isinstance(projection.end, Gelu)):
         _checks.refuse(op, "end", type(projection.end).__name__, "None or Gelu; adapted_projections takes the others")
-    rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+    rows = x if x.ndim == 3 else x.reshape(-1, 1, x.shape[-1])  # samples: see `_projection_triton.gelu_product`
     description = Description([rows], [rows.shape[1]], shared=False, projections=[[projection]])
     ((y,),) = _run(op, description, backend).streams
     return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[2])

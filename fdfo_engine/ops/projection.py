@@ -123,6 +123,15 @@ class Projection:
         """Of the adapter; 0 without one."""
         return 0 if self.adapter is None else self.adapter.a.shape[0]
 
+    @property
+    def width(self) -> int:
+        """N. Cheaper than the length of W, which torch takes a Python function for."""
+        return self.weight.shape[0]
+
+    def with_end(self, end: End | None) -> Projection:
+        """The same projection with this end. Cheaper than `replace`, which looks at every field."""
+        return Projection(self.weight, self.bias, self.adapter, end)
+
     def operands(self) -> Operands:
         """Its tensors."""
         tensors = Operands(self.weight, self.bias, self.lora_a, self.lora_b)

@@ -41,7 +41,7 @@ def interleaved(
     while len(next(iter(samples.values()))) < rounds or time.perf_counter() - started < seconds * len(calls):
         for name, call in calls.items():
             samples[name].append(timer.seconds(call, repeats[name]))
-    return {name: _spread(taken) for name, taken in samples.items()}
+    return {name: spread(taken) for name, taken in samples.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -89,6 +89,7 @@ class _GpuTimer:
         return taken
 
 
-def _spread(samples: list[float]) -> Spread:
+def spread(samples: list[float]) -> Spread:
+    """Of seconds of at least two rounds."""
     tenths = statistics.quantiles(samples, n=10)
     return Spread(statistics.median(samples), tenths[0], tenths[-1])

@@ -212,7 +212,10 @@ def _launching(device):
 
 
 def _compile_key(kernel, args, settings):
-    """What Triton compiles a kernel for: constants, types, and whether an integer is 1 or a multiple of 16."""
+    """What Triton compiles a kernel for: constants, types, and whether an integer is 1 or a multiple of 16.
+
+    Of `do_not_specialize` it knows nothing inside a tuple.
+    """
     parameters = inspect.signature(kernel.fn).parameters
     launch_options = {name: settings[name] for name in settings.keys() - parameters.keys()}
     given = dict(zip(parameters, args, strict=False)) | settings
@@ -226,7 +229,7 @@ def _compile_key(kernel, args, settings):
 
 def _kind(value, specialised):
     if isinstance(value, tuple | list):
-        return tuple(_kind(each, specialised) for each in value)
+        return tuple(_kind(each, True) for each in value)
     if isinstance(value, Tensor):
         return value.dtype
     if isinstance(value, int) and specialised:

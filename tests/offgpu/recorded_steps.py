@@ -15,7 +15,10 @@ from tiny_sd3 import PROMPTS, build_tiny_sd3, tiny_config
 
 import fdfo_engine
 from fdfo_engine.algorithms import fdfo
+from fdfo_engine.bench.architectures import architectures
 from fdfo_engine.models import graphed
+from fdfo_engine.models.fused import fuse
+from fdfo_engine.ops import fdfo_loss, pair_direction, paired_step, replay
 from fdfo_engine.planning import kernels
 from fdfo_engine.rollout import sampler
 from fdfo_engine.runtime import distributed
@@ -24,6 +27,10 @@ from fdfo_engine.update.advantage import advantage
 
 PAIRS, BLOCK_PAIRS, STEPS, OPTIMIZER_STEPS, MICRO_BATCH = 4, 2, 4, 2, 4
 WARM_UP_EPOCHS = 2
+SIZES = (2, 1, 3, 15, 16, 17, 24, 31, 32, 33)
+"""Of micro-batches: on both sides of 1 and of multiples of 16, which Triton compiles kernels anew for."""
+
+DEVICE = torch.device("cuda", 0)
 
 
 def steady(faults):
@@ -65,6 +72,45 @@ def rules():
             wrong(y, recorded)
         found[name] = [event for event in recorder.events if event.startswith("refused")]
     return found
+
+
+def loads(batches):
+    """Kernels of Triton that were compiled or loaded for the first of `batches`, and those for all others after it.
+
+    Each is a micro-batch: forward with and without gradient, and the ops of pairs at another step, seed and first pair.
+    """
+    recorder, architecture = Recorder(), architectures()["shapes"]
+    with nothing_computed():
+        network = architecture.network(DEVICE, torch.bfloat16)
+        fuse(network, attention="auto", recompute="none")
+        found = []
+        for number, batch in enumerate(batches):
+            recorder.reset()
+            inputs = architecture.inputs(batch, DEVICE, torch.bfloat16)
+            with torch.no_grad():
+                network(**inputs)
+            network(**inputs)[0].float().sum().backward()
+            _ops_of_pairs(batch, step=number, seed=2**33 * number, first_pair=16 * number)
+            found.append([name for name in recorder.events if name.startswith("load: ")])
+    return found[0], sorted({name for names in found[1:] for name in names})
+
+
+def _ops_of_pairs(count, *, step, seed, first_pair):
+    ids, steps, shape = list(range(first_pair, first_pair + count)), torch.full((count,), step), (4, 8, 8)
+    x = torch.zeros(count, 2, *shape, device=DEVICE)
+    sigmas = torch.linspace(1, 0, len(SIZES) + 1)
+    v = paired_step(
+        x, x, sigma=float(sigmas[step]), sigma_next=float(sigmas[step + 1]), gamma=0.1, seed=seed, pair_ids=ids,
+        step=step,
+    )  # fmt: skip
+    velocities = torch.zeros(count, 2, len(SIZES), *shape, dtype=torch.bfloat16, device=DEVICE)
+    pair, branch = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    replay(velocities, pair_ids=ids, pair=pair, branch=branch, step=steps, sigmas=sigmas, gammas=0.1, seed=seed)
+    own = v[:, 0].detach().requires_grad_()
+    loss, _ = fdfo_loss(
+        own, v[:, 1], pair_direction(x), torch.ones(count, device=DEVICE), clip_range=0.03, pair=pair, branch=branch
+    )
+    loss.backward()
 
 
 @contextmanager
@@ -235,4 +281,4 @@ IN_A_CAPTURE = {
 
 
 if __name__ == "__main__":
-    answer({"steady": steady, "graphs": graphs, "rules": rules})
+    answer({"steady": steady, "graphs": graphs, "loads": loads, "rules": rules})

@@ -14,6 +14,7 @@ from offgpu.recorded_steps import (
     MICRO_BATCH,
     OPTIMIZER_STEPS,
     PAIRS,
+    SIZES,
     STEPS,
 )
 
@@ -132,6 +133,13 @@ def test_a_value_read_in_a_graph_is_refused():
 def test_what_torch_itself_refuses_in_a_capture(fault, told):
     """Without leaves of its own the backward of the training step can't be captured."""
     assert told in graphs()[fault]["error"]
+
+
+def test_no_kernel_is_compiled_again_for_another_batch_step_or_seed():
+    """Triton's own count, of what it hands to the driver: sizes of 1 and of multiples of 16 are special to it."""
+    first, later = recorded_gpu.ran("offgpu.recorded_steps", "loads", SIZES)
+    assert {"load: lora_linear_kernel", "load: paired_step_kernel", "load: fdfo_loss_backward_kernel"} <= set(first)
+    assert later == []
 
 
 def test_the_rules_of_a_capture():

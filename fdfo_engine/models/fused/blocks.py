@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,7 +59,7 @@ def into_residuals(mixed: Tensor, outs: Sequence[Out]) -> list[Residual]:
     projections = []
     for layer, x, gate in outs:
         assert gate is not None
-        projections.append([replace(projection_of(layer), end=IntoResidual(x, gate))])
+        projections.append([projection_of(layer).with_end(IntoResidual(x, gate))])
     return adapted_projections(mixed, projections, tokens=[out.x.shape[1] for out in outs]).residuals
 
 
@@ -92,7 +91,7 @@ def _fed(module: Any, x: Tensor, n: Tensor, gate: Tensor | None, recompute: bool
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """tanh-GELU of `layer(x)`."""
-    return adapted_projection(x, replace(projection_of(layer), end=Gelu()))
+    return adapted_projection(x, projection_of(layer).with_end(Gelu()))
 
 
 def kept(run: Callable[..., T], *tensors: Tensor | None, recompute: bool) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -95,7 +94,7 @@ class JointAttention:
             q_norm, k_norm = (
                 HeadNorm(weight, self.head_size, NORM_EPS, rotary, self.invertible) for weight in stream.norm_weights()
             )
-            ended.append([replace(q, end=q_norm), replace(k, end=k_norm), replace(v, end=Packed())])
+            ended.append([q.with_end(q_norm), k.with_end(k_norm), v.with_end(Packed())])
         packed = adapted_projections(tokens, ended).packed
         return [part.unflatten(2, (-1, self.head_size)) for part in packed]
 

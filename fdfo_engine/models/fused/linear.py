@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
@@ -23,14 +22,13 @@ def projection_of(layer: Any) -> Projection:
     Its block has been asked whether that is all that the layer computes.
     """
     base: Any = base_of(layer)
-    plain = Projection(base.weight, base.bias)
     if base is layer:
-        return plain
+        return Projection(layer.weight, layer.bias)
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
-        return plain
+        return Projection(base.weight, base.bias)
     a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-    return replace(plain, adapter=Adapter(a.float(), b.float(), layer.scaling[names[0]]))
+    return Projection(base.weight, base.bias, Adapter(a.float(), b.float(), layer.scaling[names[0]]))
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ ANSWER CUresult cuModuleLoadData(CUmodule* module, const void*) {
 }
 ANSWER CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* symbol) {
   *function = as_handle<CUfunction>(next_handle());
+  note(kEvents, std::string("load: ") + symbol);
   return name(*function, std::string("triton ") + symbol), CUDA_SUCCESS;
 }
 ANSWER CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
