@@ -91,3 +91,14 @@ def test_compiled_kernels_pass_the_tests_of_their_op(op, capability, tmp_path):
     arguments = [f"tests/ops/test_{op}.py", "-k", "triton", "-m", "slow or not slow", "--timeout", "900"]
     missing = OPS[op] - executed(tmp_path / "report.json", *arguments, capability=capability)
     assert not missing, f"not launched: {sorted(missing)}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_fused_blocks_of_compiled_kernels(capability, tmp_path):
+    """Against diffusers' own; and training rounds as the rollout does, also as compiled for one and the other."""
+    chosen = "rounds_as_the_rollout or triton_in_bfloat16"
+    arguments = ["tests/models/test_fused_parity.py", "-k", chosen, "-m", "slow or not slow", "--timeout", "900"]
+    launched = executed(tmp_path / "report.json", *arguments, capability=capability)
+    assert launched >= OPS["adapted_projection"] - {"gelu_backward"} | OPS["gated_residual"] | OPS["qk_rms_norm"]
