@@ -94,9 +94,10 @@ class PromptList:
 
     def _permutation(self, number: int) -> npt.NDArray[np.uint32]:
         """The order of pass `number`. Words are drawn a part at a time: what they are made from takes far more room."""
-        indices = torch.split(torch.arange(len(self.prompts)), _WORDS_AT_ONCE)
-        words = (philox_words(part, PROMPT_ORDER_STREAM, number, seed=self._seed).numpy() for part in indices)
-        return order_of(words, len(self.prompts))[0]
+        count = len(self.prompts)
+        parts = (torch.arange(first, min(first + _WORDS_AT_ONCE, count)) for first in range(0, count, _WORDS_AT_ONCE))
+        words = (philox_words(part, PROMPT_ORDER_STREAM, number, seed=self._seed).numpy() for part in parts)
+        return order_of(words, count)[0]
 
 
 def load_prompts(
