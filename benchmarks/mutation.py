@@ -56,25 +56,27 @@ _OF_OVERLAP = "evaluation/test_overlap.py::test_it_counts_and_shows_one " + " ".
         "evaluating_a_run_on_its_training_prompts_is_told",
     )
 )  # fmt: skip
+_OF_BATCHES = "evaluation/test_heldout.py::test_ranks_score_whole_batches_and_all_of_them"
+_OF_MEASURES = "evaluation/test_compare.py::test_two_rewards_of_one_name_have_a_column_each_as_in_the_log"
 _OF_SAVING = "engine/test_saving.py::test_training_goes_on_meanwhile_and_what_is_written_is_of_before"
 SUBJECTS = {
     "update": {
-        "update/advantage.py": "update/test_advantage.py",
+        "update/advantage.py": "test_figures.py update/test_advantage.py",
         "update/average.py": "update/test_average.py",
         "update/deal.py": "update/test_deal.py",
         "update/totals.py": "update/test_totals.py",
-        "update/items.py": "update/test_micro_batches.py",
-        "update/objective.py": "update/test_micro_batches.py",
+        "update/items.py": "test_figures.py update/test_micro_batches.py",
+        "update/objective.py": "test_figures.py update/test_micro_batches.py",
         "update/half_precision.py": "update/test_half_precision.py::test_the_scale_is_a_power_of_two_for_each_backward",
         "update/updater.py": "update/test_micro_batches.py " + _IN_AN_ENGINE,
         "update/primitives.py": _IN_AN_ENGINE,
         "update/zero.py": "update/test_optimizer_steps.py::test_nothing_to_learn_moves_nothing " + _OF_ZERO,
-        "algorithms/fdfo.py": "algorithms/test_formulas.py",
+        "algorithms/fdfo.py": "test_figures.py algorithms/test_formulas.py",
         "algorithms/groups.py": "algorithms/test_formulas.py",
         "algorithms/flow_grpo.py": "algorithms/test_flow_grpo.py",
-        "algorithms/clipped_ratio.py": "algorithms/test_formulas.py",
-        "algorithms/nft.py": "algorithms/test_formulas.py",
-        "algorithms/ablation.py": "algorithms/test_formulas.py",
+        "algorithms/clipped_ratio.py": "test_figures.py algorithms/test_formulas.py",
+        "algorithms/nft.py": "test_figures.py algorithms/test_formulas.py",
+        "algorithms/ablation.py": "test_figures.py algorithms/test_formulas.py",
     },
     "rollout": {
         "rollout/prompts.py": "rollout/test_prompt_order.py rollout/test_prompt_files.py",
@@ -129,8 +131,8 @@ SUBJECTS = {
         "evaluation/guard.py": "evaluation/test_guard_findings.py",
         "evaluation/overlap.py": _OF_OVERLAP,
         "evaluation/compare.py": "evaluation/test_summaries.py",
-        "evaluation/heldout.py": "evaluation/test_summaries.py",
-        "evaluation/measures.py": "evaluation/test_summaries.py",
+        "evaluation/heldout.py": f"evaluation/test_summaries.py {_OF_BATCHES}",
+        "evaluation/measures.py": f"evaluation/test_summaries.py {_OF_MEASURES}",
         "metrics/health.py": "metrics/test_health.py",
         "metrics/diversity.py": "metrics/test_diversity.py",
         "metrics/intervals.py": "metrics/test_intervals.py",

@@ -1,6 +1,7 @@
 """Figures that the code has beside its settings, written down once more: none of them changes in passing."""
 
 import ast
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -80,3 +81,22 @@ def test_every_public_figure_is_written_here():
         for file in sorted((PACKAGE / package).glob("*.py")):
             public = {name for name in numbers_of(file) if not name.startswith("_")}
             assert public <= FIGURES.get(f"{package}.{file.stem}", {}).keys(), file
+
+
+CHANGES = {
+    "Totals", "_Accumulation", "Rollout", "Reading", "WeightedRewards",
+}  # fmt: skip
+"""Values that are added to, or marked, by those who have them."""
+
+
+@pytest.mark.parametrize(
+    "package", ["update", "algorithms", "rollout", "trajectory", "rewards", "evaluation", "metrics"]
+)
+def test_what_is_passed_from_part_to_part_is_changed_by_none(package):
+    found = {}
+    for file in sorted((PACKAGE / package).glob("*.py")):
+        module = importlib.import_module(f"fdfo_engine.{package}.{file.stem}")
+        own = [value for value in vars(module).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+        found |= {value.__name__: value for value in own if value.__module__ == module.__name__}
+    open_ones = {name for name, value in found.items() if not value.__dataclass_params__.frozen}
+    assert open_ones == CHANGES & found.keys()

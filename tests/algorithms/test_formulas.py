@@ -55,7 +55,14 @@ def mean(x):
 def test_half_of_the_pairs_are_those_that_differ_most():
     """Kept are as many as the share rounds to, at least one, of those with an opinion; equals stay together."""
     rewards = torch.tensor([[0.0, 5.0], [1.0, 0.0], [NAN, 0.0], [0.0, 3.0], [2.0, 0.0], [7.0, 4.0]]).double()
-    for share, kept in ((0.2, [0]), (0.4, [0, 3, 5]), (0.6, [0, 3, 5]), (0.8, [0, 3, 4, 5]), (1.0, [0, 1, 3, 4, 5])):
+    for share, kept in (
+        (0.05, [0]),
+        (0.2, [0]),
+        (0.4, [0, 3, 5]),
+        (0.6, [0, 3, 5]),
+        (0.8, [0, 3, 4, 5]),
+        (1.0, [0, 1, 3, 4, 5]),
+    ):
         found = without_small_differences(rewards, share)
         ties = [row for row in range(6) if row != 2 and found[row, 0] == found[row, 1]]
         assert sorted({0, 1, 3, 4, 5} - set(ties)) == kept, share

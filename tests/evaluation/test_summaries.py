@@ -1,5 +1,6 @@
 """What an evaluation writes down, on scores that are written out here: no model, no picture."""
 
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -114,6 +115,13 @@ def test_health_is_held_against_the_images_of_the_base(summary):
     assert summary["health_drift"]["tuned"]["saturation"] == pytest.approx(0.4 / spread, rel=1e-5)
     (finding,) = summary["health_findings"]["tuned"]
     assert finding.startswith("saturation went from 0.3 to 0.7, ")
+
+
+def test_an_interval_is_of_95_percent_and_ten_thousand_resamples_unless_asked_otherwise():
+    defaults = inspect.signature(summarize).parameters
+    assert (defaults["confidence"].default, defaults["resamples"].default) == (0.95, 10_000)
+    request = Request(["a"])
+    assert (request.seed, request.images_per_prompt, request.steps, request.guidance_scale) == (0, 1, None, None)
 
 
 def test_the_request_and_the_list_are_written_down(summary):

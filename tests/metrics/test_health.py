@@ -116,6 +116,13 @@ def test_a_picture_does_not_depend_on_its_batch_and_nan_is_no_number():
         assert torch.isfinite(whole[name][[0, 2]]).all()
 
 
+def test_what_lies_outside_of_the_range_is_measured_at_its_ends():
+    wide = 3 * NOISE - 1
+    for name, values in measure_health(wide, HEALTH).items():
+        assert torch.equal(values, measure_health(wide.clamp(0, 1), [name])[name]), name
+        assert not torch.equal(values, measure_health(NOISE, [name])[name]), name
+
+
 def test_bfloat16_and_strided_pictures_are_measured_in_double():
     strided = NOISE.permute(0, 1, 3, 2)
     for name, values in measure_health(strided, HEALTH).items():

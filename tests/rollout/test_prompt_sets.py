@@ -107,6 +107,16 @@ def test_a_part_of_a_set_does_not_pass_for_the_whole(tmp_path, hub):
     assert load("hub:some/where/part-0000[02]*.jsonl", allow_download=True) == ["a", "a"], "as asked"
 
 
+def test_of_what_the_hub_client_says_the_first_line_is_told(monkeypatch):
+    def refuses(*_, **__):
+        raise huggingface_hub.errors.HFValidationError("first line\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuses)
+    monkeypatch.setattr(prompt_sets, "hub_reason", lambda *_, **__: None)
+    with pytest.raises(PromptError, match=r"could not fetch .* of the dataset some/where .*: first line$"):
+        load("hub:some/where", allow_download=True)
+
+
 @pytest.mark.parametrize(("there", "missing"), [((1, 2), [0]), ((0, 1), [2]), ((1,), [0, 2]), ((0, 1, 2), [])])
 def test_each_numbered_part_of_a_table_is_asked_for(there, missing):
     parts = [f"data/part-{number:05d}-of-00003.parquet" for number in range(3)]

@@ -54,6 +54,20 @@ def test_one_that_lost_the_newest_goes_on_from_the_one_before_and_says_so(tmp_pa
     assert "epoch_000002, which the run has saved, is gone; it goes on from epoch_000001" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("lost", "told"), [((3,), "from epoch_000002"), ((2, 3), "from epoch_000001"), ((1, 2), None)])
+def test_it_goes_on_from_the_newest_that_is_there(tmp_path, capsys, lost, told):
+    store = run_that_saved(tmp_path, 1, 2, 3)
+    store = CheckpointStore(store.folder, keep=3)
+    for epoch in (1, 2, 3):
+        if not (store.folder / f"epoch_{epoch:06d}").is_dir():
+            (store.folder / f"epoch_{epoch:06d}").mkdir()
+    for epoch in lost:
+        shutil.rmtree(store.folder / f"epoch_{epoch:06d}")
+    refuse_lost_checkpoints(tmp_path, store)
+    said = capsys.readouterr().err
+    assert said == "" if told is None else f"epoch_000003, which the run has saved, is gone; it goes on {told}" in said
+
+
 def test_one_that_never_saved_begins(tmp_path, capsys):
     run_that_saved(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
