@@ -12,7 +12,7 @@ from fdfo_engine import Engine
 from fdfo_engine.loop import run
 from fdfo_engine.rewards import register
 from fdfo_engine.runtime import run_checkpoints
-from fdfo_engine.runtime.best_checkpoint import read_best
+from fdfo_engine.runtime.best_checkpoint import Best, note_best, read_best
 from fdfo_engine.runtime.checkpoint import CheckpointStore
 from fdfo_engine.runtime.errors import CheckpointError
 from fdfo_engine.runtime.run_folder import checkpoint_store, read_log
@@ -172,3 +172,17 @@ def test_the_best_by_held_out_reward_stays_beside_the_newest(tiny_sd3, tmp_path)
 def test_what_is_worse_than_the_untrained_model_is_no_best(tiny_sd3, tmp_path):
     assert evaluated(tiny_sd3, tmp_path, [0.9, 0.8, 0.7, 0.6], epochs=3) == ["epoch_000002", "epoch_000003"]
     assert read_best(tmp_path / "run") is None
+
+
+def test_a_save_forgets_a_best_of_later_and_is_refused_among_checkpoints_of_another(tiny_sd3, tmp_path):
+    config = tiny_config(tiny_sd3, tmp_path / "run")
+    with Engine(config) as engine:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        note_best(tmp_path / "run", Best("epoch_000009", 1.0, 0.1))
+        engine.save()
+        assert read_best(tmp_path / "run") is None
+    with Engine(config) as another:
+        with pytest.raises(CheckpointError, match="holds epoch_000000, which this engine neither loaded nor saved"):
+            another.save()
+        assert another.load()
+        another.save()

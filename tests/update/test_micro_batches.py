@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fdfo_engine.runtime.errors import UsageError
 from fdfo_engine.update.items import Items
 from fdfo_engine.update.objective import WeightedLogRatios
+from fdfo_engine.update.primitives import _rows
 from fdfo_engine.update.updater import Updater, mean_square, velocity_growth
 
 SHARE = torch.tensor([[[0, 3], [1, 2]], [[2, 3], [0, 1]], [[0, 1], [1, 3]]])  # P = 3, both branches, two steps each
@@ -76,6 +78,15 @@ def test_an_item_of_weight_0_is_silent_even_where_its_ratio_is_no_number():
     loss, _ = weighted(weights).loss(torch.tensor([float("inf"), 1.0]), None, items)
     assert loss.item() == -2.0 * 11
     assert weighted(weights).live.tolist() == [False, True]
+
+
+def test_a_rank_takes_its_own_rows_of_what_is_given_for_all_pairs():
+    rollout = SimpleNamespace(num_pairs=4, local_rows=torch.tensor([1, 3]))
+    given = [[[float(10 * pair + branch)] * 3 for branch in range(2)] for pair in range(4)]
+    assert _rows(rollout, "weights", given, 3)[:, :, 0].tolist() == [[10.0, 11.0], [30.0, 31.0]]
+    with pytest.raises(UsageError, match=r"weights: shape \[4, 2, 3\]; takes \[4, 2, 2\]: pair, branch, step"):
+        _rows(rollout, "weights", given, 2)
+    assert torch.isnan(_rows(rollout, "advantages", torch.full((4, 2), float("nan")))).all(), "no opinion"
 
 
 def test_growth_is_the_share_by_which_a_velocity_is_longer():

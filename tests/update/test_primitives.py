@@ -65,7 +65,8 @@ def test_more_gradients_add_up_in_one_optimiser_step(tiny_sd3, tmp_path, stage):
 def test_a_last_gradient_of_nothing_still_closes_the_step(engine, tiny_sd3, tmp_path):
     alone = Engine(tiny_config(tiny_sd3, tmp_path / "alone"))
     engine.primitives.forward_backward(engine.rollout(PROMPTS), rewards=REWARDS, more=True)
-    engine.primitives.forward_backward(engine.rollout(PROMPTS), rewards=torch.ones(4, 2), allow_stale=True)
+    told = engine.primitives.forward_backward(engine.rollout(PROMPTS), rewards=torch.ones(4, 2), allow_stale=True)
+    assert (told["items"], told["loss"], told["zero_gradient_share"]) == (0, 0.0, 1.0)
     alone.primitives.forward_backward(alone.rollout(PROMPTS), rewards=REWARDS)
     assert_equal_bits(alone.trainer.gradients(), engine.trainer.gradients())
 
@@ -255,8 +256,9 @@ def test_refusals_change_nothing(engine):
     engine.primitives.forward_backward(rollout, rewards=REWARDS)
     with pytest.raises(UsageError, match="the gradient is complete; optim_step comes first"):
         engine.primitives.forward_backward(rollout, rewards=REWARDS)
-    with pytest.raises(UsageError, match="lr = -1"):
-        engine.primitives.optim_step(-1.0)
+    for rate in (-1.0, 0.0, float("inf"), NAN):
+        with pytest.raises(UsageError, match=f"lr = {rate}"):
+            engine.primitives.optim_step(rate)
     assert_equal_bits(before, copy_of(engine))
 
 
