@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=16, help="of a training run of one rank; half of them of two")
     parser.add_argument("--epochs", type=int, default=2, help="of the shapes run, to see what saving costs")
     parser.add_argument("--soak-epochs", type=int, default=300, help="short ones, of one run that nobody kills")
+    parser.add_argument("--fuzz-seconds", type=int, default=10, help="of each parser, where atheris is installed")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.json")
     arguments = parser.parse_args()
@@ -154,6 +156,25 @@ def long_run(nursery: Nursery, base: Path, arguments: argparse.Namespace) -> dic
     return found | {"planted_leaks": soak(nursery, base / "leaks", max(12, arguments.soak_epochs // 10), leaks=True)}
 
 
+def inputs(_nursery: Nursery, base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Our parsers under atheris; with its own planted mistake."""
+    if find_spec("atheris") is None:
+        return {"left_out": 'atheris is not installed: pip install "fdfo-engine[fuzz]"', "inputs": 0}
+    out = base / "fuzz.json"
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.guided_fuzz",
+        "--seconds",
+        str(arguments.fuzz_seconds),
+        "--out",
+        str(out),
+    ]
+    subprocess.run(words, check=False)
+    found = json.loads(out.read_text())
+    return {"inputs": sum(of["inputs"] for of in found["targets"].values()), "failures": found["failures"]}
+
+
 def _train(engine: Engine, prompts: list[str]) -> None:
     rollout = engine.rollout(prompts)
     engine.update(rollout, torch.randn(len(prompts), 2, generator=torch.Generator().manual_seed(0)))
@@ -177,6 +198,7 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
         "faults_tried": len(rows),
         "seconds_to_notice_a_dead_rank": max(dead, default=None),
         "seconds_to_notice_a_hung_rank": max(hung, default=None),
+        "inputs_tried": parts.get("inputs", {}).get("inputs"),
         "soaked_epochs": parts.get("soak", {}).get("epochs"),
         "save_share_of_an_epoch": parts.get("save_cost", {}).get("share_of_an_epoch"),
         "failures": failures(parts),
@@ -209,7 +231,7 @@ def _holds(row: dict[str, Any]) -> bool:
 
 PARTS: dict[str, Part] = {
     "saves": saves, "faults": faults, "kills_of_one_rank": one_rank, "save_cost": save_cost,
-    "kills_of_two_ranks": two_ranks, "soak": long_run,
+    "kills_of_two_ranks": two_ranks, "soak": long_run, "inputs": inputs,
 }  # fmt: skip
 
 if __name__ == "__main__":
