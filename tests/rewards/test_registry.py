@@ -72,7 +72,7 @@ def here(name):
 def test_functions_take_the_place_of_a_configs_rewards_each_at_weight_1():
     config = load_config("shapes", ["run.dir=x"])
     assert with_own_rewards(config, []) is config
-    found = with_own_rewards(config, [here("one"), here("two"), sums])
+    found = with_own_rewards(config, [here("one"), here("made_in.<locals>.two"), sums])
     assert [(part.name, part.weight) for part in found.rewards] == [
         ("one", 1.0), ("two", 1.0), (f"{sums.__module__}:sums", 1.0),
     ]  # fmt: skip
