@@ -116,7 +116,7 @@ SUBJECTS = {
         "rewards/http_reward.py": "rewards/test_server_rewards.py rewards/test_server_readiness.py",
         "rewards/first_token.py": "rewards/test_first_token.py",
         "rewards/geneval_rules.py": "rewards/test_geneval.py",
-        "rewards/questions.py": "test_figures.py rewards/test_questions.py",
+        "rewards/questions.py": "config/test_method_defaults.py rewards/test_questions.py",
         "rewards/manners.py": "rewards/test_manners.py",
     },
     "config rules": {

@@ -133,6 +133,12 @@ def test_a_place_holds_for_each_object_of_both_entries():
     assert fulfilled(both, {"cat": cats[:1], "dog": [at(90, 0), at(90, 30)]}, never) == [False, True, False]
 
 
+def test_boxes_of_no_size_at_one_place_have_no_relation():
+    point = at(5, 5, size=0.0).box
+    assert relations(point, point) == set()
+    assert relations(at(6, 5, size=0.0).box, point) == {"right of"}
+
+
 def test_boxes_that_share_just_so_much_are_two():
     half_over = [at(0, 0), at(5, 0, confidence=0.8)]  # 50 of 150
     assert without_doubles(half_over, 1 / 3) == half_over
