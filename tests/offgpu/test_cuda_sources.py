@@ -3,6 +3,7 @@
 What the fibres can't tell: races within a warp, memory order between thread blocks, alignment, and speed.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def contracted_agrees():
 def told(call):
     """What `call` of this module returns in a process of its own: a process takes one build."""
     script = f"from offgpu.test_cuda_sources import all_agree, contracted_agrees\nprint('verdict', {call})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    variables = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=variables)
     assert "verdict" in done.stdout or "emulated CUDA: " in done.stderr, done.stderr[-2000:]
     return done
 
