@@ -161,15 +161,8 @@ def inputs(_nursery: Nursery, base: Path, arguments: argparse.Namespace) -> dict
     if find_spec("atheris") is None:
         return {"left_out": 'atheris is not installed: pip install "fdfo-engine[fuzz]"', "inputs": 0}
     out = base / "fuzz.json"
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.guided_fuzz",
-        "--seconds",
-        str(arguments.fuzz_seconds),
-        "--out",
-        str(out),
-    ]
+    seconds = f"--seconds={arguments.fuzz_seconds}"
+    words = [sys.executable, "-m", "benchmarks.guided_fuzz", seconds, f"--out={out}"]
     subprocess.run(words, check=False)
     found = json.loads(out.read_text())
     return {"inputs": sum(of["inputs"] for of in found["targets"].values()), "failures": found["failures"]}
