@@ -42,8 +42,10 @@ def main() -> int:
 
 def line(row: dict[str, Any]) -> str:
     """One measurement, for a person."""
-    each = f"{1e6 * row['seconds']['median'] / row['launches']:8.1f} us a launch" if row["launches"] else ""
-    return f"{row['name']:40} {1e3 * row['seconds']['median']:9.3f} ms {row['launches']:7.0f} launches {each}"
+    seconds, launches = row["seconds"]["median"], row["launches"]
+    each = f"{1e6 * seconds / launches:8.1f} us a launch" if launches else ""
+    replays = ", ".join(name for name in row["events"] if name.startswith("replay"))
+    return f"{row['name']:32}{1e3 * seconds:9.3f} ms{launches:6} launches{each} {replays}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What each op of a run takes is measured, recorded, and taken again by a resumed run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from engine.launching import launch
+from planning.kernels_worker import PREFERRED
 from tiny_sd3 import PROMPTS, tiny_config
 
 from fdfo_engine import ops
@@ -217,6 +220,21 @@ def test_a_table_says_what_is_taken():
     assert "cpp 2.0, *torch 1.0" in shown
     assert shown.startswith("kernels: measured; * is taken: the first, unless another is faster")
     assert Kernels({}, "by a fixed order").table() == "kernels: by a fixed order"
+
+
+@pytest.mark.slow
+def test_ranks_take_what_rank_0_measured(tiny_sd3, tmp_path):
+    """Rank 1 has a cache of its own, and would find another backend the fastest."""
+    done = launch(Path(__file__).with_name("kernels_worker.py"), tiny_sd3, tmp_path, by="torchrun", ranks=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["kernels"] == first["asked"]
+    assert len(first["kernels"]) > 4
+    assert set(first["kernels"].values()) <= {PREFERRED[0], "auto"}  # auto: attention
+    assert first["pair_ops"] == PREFERRED[0]
+    assert (tmp_path / "cache0").exists()
+    assert not (tmp_path / "cache1").exists()
 
 
 def test_batches_are_counted_with_guidance(tiny_sd3, tmp_path):
