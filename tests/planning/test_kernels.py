@@ -233,8 +233,7 @@ def test_ranks_take_what_rank_0_measured(tiny_sd3, tmp_path):
     assert len(first["kernels"]) > 4
     assert set(first["kernels"].values()) <= {PREFERRED[0], "auto"}  # auto: attention
     assert first["pair_ops"] == PREFERRED[0]
-    assert (tmp_path / "cache0").exists()
-    assert not (tmp_path / "cache1").exists()
+    assert [(tmp_path / f"cache{rank}" / "fdfo_engine").exists() for rank in range(2)] == [True, False]
 
 
 def test_batches_are_counted_with_guidance(tiny_sd3, tmp_path):
