@@ -57,3 +57,4 @@ def test_options_that_ask_nothing_are_refused():
             QuestionOptions(**wrong)
     assert QuestionOptions(least_mass=1.0, image_size=28).image_size == 28
     assert QuestionOptions(target="No", contrast="Yes").target == "No"
+    assert QuestionOptions(target="Y", contrast="N", question="?").contrast == "N", "one letter will do"
