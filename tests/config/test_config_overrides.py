@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fdfo_engine.config import PriorChurn, RawChurn, dump_config, load_config
+from fdfo_engine.config import ConfigError, PriorChurn, RawChurn, dump_config, load_config
 from fdfo_engine.config.dump import RESUMABLE_KEYS
 from fdfo_engine.config.yaml_source import CoreDumper, read_yaml
 
@@ -130,3 +130,9 @@ def test_the_index_after_the_last_item_appends_one(load, complaint):
     assert [(reward.name, reward.weight) for reward in config.rewards][1:] == [("brightness", -0.5)]
     assert "rewards has no item 2 (1 in all, from 0)" in complaint("", "rewards.2.name=brightness")
     assert "rewards.1.name" in complaint("", "rewards.1.weight=2"), "an item without its name is an item amiss"
+
+
+@pytest.mark.parametrize("key", ["run..dir", ".run", "run.", "", "run dir", "run.epochs=3", 3, None, ("run", "dir")])
+def test_a_key_of_a_mapping_is_a_dotted_name(key):
+    with pytest.raises(ConfigError, match=r"takes section\.key as its name"):
+        load_config("shapes", {"run.dir": "x", key: 1})
