@@ -90,3 +90,11 @@ def test_damaged_lines_are_passed_over(tmp_path):
     assert last_saved(tmp_path) == "epoch_000001"
     with pytest.raises(CheckpointError):
         refuse_lost_checkpoints(tmp_path, CheckpointStore(tmp_path / "nowhere"))
+
+
+def test_one_that_is_gone_though_a_newer_one_is_there_is_no_loss(tmp_path, capsys):
+    store = run_that_saved(tmp_path, 1, 2)
+    (store.folder / "epoch_000003").mkdir()
+    shutil.rmtree(store.folder / "epoch_000002")
+    refuse_lost_checkpoints(tmp_path, store)
+    assert capsys.readouterr().err == ""
