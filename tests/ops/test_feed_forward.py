@@ -83,7 +83,8 @@ def test_only_what_is_trained_gets_a_gradient(trained, device, feed_forward):
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_keeps_one_tensor_for_the_backward(recompute, device, feed_forward):
     x, *weights = (t.detach() for t in inputs(device=device).values())
-    saved = feed_forward(x.requires_grad_(), *weights, recompute=recompute).grad_fn.saved_tensors
+    y = feed_forward(x.requires_grad_(), *weights, recompute=recompute)
+    saved = y.grad_fn.saved_tensors  # of a live y: torch 2.11 lets go of them with it
     pointers = {t.data_ptr() for t in weights}
     kept = [t for t in saved if t is not None and t.data_ptr() not in pointers]
     assert [t.shape for t in kept] == [(6, 7) if recompute else (6, 9)]
