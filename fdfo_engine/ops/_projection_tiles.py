@@ -32,7 +32,7 @@ TILES = {
     (10, False): Tile(128, 128, 64, 8, 8, 4),
     (10, True): Tile(128, 128, 64, 8, 8, 4),
 }
-RANK_TILE = Tile(64, 0, 64, 0, 4, 3)  # of a product whose columns are the rank
+RANK_TILE = Tile(64, 0, 64, 0, 4, 2)  # of a product whose columns are the rank; three stages spill on sm_80
 FLOAT32_RANK_TILE = Tile(32, 0, 16, 0, 8, 2)
 END_TILE = Tile(64, 0, 64, 0, 8, 3)  # of a rank-r gradient through a gate or norm, which takes registers too
 FLOAT32_END_TILE = Tile(32, 0, 16, 0, 8, 1)

@@ -220,7 +220,10 @@ def _compare(machine, instruction):
         result = COMPARISONS[comparison[:-1]](a, b) | nan
     else:
         result = COMPARISONS[comparison](a, b) & ~nan
-    machine.put(into, result, "pred")
+    if kind not in PACKED:
+        into, result = (into,), result[..., None]
+    for predicate, column in zip(into, np.moveaxis(result, -1, 0), strict=True):
+        machine.put(predicate, column, "pred")
 
 
 @entry(TABLE, "selp")
