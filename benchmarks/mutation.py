@@ -44,7 +44,10 @@ _IN_AN_ENGINE = " ".join(
             "a_loss_by_weights_has_the_gradient_of_the_same_loss_in_process",
             "progress_counts_micro_batches_of_all_shares_and_the_network_trains_meanwhile",
         ),
-        "optimizer_steps": ("an_applied_step_ends_the_count_of_dropped_ones", "nothing_to_learn_moves_nothing"),
+        "optimizer_steps": (
+            "an_applied_step_ends_the_count_of_dropped_ones", "nothing_to_learn_moves_nothing",
+            "ten_dropped_steps_in_a_row_stop_the_run",
+        ),
     }.items()
     for name in names
 )  # fmt: skip
@@ -89,7 +92,7 @@ SUBJECTS = {
     },
     "trajectory": {
         "trajectory/rollout.py": "rollout/test_kept_rollouts.py",
-        "trajectory/renoised.py": "algorithms/test_formulas.py",
+        "trajectory/renoised.py": "test_figures.py algorithms/test_formulas.py",
         "trajectory/unscored.py": "rollout/test_kept_rollouts.py",
     },
     "checkpoint": {
