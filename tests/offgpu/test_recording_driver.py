@@ -38,6 +38,7 @@ WAITS_OF_A_ROLLOUT = {
 WAITS_OF_AN_UPDATE = {
     "update/zero.py _gradient_norm": 3 * OPTIMIZER_STEPS,
     "update/zero.py step": 4 * OPTIMIZER_STEPS,
+    "update/zero.py weight_bits": 2,
     "update/totals.py over_ranks": 2,
     "update/totals.py update_metrics": 1,
 }
