@@ -172,7 +172,7 @@ class PageProcess:
         if is_alive(self.pid):
             self.kill()
         self._nursery.kill()
-        self._nursery.wait()
+        self._nursery.communicate()  # closes its pipes
 
 
 _NURSERY = """

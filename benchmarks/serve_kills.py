@@ -204,7 +204,7 @@ class Server:
         for pid in self.pids:
             wait_until_gone(pid, 0.0)
         self._nursery.kill()
-        self._nursery.wait()
+        self._nursery.communicate()  # closes its pipes
 
 
 _NURSERY = """

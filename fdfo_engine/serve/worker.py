@@ -176,11 +176,10 @@ class Worker:
         if error is None:
             assert result is not None
             self._settle(number, kind, result)
-            queue.finish(number, result)
         else:
             _told(error)
-            queue.finish(number, None, problem_of(error).record)
-        self._report()
+        self._report()  # before: who hears that it is over finds the run where it led
+        queue.finish(number, result, None if error is None else problem_of(error).record)
         self._backend.bell.ring()
 
     def _settle(self, number: int, kind: str, result: Result) -> None:

@@ -40,8 +40,8 @@ REDUNDANT_BARRIERS = {
     ("qk_rms_norm", "qk_rms_norm_backward"): 0,
     ("adapted_projection", "lora_linear"): 2,
     ("adapted_projection", "lora_linear_input"): 3,
-    ("adapted_projection", "lora_linear_rank_product"): 1,
-    ("adapted_projection", "lora_linear_rank_gradient"): 2,
+    ("adapted_projection", "lora_linear_rank_product"): 0,
+    ("adapted_projection", "lora_linear_rank_gradient"): 1,
     ("adapted_projection", "lora_linear_factors"): 1,
 }
 """Kernels with barriers, and how many stand between accesses of different addresses: nobody can miss those."""
