@@ -71,6 +71,8 @@ class ZeroTrainer:
                 model=network, optimizer=adamw, config=settings, dist_init_required=False
             )[0]
         self._allocate_moments()
+        if zero.stage == 3:
+            self._pass_over_unused()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The network's forward, through DeepSpeed: at stage 3 calling the bare module would be wrong."""
@@ -271,6 +273,18 @@ class ZeroTrainer:
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         masters: list[Tensor] = getattr(optimizer, name)
         return masters
+
+    def _pass_over_unused(self) -> None:
+        # of an op with several outputs, parameters behind an unused one get no gradient, and are told so all the same;
+        # stage 3 alone takes that for one. Qwen-Image's last block has such outputs
+        optimizer = self.engine.optimizer
+        reduce = optimizer.reduce_independent_p_g_buckets_and_remove_grads
+
+        def reduce_if_any(parameter: nn.Parameter) -> None:
+            if parameter.grad is not None:
+                reduce(parameter)
+
+        optimizer.reduce_independent_p_g_buckets_and_remove_grads = reduce_if_any
 
     def _allocate_moments(self) -> None:
         # DeepSpeed links moments to parameters only after a first step: saving or restoring before would find none
