@@ -34,11 +34,8 @@ def _load_matrices(machine, instruction):
     """8 x 8 matrices of 16 bits, whose rows lie where 8 lanes each say: lane t gets two elements of row t / 4."""
     machine.whole_warps()
     into, address = instruction.operands
-    memory, at = machine.places("shared", machine.address(address))
-    at, stamp = at.reshape(-1, WARP), machine.of_active(machine.stamp).reshape(-1, WARP)
-    for i, register in enumerate(into):
-        lanes = slice(8 * i, 8 * i + 8)
-        rows = memory.load(at[:, lanes].reshape(-1), 16, stamp[:, lanes].reshape(-1))
+    for register, memory, at, stamp in _rows_of_matrices(machine, address, into):
+        rows = memory.load(at, 16, stamp)
         matrix = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, 8, 8)
         if "trans" in instruction.modifiers:
             matrix = matrix.transpose(0, 2, 1)
@@ -51,15 +48,21 @@ def _store_matrices(machine, instruction):
     """The other way round."""
     machine.whole_warps()
     address, source = instruction.operands
-    memory, at = machine.places("shared", machine.address(address))
-    at, stamp = at.reshape(-1, WARP), machine.of_active(machine.stamp).reshape(-1, WARP)
-    for i, register in enumerate(source):
-        lanes = slice(8 * i, 8 * i + 8)
+    for register, memory, at, stamp in _rows_of_matrices(machine, address, source):
         matrix = machine.of_active(machine.spread(register, "b32")).view(np.uint16).reshape(-1, 8, 8)
         if "trans" in instruction.modifiers:
             matrix = matrix.transpose(0, 2, 1)
         rows = np.ascontiguousarray(matrix).reshape(-1, 8).view(np.uint8)
-        memory.store(at[:, lanes].reshape(-1), rows, stamp[:, lanes].reshape(-1))
+        memory.store(at, rows, stamp)
+
+
+def _rows_of_matrices(machine, address, registers):
+    """Each register with the memory, the places and the stamps of its matrix's rows: 8 lanes of a warp say them."""
+    memory, at = machine.places("shared", machine.address(address))
+    at, stamp = at.reshape(-1, WARP), machine.of_active(machine.stamp).reshape(-1, WARP)
+    for i, register in enumerate(registers):
+        lanes = slice(8 * i, 8 * i + 8)
+        yield register, memory, at[:, lanes].reshape(-1), stamp[:, lanes].reshape(-1)
 
 
 LANE, ELEMENT = np.meshgrid(np.arange(WARP), np.arange(8), indexing="ij")
